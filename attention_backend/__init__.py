@@ -1,0 +1,1 @@
+"""PillarAttn: draft and verify attention, scores, selection and the sparse page table."""

@@ -1,0 +1,376 @@
+"""The SGLang attention backend ``sparsespec``.
+
+Three kinds of forward, told apart by SGLang's forward mode:
+
+- EXTEND (prefill): run by an SGLang backend, unchanged; the scores of the prompt's last
+  queries give the first selection.
+- DECODE (a draft step): one query per request over the sparse page table.
+- TARGET_VERIFY: full attention of the verify window with scores, then the selection for
+  the next round, layer by layer.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.interface import PillarKernels
+from sglang_sparsespec.attention_backend.page_table import SelectionTable, num_selected
+from sglang_sparsespec.attention_backend.policy import write_pattern
+from sglang_sparsespec.config import get_config
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+logger = logging.getLogger(__name__)
+
+
+def register_backend() -> None:
+    """Register ``sparsespec`` with SGLang's attention registry."""
+    from sglang.srt.layers.attention.attention_registry import (
+        ATTENTION_BACKENDS,
+        register_attention_backend,
+    )
+
+    @register_attention_backend(ATTENTION_BACKEND)
+    def create(model_runner: ModelRunner) -> SparseSpecAttnBackend:
+        if not isinstance(model_runner.spec_algorithm, _algorithm_class()):
+            raise ValueError(
+                f"--attention-backend {ATTENTION_BACKEND} works only with --speculative-algorithm "
+                f"{ALGORITHM}; give both or neither."
+            )
+        name = get_config(model_runner.server_args).base_attention_backend
+        if name not in ATTENTION_BACKENDS or name == ATTENTION_BACKEND:
+            raise ValueError(
+                f"--sparsespec-base-attention-backend {name} is not an SGLang attention backend; "
+                "leave it out for the default of the device."
+            )
+        return SparseSpecAttnBackend(model_runner, ATTENTION_BACKENDS[name](model_runner))
+
+
+def _algorithm_class() -> type:
+    from sglang_sparsespec.algorithm import SparseSpecAlgorithm
+
+    return SparseSpecAlgorithm
+
+
+def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
+    """The model's attention layers in order, refused if one of them is not plain GQA.
+
+    Raises:
+        ValueError: a layer has a window, a soft cap, sinks, cross attention, or different
+            key and value dims.
+    """
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers.sort(key=lambda layer: layer.layer_id)
+
+    def refuse(layer: RadixAttention, what: str) -> None:
+        raise ValueError(
+            f"Layer {layer.layer_id} of this model has {what}, which {ALGORITHM} does not support; serve the "
+            "model without --speculative-algorithm."
+        )
+
+    for layer in layers:
+        if (layer.sliding_window_size or -1) > 0:
+            refuse(layer, f"a sliding window of {layer.sliding_window_size} tokens")
+        if layer.logit_cap:
+            refuse(layer, f"a logit soft cap of {layer.logit_cap}")
+        if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
+            refuse(layer, f"{layer.attn_type} or cross attention")
+        if layer.qk_head_dim != layer.v_head_dim:
+            refuse(layer, f"head dims {layer.qk_head_dim} and {layer.v_head_dim}")
+        if layer.tp_q_head_num % layer.tp_k_head_num:
+            refuse(layer, f"{layer.tp_q_head_num} query heads for {layer.tp_k_head_num} KV heads")
+    if not layers:
+        raise ValueError(f"{ALGORITHM} found no attention layers in this model; serve it without it.")
+    return layers
+
+
+def make_kernels(name: str, device: torch.device, **sizes: Any) -> PillarKernels:
+    """The kernel implementation ``name`` (``auto``: by device)."""
+    if name == "torch" or (name == "auto" and device.type == "cpu"):
+        from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+        return TorchPillarKernels()
+    from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
+
+    return CudaPillarKernels(device=device, **sizes)
+
+
+class SparseSpecAttnBackend(AttentionBackend):
+    """See the module's docstring.
+
+    Attributes:
+        table: the sparse page table of all requests.
+        draft_step: index of the draft step being run, 0 to k-1 (set by the worker).
+        kv_read: float64 [2]; KV tokens that draft steps attended to, and those that full
+            attention would have, summed over requests and steps.
+    """
+
+    def __init__(self, model_runner: ModelRunner, base: AttentionBackend) -> None:
+        super().__init__()
+        self.base = base
+        self.config = get_config(model_runner.server_args)
+        self.req_to_token_pool = model_runner.req_to_token_pool
+        self.token_to_kv_pool = model_runner.token_to_kv_pool
+        self.window = model_runner.server_args.speculative_num_draft_tokens
+        self.device = torch.device(model_runner.device)
+        # Draft and verify read lengths on the device; only the torch kernels and the CPU
+        # prefill read them on the host, where that costs nothing.
+        self.needs_cpu_seq_lens = self.device.type == "cpu"
+
+        layers = attention_layers(model_runner.model)
+        self.num_layers = layers[-1].layer_id + 1
+        self.num_kv_heads = layers[0].tp_k_head_num
+        self.num_q_heads = layers[0].tp_q_head_num
+        num_rows, max_context = self.req_to_token_pool.req_to_token.shape
+        capacity = SelectionTable.capacity_for(
+            max_context, self.config.budget_ratio, self.config.min_budget
+        )
+        self.table = SelectionTable(self.num_layers, num_rows, self.num_kv_heads, capacity, self.device)
+        self.max_context = max_context
+        self.max_bs = num_rows
+        self.kernels = make_kernels(
+            self.config.kernels,
+            self.device,
+            max_bs=num_rows,
+            window=self.window,
+            num_q_heads=self.num_q_heads,
+            num_kv_heads=self.num_kv_heads,
+            head_dim=layers[0].head_dim,
+            max_context=max_context,
+            capacity=capacity,
+            dtype=model_runner.dtype,
+        )
+        score_dtype = getattr(self.kernels, "score_dtype", torch.float32)
+        # Scores live from a layer's attention to its selection, so one layer's worth is kept.
+        self.scores = torch.empty(
+            (num_rows, self.num_kv_heads, max_context), dtype=score_dtype, device=self.device
+        )
+        self.draft_step = 0
+        # Log-sum-exp of the draft steps' queries over their selected sets: close to the
+        # full ones that verification needs, so its scores take no second pass over K.
+        self.lse_hint = (
+            torch.zeros(
+                (self.num_layers, num_rows, self.window, self.num_q_heads),
+                dtype=torch.float32,
+                device=self.device,
+            )
+            if getattr(self.kernels, "uses_lse_hint", False)
+            else None
+        )
+        self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self._counts: torch.Tensor | None = None
+        self._lengths: torch.Tensor | None = None
+        logger.info(
+            "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page "
+            "table %.2f GB.",
+            self.window - 1,
+            self.config.min_budget,
+            self.config.budget_ratio,
+            self.config.draft_policy,
+            type(base).__name__,
+            type(self.kernels).__name__,
+            SelectionTable.bytes_for(self.num_layers, num_rows, self.num_kv_heads, capacity) / 1e9,
+        )
+
+    # ------------------------------------------------------------------ metadata
+
+    def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
+        """Plan an eager forward."""
+        mode = forward_batch.forward_mode
+        if mode.is_target_verify():
+            self._begin_verify(forward_batch)
+        elif mode.is_extend():
+            self.base.init_forward_metadata(forward_batch)
+            self._begin_prefill(forward_batch)
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Host part of a captured forward: nothing, everything is read on the device."""
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Device part of a captured forward."""
+        if forward_batch.forward_mode.is_target_verify():
+            self._begin_verify(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """All buffers are static already."""
+        if max_bs > self.max_bs:
+            raise ValueError(f"CUDA graph batch size {max_bs} exceeds the {self.max_bs} rows of the page table.")
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Length of padding rows: nothing committed, so nothing is selected or read."""
+        return 0
+
+    def _begin_verify(self, forward_batch: ForwardBatch) -> None:
+        lengths, rows = forward_batch.seq_lens, forward_batch.req_pool_indices
+        self._count_kv_read(lengths, rows)
+        self._begin_selection(lengths, rows)
+
+    def _begin_prefill(self, forward_batch: ForwardBatch) -> None:
+        num_queries = forward_batch.extend_seq_lens.clamp(max=self.window)
+        lengths = forward_batch.seq_lens - num_queries.to(forward_batch.seq_lens.dtype)
+        self._begin_selection(lengths, forward_batch.req_pool_indices)
+
+    def _begin_selection(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
+        """Decide the sizes of the next selection, made from positions [0, length)."""
+        config = self.config
+        self._lengths = lengths
+        self._counts = num_selected(
+            lengths,
+            config.budget_ratio,
+            config.min_budget,
+            self.window,
+            self.table.positions.shape[-1],
+        )
+        self.table.set_window(rows, self._counts, lengths)
+        if config.draft_policy != "pillar":
+            num_sinks = config.num_sinks if config.draft_policy == "streaming" else 0
+            write_pattern(lengths, self._counts, rows, num_sinks, self.table.positions)
+
+    def _count_kv_read(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
+        """Account the round's draft steps: step j (1-based) saw length + j tokens."""
+        steps = self.window - 1
+        live = (lengths > 0).to(torch.float64)
+        later = steps * (steps + 1) / 2
+        full = (lengths * steps + later) * live
+        skipped = (self.table.tail_start[rows] - self.table.num_selected[rows]) * steps * live
+        self.kv_read[0] += (full - skipped).sum()
+        self.kv_read[1] += full.sum()
+
+    # ------------------------------------------------------------------- forward
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Prefill by the base backend, or verification by ours.
+
+        Args:
+            q: [tokens, Hq * D]; k, v: [tokens, Hkv * D].
+
+        Returns:
+            [tokens, Hq * D].
+        """
+        if forward_batch.forward_mode.is_target_verify():
+            return self._forward_verify(q, k, v, layer, forward_batch, save_kv_cache)
+        out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
+        if self.config.draft_policy == "pillar":
+            self.kernels.prefill_scores(
+                q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
+                self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+                self.req_to_token_pool.req_to_token,
+                forward_batch.req_pool_indices,
+                forward_batch.seq_lens,
+                forward_batch.extend_start_loc,
+                forward_batch.extend_seq_lens,
+                self.window,
+                layer.scaling,
+                self.scores,
+            )
+            self._select(layer.layer_id, forward_batch)
+        return out
+
+    def _forward_verify(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool,
+    ) -> torch.Tensor:
+        if save_kv_cache:
+            self._save_kv(k, v, layer, forward_batch)
+        out = torch.empty_like(q)
+        pillar = self.config.draft_policy == "pillar"
+        batch_size = forward_batch.batch_size
+        hint = None
+        if pillar and self.lse_hint is not None:
+            hint = self.lse_hint[layer.layer_id, :batch_size]
+            # The last window token was never a draft query; its neighbour stands in.
+            hint[:, -1] = hint[:, -2]
+        self.kernels.verify_attention(
+            q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
+            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            self.window,
+            layer.scaling,
+            out.view(-1, layer.tp_q_head_num, layer.head_dim),
+            self.scores if pillar else None,
+            hint,
+        )
+        if pillar:
+            self._select(layer.layer_id, forward_batch)
+        return out
+
+    def _select(self, layer_id: int, forward_batch: ForwardBatch) -> None:
+        assert self._counts is not None and self._lengths is not None
+        self.kernels.select(
+            self.scores,
+            self._lengths,
+            forward_batch.req_pool_indices,
+            self._counts,
+            self.table.positions[layer_id],
+        )
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """One draft step: [batch, Hq * D] over the sparse page table."""
+        if save_kv_cache:
+            self._save_kv(k, v, layer, forward_batch)
+        q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
+        out = torch.empty_like(q)
+        lse = None
+        if self.lse_hint is not None:
+            lse = self.lse_hint[layer.layer_id, : forward_batch.batch_size, self.draft_step]
+        self.kernels.draft_attention(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            self.table.positions[layer.layer_id],
+            self.table.num_selected,
+            self.table.tail_start,
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            forward_batch.seq_lens,
+            layer.scaling,
+            out.view(-1, layer.tp_q_head_num, layer.head_dim),
+            lse,
+        )
+        return out
+
+    def _save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
+        self.token_to_kv_pool.set_kv_buffer(
+            layer,
+            KVWriteLoc(forward_batch.out_cache_loc, None),
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_k_head_num, layer.head_dim),
+        )
+
+    def support_triton(self) -> bool:
+        return self.base.support_triton()

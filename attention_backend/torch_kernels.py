@@ -1,0 +1,152 @@
+"""PillarAttn in plain torch: the oracle, and the implementation on CPU.
+
+Written request by request for readability. It reads lengths on the host, so on CUDA it
+synchronises and cannot be captured; use it there to check the fast kernels.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def _probabilities(
+    q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax probabilities and log-sum-exp in float32.
+
+    Args:
+        q: [rows, Hq, D]. k: [tokens, Hkv, D]. mask: bool [rows, tokens], True where visible.
+
+    Returns:
+        probabilities [Hkv, g, rows, tokens] and lse [Hkv, g, rows].
+    """
+    rows, num_q_heads, dim = q.shape
+    num_kv_heads = k.shape[1]
+    grouped = q.float().view(rows, num_kv_heads, num_q_heads // num_kv_heads, dim)
+    logits = torch.einsum("rhgd,thd->hgrt", grouped, k.float()) * scaling
+    if mask is not None:
+        logits.masked_fill_(~mask, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.unsqueeze(-1)), lse
+
+
+def _weighted_values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[Hkv, g, rows, tokens] x [tokens, Hkv, D] -> [rows, Hq, D]."""
+    out = torch.einsum("hgrt,thd->rhgd", probabilities, v.float())
+    return out.reshape(out.shape[0], -1, v.shape[-1])
+
+
+class TorchPillarKernels:
+    """Reference implementation of :class:`interface.PillarKernels`."""
+
+    def draft_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        positions: torch.Tensor,
+        num_selected: torch.Tensor,
+        tail_start: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        scaling: float,
+        out: torch.Tensor,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """See :meth:`interface.PillarKernels.draft_attention`."""
+        num_kv_heads = k_cache.shape[1]
+        heads = torch.arange(num_kv_heads, device=q.device).unsqueeze(1)
+        lengths = seq_lens.tolist()
+        for b, row in enumerate(req_pool_indices.tolist()):
+            if lengths[b] == 0:
+                out[b].zero_()
+                continue
+            count, start = int(num_selected[row]), int(tail_start[row])
+            tail = torch.arange(start, lengths[b], device=q.device).expand(num_kv_heads, -1)
+            attended = torch.cat([positions[row, :, :count].long(), tail], dim=1)
+            slots = req_to_token[row][attended].long()  # [Hkv, tokens]
+            k = k_cache[slots, heads].transpose(0, 1)
+            v = v_cache[slots, heads].transpose(0, 1)
+            probabilities, row_lse = _probabilities(q[b : b + 1], k, scaling, None)
+            out[b] = _weighted_values(probabilities, v)[0].to(out.dtype)
+            if lse is not None:
+                lse[b] = row_lse.reshape(-1)
+
+    def verify_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        window: int,
+        scaling: float,
+        out: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        lse_hint: torch.Tensor | None = None,
+    ) -> None:
+        """See :meth:`interface.PillarKernels.verify_attention`; ignores ``lse_hint`` (exact)."""
+        for b, (row, length) in enumerate(
+            zip(req_pool_indices.tolist(), seq_lens.tolist(), strict=True)
+        ):
+            rows = slice(b * window, (b + 1) * window)
+            slots = req_to_token[row, : length + window].long()
+            query_position = torch.arange(length, length + window, device=q.device).unsqueeze(1)
+            mask = torch.arange(length + window, device=q.device).unsqueeze(0) <= query_position
+            probabilities, _ = _probabilities(q[rows], k_cache[slots], scaling, mask)
+            out[rows] = _weighted_values(probabilities, v_cache[slots]).to(out.dtype)
+            if scores is not None:
+                scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
+
+    def prefill_scores(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        extend_start_loc: torch.Tensor,
+        extend_lens: torch.Tensor,
+        window: int,
+        scaling: float,
+        scores: torch.Tensor,
+    ) -> None:
+        """See :meth:`interface.PillarKernels.prefill_scores`."""
+        for b, (row, total, first, extend) in enumerate(
+            zip(
+                req_pool_indices.tolist(),
+                seq_lens.tolist(),
+                extend_start_loc.tolist(),
+                extend_lens.tolist(),
+                strict=True,
+            )
+        ):
+            num_queries = min(window, extend)
+            length = total - num_queries
+            if length <= 0:
+                continue
+            last = first + extend
+            slots = req_to_token[row, :total].long()
+            query_position = torch.arange(length, total, device=q.device).unsqueeze(1)
+            mask = torch.arange(total, device=q.device).unsqueeze(0) <= query_position
+            probabilities, _ = _probabilities(q[last - num_queries : last], k_cache[slots], scaling, mask)
+            scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
+
+    def select(
+        self,
+        scores: torch.Tensor,
+        lengths: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        counts: torch.Tensor,
+        positions: torch.Tensor,
+    ) -> None:
+        """See :meth:`interface.PillarKernels.select`."""
+        for b, (row, length, count) in enumerate(
+            zip(req_pool_indices.tolist(), lengths.tolist(), counts.tolist(), strict=True)
+        ):
+            if count == 0:
+                continue
+            best = scores[b, :, :length].topk(count, dim=-1, sorted=False).indices
+            positions[row, :, :count] = best.sort(dim=-1).values.to(positions.dtype)

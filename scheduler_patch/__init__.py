@@ -1,0 +1,1 @@
+"""Every change of SGLang's scheduler and cache, one hook per behaviour."""

@@ -1,0 +1,422 @@
+"""Configuration: the plugin's flags, and what start-up refuses.
+
+Flags reach the plugin in two ways, both through hooks on ``ServerArgs``: the command
+line (``--sparsespec-*``) and ``sglang.Engine(sparsespec_*=...)``. They are kept on the
+``ServerArgs`` object as one attribute, so that they travel to the scheduler process
+with it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import math
+import os
+from contextvars import ContextVar
+from typing import TYPE_CHECKING, Any
+
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV, install_cpu_bridge
+
+if TYPE_CHECKING:
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_NUM_DRAFT_STEPS = 8
+#: Requests running at once, unless ``--max-running-requests`` says otherwise. SGLang uses
+#: 48 for its own algorithms; self-speculation has no draft model to make room for.
+DEFAULT_MAX_RUNNING_REQUESTS = 256
+DRAFT_POLICIES = ("pillar", "window", "streaming")
+KERNELS = ("auto", "torch", "cuda")
+
+
+@dataclasses.dataclass(frozen=True)
+class SparseSpecConfig:
+    """The plugin's own settings (paper section 4.1 names the first two).
+
+    Attributes:
+        budget_ratio: share of a request's committed tokens that a draft step attends to.
+        min_budget: lower bound of that number, in tokens.
+        draft_policy: which tokens those are. ``pillar``: by the last verification's
+            attention scores. ``window``: the newest ones (control). ``streaming``: the
+            first ``num_sinks`` and the newest ones (StreamingLLM, MagicDec).
+        num_sinks: sink tokens of ``streaming``.
+        base_attention_backend: SGLang backend that runs prefill; None for the default of
+            the device.
+        kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
+    """
+
+    budget_ratio: float = 0.05
+    min_budget: int = 128
+    draft_policy: str = "pillar"
+    num_sinks: int = 4
+    base_attention_backend: str | None = None
+    kernels: str = "auto"
+
+    def check(self) -> None:
+        """Raise ``ValueError`` that names flag and remedy for a value out of range."""
+        if not 0.0 < self.budget_ratio <= 1.0:
+            raise ValueError(
+                f"--sparsespec-budget-ratio must be in (0, 1], got {self.budget_ratio}; 0.05 is the default."
+            )
+        if self.min_budget < 1:
+            raise ValueError(
+                f"--sparsespec-min-budget must be at least 1 token, got {self.min_budget}; 128 is the default."
+            )
+        if self.draft_policy not in DRAFT_POLICIES:
+            raise ValueError(
+                f"--sparsespec-draft-policy must be one of {', '.join(DRAFT_POLICIES)}, "
+                f"got {self.draft_policy!r}."
+            )
+        if self.num_sinks < 0:
+            raise ValueError(f"--sparsespec-num-sinks must not be negative, got {self.num_sinks}.")
+        if self.kernels not in KERNELS:
+            raise ValueError(
+                f"--sparsespec-kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}."
+            )
+
+    def budget(self, length: int) -> int:
+        """Tokens that a draft step may attend to, of ``length`` committed ones."""
+        return min(length, max(self.min_budget, math.ceil(self.budget_ratio * length)))
+
+
+FLAG_NAMES = tuple(field.name for field in dataclasses.fields(SparseSpecConfig))
+_ATTRIBUTE = "sparsespec_config"
+
+
+def get_config(server_args: Any) -> SparseSpecConfig:
+    """The plugin's settings carried by ``server_args`` (defaults if none were given)."""
+    return getattr(server_args, _ATTRIBUTE, None) or SparseSpecConfig()
+
+
+# --------------------------------------------------------------------------- flags
+
+
+def add_cli_args(parser: argparse.ArgumentParser) -> None:
+    """Add the ``--sparsespec-*`` flags to SGLang's parser."""
+    group = parser.add_argument_group(
+        "SPARSESPEC", "Sparse self-speculative decoding (--speculative-algorithm SPARSESPEC)"
+    )
+    group.add_argument(
+        "--sparsespec-budget-ratio",
+        type=float,
+        default=SparseSpecConfig.budget_ratio,
+        help="Share of a request's context that draft steps attend to, per layer and KV head. "
+        "Smaller is faster, larger is accepted more often. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-min-budget",
+        type=int,
+        default=SparseSpecConfig.min_budget,
+        help="Draft steps attend to at least this many tokens. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-draft-policy",
+        type=str,
+        choices=DRAFT_POLICIES,
+        default=SparseSpecConfig.draft_policy,
+        help="How the tokens that draft steps attend to are chosen: 'pillar' by the attention scores "
+        "of the last verification, 'window' the newest ones (a control for measurements), "
+        "'streaming' sinks and the newest ones. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-num-sinks",
+        type=int,
+        default=SparseSpecConfig.num_sinks,
+        help="Sink tokens of the draft policy 'streaming'. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-base-attention-backend",
+        type=str,
+        default=None,
+        help="SGLang attention backend that runs prefill (default: torch_native on CPU, flashinfer on "
+        "CUDA). --attention-backend NAME together with SPARSESPEC means the same.",
+    )
+    group.add_argument(
+        "--sparsespec-kernels",
+        type=str,
+        choices=KERNELS,
+        default=SparseSpecConfig.kernels,
+        help="Kernels of draft attention, verification and selection: 'torch' is the slow reference, "
+        "'cuda' is Triton, 'auto' picks by device. Default: %(default)s.",
+    )
+
+
+_pending: ContextVar[SparseSpecConfig | None] = ContextVar("sparsespec_pending_config", default=None)
+
+
+def _hook_add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
+    add_cli_args(parser)
+
+
+def _hook_from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
+    values = {
+        name: getattr(args, f"sparsespec_{name}")
+        for name in FLAG_NAMES
+        if hasattr(args, f"sparsespec_{name}")
+    }
+    token = _pending.set(SparseSpecConfig(**values))
+    try:
+        return original(cls, args)
+    finally:
+        _pending.reset(token)
+
+
+def _hook_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
+    values = {
+        name: kwargs.pop(f"sparsespec_{name}") for name in FLAG_NAMES if f"sparsespec_{name}" in kwargs
+    }
+    pending = _pending.get()
+    config = SparseSpecConfig(**values) if values or pending is None else pending
+    if str(kwargs.get("speculative_algorithm") or "").upper() == ALGORITHM:
+        config = claim_attention_backend(kwargs, config)
+    elif values:
+        logger.warning("sparsespec_* settings have no effect without speculative_algorithm=%r.", ALGORITHM)
+    object.__setattr__(self, _ATTRIBUTE, config)
+    original(self, *args, **kwargs)
+
+
+def claim_attention_backend(kwargs: dict[str, Any], config: SparseSpecConfig) -> SparseSpecConfig:
+    """Make ``sparsespec`` the attention backend, keep the user's choice as the prefill one.
+
+    Done before ``ServerArgs`` resolves anything, so that SGLang's own resolution sees an
+    explicit backend and does not pick another.
+
+    Raises:
+        ValueError: two different backends were asked for, or a split one.
+    """
+    for flag in ("prefill_attention_backend", "decode_attention_backend"):
+        if kwargs.get(flag) not in (None, ATTENTION_BACKEND):
+            raise ValueError(
+                f"--{flag.replace('_', '-')} {kwargs[flag]} cannot be combined with "
+                f"--speculative-algorithm {ALGORITHM}, whose own backend runs draft and verify; "
+                f"use --sparsespec-base-attention-backend {kwargs[flag]} to choose the prefill backend."
+            )
+    asked = kwargs.get("attention_backend")
+    if asked not in (None, ATTENTION_BACKEND):
+        if config.base_attention_backend not in (None, asked):
+            raise ValueError(
+                f"--attention-backend {asked} and --sparsespec-base-attention-backend "
+                f"{config.base_attention_backend} contradict each other; give one of them."
+            )
+        config = dataclasses.replace(config, base_attention_backend=asked)
+    kwargs["attention_backend"] = ATTENTION_BACKEND
+    return config
+
+
+def register_flags() -> None:
+    """Hook the plugin's flags into ``ServerArgs`` (command line and keyword arguments)."""
+    from sglang.srt import server_args as sa
+
+    from sglang_sparsespec.scheduler_patch.hooks import add_hook
+
+    sa.add_attention_backend_choices([ATTENTION_BACKEND])
+    # Seeded sampling (--enable-deterministic-inference) works with this backend, and its
+    # results do not depend on what the radix cache held.
+    sa.add_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+    sa.add_radix_supported_deterministic_attention_backend_choices([ATTENTION_BACKEND])
+    prefix = "sglang.srt.server_args.ServerArgs."
+    # ServerArgs is a dataclass without a place for foreign fields: carry ours beside them.
+    add_hook(prefix + "add_cli_args", _hook_add_cli_args, "after")
+    add_hook(prefix + "from_cli_args", _hook_from_cli_args, "around")
+    add_hook(prefix + "__init__", _hook_init, "around")
+
+
+# ---------------------------------------------------------------------- validation
+
+
+def validate_server_args(server_args: ServerArgs) -> None:
+    """Refuse, at start-up, whatever SPARSESPEC cannot serve correctly.
+
+    Runs inside ``ServerArgs.__post_init__`` (``speculative_hook.handle_speculative_decoding``).
+
+    Raises:
+        ValueError: with a sentence that names the flag and the remedy.
+    """
+    from sglang.srt.arg_groups.overrides import resolved_view
+
+    from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
+
+    assert_hooks_applied()
+    config = get_config(server_args)
+    config.check()
+    view = resolved_view(server_args)
+
+    def refuse(flag: str, why: str, remedy: str) -> None:
+        raise ValueError(f"{flag} is not supported with --speculative-algorithm {ALGORITHM}: {why}; {remedy}.")
+
+    if server_args.device not in ("cpu", "cuda"):
+        refuse(f"--device {server_args.device}", "only CPU and CUDA kernels exist", "use --device cuda or cpu")
+    if config.kernels == "cuda" and server_args.device != "cuda":
+        refuse("--sparsespec-kernels cuda", "the device is not CUDA", "use --sparsespec-kernels auto")
+    if server_args.speculative_draft_model_path is not None:
+        refuse(
+            "--speculative-draft-model-path",
+            "the target model drafts for itself",
+            "remove it, or use --speculative-algorithm STANDALONE",
+        )
+    if server_args.speculative_eagle_topk not in (None, 1):
+        refuse("--speculative-eagle-topk above 1", "drafts are one chain", "remove it")
+    if server_args.speculative_adaptive:
+        refuse("--speculative-adaptive", "the draft length is fixed", "remove it")
+    if (server_args.speculative_accept_threshold_single, server_args.speculative_accept_threshold_acc) != (1, 1):
+        refuse(
+            "--speculative-accept-threshold-single/-acc below 1",
+            "it changes the output distribution",
+            "remove it",
+        )
+    if server_args.disaggregation_mode != "null":
+        refuse(
+            f"--disaggregation-mode {server_args.disaggregation_mode}",
+            "the sparse selection is not transferred",
+            "serve without disaggregation",
+        )
+    if view.enable_dp_attention:
+        refuse("--enable-dp-attention", "draft steps are not padded across ranks", "use --dp-size replicas")
+    if server_args.pp_size != 1:
+        refuse("--pp-size above 1", "SGLang has no pipelined speculation", "use --tp-size")
+    if view.dcp_size != 1 or server_args.attn_cp_size != 1:
+        refuse("context parallelism (--dcp-size, --attn-cp-size)", "selection needs whole heads", "use --tp-size")
+    if server_args.enable_lora or server_args.lora_paths:
+        refuse("--enable-lora", "SGLang supports LoRA with NGRAM speculation only", "merge the adapter")
+    if server_args.enable_two_batch_overlap:
+        refuse("--enable-two-batch-overlap", "draft steps are not split", "remove it")
+    if server_args.enable_pdmux:
+        refuse("--enable-pdmux", "one attention backend is shared by all streams", "remove it")
+    if server_args.enable_hisparse:
+        refuse("--enable-hisparse", "two sparse KV schemes exclude each other", "remove one of them")
+    if server_args.dllm_algorithm is not None:
+        refuse("--dllm-algorithm", "diffusion models do not draft chains", "remove it")
+    if server_args.enable_torch_compile:
+        refuse("--enable-torch-compile", "draft graphs are captured without it", "remove it")
+    if server_args.is_embedding:
+        refuse("--is-embedding", "there is nothing to decode", "remove --speculative-algorithm")
+    if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+        refuse(
+            f"--kv-cache-dtype {server_args.kv_cache_dtype}",
+            "the kernels read 16 and 32 bit caches only so far",
+            "use --kv-cache-dtype auto",
+        )
+    if view.page_size not in (None, 1):
+        refuse(
+            f"--page-size {view.page_size}",
+            "the sparse page table addresses single tokens",
+            "use --page-size 1",
+        )
+    if server_args.tokenizer_worker_num > 1:
+        refuse(
+            "--tokenizer-worker-num above 1",
+            "SGLang does not load plugins in its tokenizer workers",
+            "use one tokenizer worker",
+        )
+    _validate_draft_length(server_args, config)
+    _validate_model(server_args)
+
+
+def _validate_draft_length(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    steps, tokens = server_args.speculative_num_steps, server_args.speculative_num_draft_tokens
+    if steps is not None and steps < 1:
+        raise ValueError(f"--speculative-num-steps must be at least 1, got {steps}; 8 is the default.")
+    if tokens is not None and tokens < 2:
+        raise ValueError(
+            f"--speculative-num-draft-tokens must be at least 2 (one draft and the token before it), got "
+            f"{tokens}; 9 is the default."
+        )
+    if steps is not None and tokens is not None and tokens != steps + 1:
+        raise ValueError(
+            f"--speculative-num-draft-tokens {tokens} must be --speculative-num-steps {steps} plus 1 "
+            "(drafts are one chain, verified together with the token before it); give one of the two."
+        )
+    window = draft_steps(server_args) + 1
+    if config.min_budget < window:
+        raise ValueError(
+            f"--sparsespec-min-budget {config.min_budget} must be at least the verify window of {window} "
+            f"tokens; use --sparsespec-min-budget {max(128, window)} or fewer --speculative-num-steps."
+        )
+
+
+def _validate_model(server_args: ServerArgs) -> None:
+    from sglang.srt.configs.model_config import AttentionArch
+
+    model = server_args.get_model_config()
+    remedy = "serve it without --speculative-algorithm"
+
+    def refuse(what: str) -> None:
+        raise ValueError(
+            f"--model-path {server_args.model_path}: {what} not supported by {ALGORITHM}; {remedy}, or choose "
+            "a model with plain grouped-query attention."
+        )
+
+    if model.attention_arch == AttentionArch.MLA:
+        refuse("multi-head latent attention (MLA) is")
+    if model.is_hybrid_swa or getattr(model.hf_text_config, "use_sliding_window", False):
+        refuse("sliding-window layers are")
+    if model.is_encoder_decoder:
+        refuse("encoder-decoder models are")
+    if model.is_multimodal:
+        refuse("multimodal models are")
+    from sglang.srt.configs.hybrid_arch import linear_attn_model_spec, mamba2_config
+
+    if mamba2_config(model) is not None or linear_attn_model_spec(model) is not None:
+        refuse("models with recurrent layers are")
+
+
+def draft_steps(server_args: Any) -> int:
+    """k, the number of tokens drafted per round."""
+    if server_args.speculative_num_steps is not None:
+        return server_args.speculative_num_steps
+    if server_args.speculative_num_draft_tokens is not None:
+        return server_args.speculative_num_draft_tokens - 1
+    return DEFAULT_NUM_DRAFT_STEPS
+
+
+# ---------------------------------------------------------------------- resolution
+
+
+def resolve_server_args(server_args: ServerArgs) -> None:
+    """Fill in what SPARSESPEC needs, in place; every change of a user's flag is logged."""
+    steps = draft_steps(server_args)
+    server_args.speculative_num_steps = steps
+    server_args.speculative_num_draft_tokens = steps + 1
+    server_args.speculative_eagle_topk = 1
+    if server_args.max_running_requests is None:
+        server_args.max_running_requests = DEFAULT_MAX_RUNNING_REQUESTS if server_args.device == "cuda" else 16
+        logger.info(
+            "--max-running-requests is %d with %s unless given.", server_args.max_running_requests, ALGORITHM
+        )
+    if server_args.enable_mixed_chunk:
+        # SGLang asserts this for every speculative algorithm (check_server_args).
+        server_args.enable_mixed_chunk = False
+        logger.warning("--enable-mixed-chunk is turned off: SGLang has no mixed chunks with speculation.")
+    config = get_config(server_args)
+    if config.base_attention_backend is None:
+        base = "flashinfer" if server_args.device == "cuda" else "torch_native"
+        config = dataclasses.replace(config, base_attention_backend=base)
+        object.__setattr__(server_args, _ATTRIBUTE, config)
+    if server_args.device == "cpu":
+        _resolve_cpu(server_args)
+    _resolve_prefill_graph(server_args)
+
+
+def _resolve_cpu(server_args: ServerArgs) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    # There are no graphs on CPU without torch.compile; SGLang 0.5.17 stops at prefill graph
+    # capture unless they are disabled.
+    server_args.disable_cuda_graph = True
+    server_args.cuda_graph_config.decode.backend = Backend.DISABLED
+    server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
+    os.environ[CPU_BRIDGE_ENV] = "1"  # inherited by the scheduler process
+    install_cpu_bridge()
+
+
+def _resolve_prefill_graph(server_args: ServerArgs) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    if server_args.cuda_graph_config.prefill.backend != Backend.DISABLED:
+        # The prefill graph would capture attention with the base backend's metadata and
+        # skip the scores of the prompt's last queries.
+        server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
+        logger.info("Prefill CUDA graphs are off with %s (decode and draft graphs stay on).", ALGORITHM)

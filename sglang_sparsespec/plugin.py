@@ -1,0 +1,119 @@
+"""Entry point of the plugin (group ``sglang.srt.plugins``).
+
+SGLang loads every installed plugin at the start of each of its processes and only
+logs a plugin that raises (``sglang/srt/plugins/__init__.py``). A server that was
+asked for SPARSESPEC must not come up without it, so failures are made loud here:
+
+- the process was started with SPARSESPEC on its command line: one sentence on
+  stderr and exit status 1 (``SystemExit`` is not an ``Exception``, so SGLang's
+  ``except Exception`` lets it through);
+- otherwise (``sglang.Engine(...)``, or SPARSESPEC not wanted): the algorithm is
+  registered as unavailable, and selecting it raises the same sentence.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+from sglang_sparsespec import ALGORITHM, SGLANG_VERSION
+
+logger = logging.getLogger(__name__)
+
+
+class PluginUnavailableError(RuntimeError):
+    """The plugin cannot work in this environment; the message names the remedy."""
+
+
+def check_environment() -> None:
+    """Check the versions and libraries that the plugin needs.
+
+    Raises:
+        PluginUnavailableError: wrong SGLang version, or CUDA without FlashInfer.
+    """
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        found = version("sglang")
+    except PackageNotFoundError:
+        # A source tree on PYTHONPATH without metadata: ask the package itself.
+        import sglang
+
+        found = getattr(sglang, "__version__", "unknown")
+    if found != SGLANG_VERSION:
+        raise PluginUnavailableError(
+            f"sglang-sparsespec needs sglang=={SGLANG_VERSION}, but sglang {found} is installed; "
+            f"run `pip install sglang=={SGLANG_VERSION}`, or install the sglang-sparsespec release "
+            f"made for sglang {found}."
+        )
+    import torch
+
+    if torch.version.cuda is not None and torch.cuda.is_available():
+        from importlib.util import find_spec
+
+        if find_spec("flashinfer") is None:
+            raise PluginUnavailableError(
+                "sglang-sparsespec needs FlashInfer on CUDA, but it is not installed; "
+                "run `pip install flashinfer-python==0.6.15.post1`."
+            )
+
+
+def asked_for_on_command_line(argv: list[str]) -> bool:
+    """Whether ``argv`` selects SPARSESPEC (``--speculative-algorithm X`` or ``=X``)."""
+    for i, arg in enumerate(argv):
+        name, _, value = arg.partition("=")
+        if name in ("--speculative-algorithm", "--speculative-algo"):
+            value = value or (argv[i + 1] if i + 1 < len(argv) else "")
+            if value.upper() == ALGORITHM:
+                return True
+    return False
+
+
+def register() -> None:
+    """Register the algorithm, the attention backend, the flags and the hooks.
+
+    Called once per SGLang process by ``sglang.srt.plugins.load_plugins``; the hooks
+    are applied by SGLang right after all plugins ran.
+
+    Raises:
+        SystemExit: the plugin is unavailable and SPARSESPEC is on the command line.
+    """
+    try:
+        check_environment()
+        from sglang_sparsespec.attention_backend.backend import register_backend
+        from sglang_sparsespec.config import register_flags
+        from sglang_sparsespec.scheduler_patch.hooks import register_hooks
+        from sglang_sparsespec.algorithm import register_algorithm
+
+        register_algorithm()
+        register_backend()
+        register_flags()
+        register_hooks()
+    except Exception as error:
+        reason = str(error) if isinstance(error, PluginUnavailableError) else (
+            f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"
+        )
+        if asked_for_on_command_line(sys.argv):
+            logger.exception("%s", reason)
+            print(reason, file=sys.stderr, flush=True)
+            raise SystemExit(1) from error
+        _register_unavailable(reason)
+        raise
+
+
+def _register_unavailable(reason: str) -> None:
+    """Make ``speculative_algorithm="SPARSESPEC"`` raise ``reason`` in this process."""
+    from sglang.srt.speculative import spec_registry
+
+    def refuse(server_args: object) -> None:
+        raise PluginUnavailableError(reason)
+
+    # The registration may be what failed, or may have succeeded before something
+    # else failed; in the second case its validator is replaced.
+    spec = spec_registry.get_spec(ALGORITHM)
+    if spec is not None:
+        spec.validate_server_args = refuse
+    else:
+        spec_registry.register_algorithm(
+            ALGORITHM, supports_overlap=True, validate_server_args=refuse
+        )(lambda server_args: refuse(server_args))

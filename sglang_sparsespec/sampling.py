@@ -1,0 +1,289 @@
+"""Drafting and acceptance: exact for greedy, seeded and random sampling.
+
+- Greedy rows accept while the draft is the target's argmax.
+- Seeded rows (``--enable-deterministic-inference``): SGLang's sampler is a function of
+  (probabilities, seed, position), so the target's token at each position is known; drafts
+  use the same noise on the draft's probabilities and are accepted while they are equal.
+  The output is the one plain SGLang gives for that seed.
+- Other rows: rejection sampling (Leviathan et al. 2023; Chen et al. 2023): accept draft x
+  with probability min(1, p(x) / q(x)), else sample from max(p - q, 0); after k accepted
+  drafts sample from p. Any draft distribution q keeps the target's distribution.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+
+
+@dataclass(frozen=True)
+class SamplingRows:
+    """Sampling parameters of ``rows`` logits rows, each request's repeated ``repeats`` times.
+
+    Attributes:
+        temperatures: float [rows, 1]; 1 for greedy rows.
+        top_ks: int [rows]; 1 for greedy rows.
+        top_ps, min_ps: float [rows].
+        seeds: int [rows] or None.
+        is_all_greedy, need_top_k, need_top_p, need_min_p: over the whole batch.
+    """
+
+    temperatures: torch.Tensor
+    top_ks: torch.Tensor
+    top_ps: torch.Tensor
+    min_ps: torch.Tensor
+    seeds: torch.Tensor | None
+    is_all_greedy: bool
+    need_top_k: bool
+    need_top_p: bool
+    need_min_p: bool
+
+    @classmethod
+    def of(cls, info: SamplingBatchInfo, repeats: int = 1) -> SamplingRows:
+        """Expand SGLang's per-request parameters to ``repeats`` rows per request."""
+
+        def expand(tensor: torch.Tensor | None) -> Any:
+            if tensor is None or repeats == 1:
+                return tensor
+            return torch.repeat_interleave(tensor, repeats, dim=0)
+
+        return cls(
+            temperatures=expand(info.temperatures),
+            top_ks=expand(info.top_ks),
+            top_ps=expand(info.top_ps),
+            min_ps=expand(info.min_ps),
+            seeds=expand(info.sampling_seed),
+            is_all_greedy=info.is_all_greedy,
+            need_top_k=info.need_top_k_sampling,
+            need_top_p=info.need_top_p_sampling,
+            need_min_p=info.need_min_p_sampling,
+        )
+
+
+def target_probabilities(logits: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    """The distribution that SGLang's sampler draws from, float32 [rows, vocab].
+
+    Same filters in the same order as ``sampler.Sampler``: on CPU
+    ``top_k_top_p_min_p_sampling_from_probs_torch``, on CUDA FlashInfer's joint top-k and
+    top-p, or its chain of renormalisations when min-p is in use.
+
+    Args:
+        logits: [rows, vocab], not changed.
+    """
+    probs = torch.softmax(logits.float() / rows.temperatures, dim=-1)
+    if not (rows.need_top_k or rows.need_top_p or rows.need_min_p):
+        return probs
+    if probs.is_cuda:
+        return _filter_flashinfer(probs, rows)
+    return _filter_torch(probs, rows)
+
+
+def _filter_torch(probs: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    sorted_probs, order = probs.sort(dim=-1, descending=True)
+    mass_before = sorted_probs.cumsum(dim=-1) - sorted_probs
+    rank = torch.arange(probs.shape[-1], device=probs.device)
+    keep = (rank < rows.top_ks.view(-1, 1)) & (mass_before <= rows.top_ps.view(-1, 1))
+    if rows.need_min_p:
+        keep &= sorted_probs >= sorted_probs[:, :1] * rows.min_ps.view(-1, 1)
+    kept = torch.where(keep, sorted_probs, 0.0)
+    kept /= kept.sum(dim=-1, keepdim=True)
+    return torch.zeros_like(probs).scatter_(-1, order, kept)
+
+
+def _filter_flashinfer(probs: torch.Tensor, rows: SamplingRows) -> torch.Tensor:
+    from flashinfer.sampling import top_k_renorm_probs, top_p_renorm_probs
+
+    if rows.need_min_p:
+        probs = top_k_renorm_probs(probs, rows.top_ks)
+        probs = top_p_renorm_probs(probs, rows.top_ps)
+        probs = torch.where(probs >= probs.amax(-1, keepdim=True) * rows.min_ps.view(-1, 1), probs, 0.0)
+    else:
+        # "joint": both filters look at the unfiltered distribution.
+        by_p = top_p_renorm_probs(probs, rows.top_ps) > 0 if rows.need_top_p else True
+        if rows.need_top_k:
+            probs = top_k_renorm_probs(probs, rows.top_ks)
+        if rows.need_top_p:
+            probs = torch.where(by_p, probs, 0.0)
+    return probs / probs.sum(dim=-1, keepdim=True)
+
+
+def make_greedy_rows_exact(probs: torch.Tensor, logits: torch.Tensor, rows: SamplingRows) -> None:
+    """Put all mass of greedy rows (top-k 1) on the argmax, in place, whatever ties exist."""
+    greedy = (rows.top_ks == 1).view(-1, 1)
+    one_hot = torch.zeros_like(probs).scatter_(-1, logits.argmax(dim=-1, keepdim=True), 1.0)
+    torch.where(greedy, one_hot, probs, out=probs)
+
+
+def sample_seeded(logits: torch.Tensor, rows: SamplingRows, positions: torch.Tensor) -> torch.Tensor:
+    """SGLang's seeded sampler: int64 [rows], a function of logits, seed and position.
+
+    Args:
+        logits: [rows, vocab].
+        positions: int64 [rows], position of each row's input token.
+    """
+    from sglang.srt.layers.sampler import (
+        sampling_from_probs_torch,
+        top_k_top_p_min_p_sampling_from_probs_torch,
+    )
+
+    probs = torch.softmax(logits.float() / rows.temperatures, dim=-1)
+    if not (rows.need_top_k or rows.need_top_p or rows.need_min_p):
+        return sampling_from_probs_torch(probs, sampling_seed=rows.seeds, positions=positions).long()
+    return top_k_top_p_min_p_sampling_from_probs_torch(
+        probs, rows.top_ks, rows.top_ps, rows.min_ps, rows.need_min_p, rows.seeds, positions
+    ).long()
+
+
+def sample_draft(
+    logits: torch.Tensor, rows: SamplingRows, positions: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sample one draft token per request.
+
+    Args:
+        logits: [batch, vocab] of a draft step.
+        positions: int64 [batch], position of the step's input token.
+
+    Returns:
+        tokens int64 [batch], and the distribution they were drawn from (float32 [batch,
+        vocab]) where acceptance needs it, else None.
+    """
+    if rows.is_all_greedy:
+        return logits.argmax(dim=-1), None
+    if rows.seeds is not None:
+        return sample_seeded(logits, rows, positions), None
+    probs = target_probabilities(logits, rows)
+    make_greedy_rows_exact(probs, logits, rows)
+    # Exponential race: as torch.multinomial, without its host-side checks.
+    noise = torch.empty_like(probs).exponential_(1.0)
+    return (probs / noise).argmax(dim=-1), probs
+
+
+def accept_matching(candidates: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept drafts while they equal the target's tokens.
+
+    Args:
+        candidates: int64 [batch, W], the last committed token and k drafts.
+        target: int64 [batch, W], the target's token after each of them.
+
+    Returns:
+        tokens int64 [batch, W] whose first ``accept_lens`` are the output, and accept_lens
+        int32 [batch], drafts plus the bonus token (1 to W).
+    """
+    matches = (candidates[:, 1:] == target[:, :-1]).to(torch.int32)
+    return target, matches.cumprod(dim=1).sum(dim=1, dtype=torch.int32) + 1
+
+
+def accept_by_rejection(
+    candidates: torch.Tensor,
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    coins: torch.Tensor,
+    final_coins: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection sampling of one chain per request, in torch.
+
+    Args:
+        candidates: int64 [batch, W].
+        target_probs: float32 [batch, W, vocab].
+        draft_probs: float32 [batch, k, vocab].
+        coins: float32 [batch, k] in [0, 1).
+        final_coins: float32 [batch] in [0, 1), for the token after the accepted drafts.
+
+    Returns:
+        as :func:`accept_matching`.
+    """
+    batch, width = candidates.shape
+    drafts = candidates[:, 1:].unsqueeze(-1)
+    p = target_probs[:, :-1].gather(-1, drafts).squeeze(-1)
+    q = draft_probs.gather(-1, drafts).squeeze(-1)
+    accepted = (coins * q < p).to(torch.int32).cumprod(dim=1).sum(dim=1)
+    row = torch.arange(batch, device=candidates.device)
+    final = target_probs[row, accepted]
+    residual = (final - draft_probs[row, accepted.clamp(max=width - 2)]).clamp(min=0)
+    rejected = accepted < width - 1
+    # p == q up to rounding leaves no residual; then the target itself is the residual.
+    use_residual = rejected & (residual.sum(dim=-1) > 0)
+    final = torch.where(use_residual.unsqueeze(-1), residual, final).double()
+    cdf = final.cumsum(dim=-1)
+    bonus = torch.searchsorted(cdf, (final_coins.double() * cdf[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
+    # Rounding may carry a coin past the last token with mass.
+    last = final.shape[-1] - 1 - (final > 0).flip(-1).to(torch.int8).argmax(dim=-1)
+    bonus = torch.minimum(bonus, last)
+    tokens = torch.cat([candidates[:, 1:], candidates[:, :1]], dim=1)
+    tokens.scatter_(1, accepted.unsqueeze(-1).long(), bonus.unsqueeze(-1))
+    return tokens, accepted.to(torch.int32) + 1
+
+
+def accept_by_rejection_sglang(
+    candidates: torch.Tensor,
+    target_probs: torch.Tensor,
+    draft_probs: torch.Tensor,
+    coins: torch.Tensor,
+    final_coins: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """:func:`accept_by_rejection` by SGLang's Triton kernel (CUDA)."""
+    from sglang.kernels.ops.speculative.reject_sampling import chain_speculative_sampling_triton
+
+    batch, width = candidates.shape
+    device = candidates.device
+    index = torch.arange(batch * width, device=device).view(batch, width)
+    predicts = torch.zeros(batch * width, dtype=torch.int32, device=device)
+    accept_index = torch.full((batch, width), -1, dtype=torch.int32, device=device)
+    accepted = torch.empty(batch, dtype=torch.int32, device=device)
+    unused = torch.full((batch, width), -1, dtype=torch.int64, device=device)
+    chain_speculative_sampling_triton(
+        predicts=predicts,
+        accept_index=accept_index,
+        accept_token_num=accepted,
+        candidates=candidates,
+        retrive_index=index,
+        retrive_next_token=unused,
+        retrive_next_sibling=unused,
+        uniform_samples=coins,
+        uniform_samples_for_final_sampling=final_coins,
+        target_probs=target_probs,
+        draft_probs=draft_probs,
+        threshold_single=1.0,
+        threshold_acc=1.0,
+        deterministic=True,
+    )
+    return predicts.view(batch, width).long(), accepted + 1
+
+
+def accept(
+    candidates: torch.Tensor,
+    logits: torch.Tensor,
+    info: SamplingBatchInfo,
+    positions: torch.Tensor,
+    draft_probs: torch.Tensor | None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Accept drafts of a verified window.
+
+    Args:
+        candidates: int64 [batch, W].
+        logits: [batch * W, vocab] of the verification, after biases and masks.
+        info: SGLang's sampling parameters of the batch.
+        positions: int64 [batch * W].
+        draft_probs: float32 [batch, k, vocab] from :func:`sample_draft`, or None if it gave none.
+
+    Returns:
+        as :func:`accept_matching`.
+    """
+    batch, width = candidates.shape
+    if info.is_all_greedy:
+        return accept_matching(candidates, logits.argmax(dim=-1).view(batch, width))
+    rows = SamplingRows.of(info, repeats=width)
+    if rows.seeds is not None:
+        return accept_matching(candidates, sample_seeded(logits, rows, positions).view(batch, width))
+    assert draft_probs is not None
+    probs = target_probabilities(logits, rows)
+    make_greedy_rows_exact(probs, logits, rows)
+    coins = torch.rand((batch, width - 1), device=probs.device)
+    final_coins = torch.rand((batch,), device=probs.device)
+    rule = accept_by_rejection_sglang if probs.is_cuda else accept_by_rejection
+    return rule(candidates, probs.view(batch, width, -1), draft_probs, coins, final_coins)

@@ -1,0 +1,275 @@
+"""The speculative worker: one round is k sparse draft forwards and one full verification.
+
+Follows SGLang's spec-V2 schema (``BaseSpecWorker``; ``ngram_worker.py`` and
+``eagle_worker_v2.py`` are the models): committed lengths and the token to draft from are
+relayed on the device, and the scheduler reads what was accepted one iteration late.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.managers.utils import GenerationBatchResult
+from sglang.srt.model_executor.forward_batch_info import (
+    CaptureHiddenMode,
+    ForwardBatch,
+    ForwardMode,
+)
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
+from sglang.srt.speculative.spec_utils import (
+    GrammarTree,
+    build_grammar_vocab_mask,
+    record_stream_each,
+    record_stream_for_v2_verify,
+)
+
+from sglang_sparsespec import sampling
+from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
+from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.tp_worker import TpModelWorker
+    from sglang.srt.server_args import ServerArgs
+
+logger = logging.getLogger(__name__)
+
+
+class SparseSpecWorker(BaseSpecWorker):
+    """Self-speculation with the target model.
+
+    Raises:
+        RuntimeError: the plugin's hooks are not all in force in this process.
+    """
+
+    def __init__(
+        self,
+        server_args: ServerArgs,
+        gpu_id: int,
+        ps: Any,
+        nccl_port: int,
+        target_worker: TpModelWorker,
+    ) -> None:
+        super().__init__()
+        assert_hooks_applied()
+        self.server_args = server_args
+        self._target_worker = target_worker
+        self.model_runner = target_worker.model_runner
+        self.device = server_args.device
+        self.num_steps: int = server_args.speculative_num_steps
+        self.window: int = server_args.speculative_num_draft_tokens
+        self.speculative_num_draft_tokens = self.window
+        self.speculative_num_steps = self.num_steps
+        self._window_offsets = torch.arange(self.window, device=self.device)
+
+    # ------------------------------------------------------------ worker interface
+
+    @property
+    def draft_worker(self) -> None:
+        """None: the target drafts for itself."""
+        return None
+
+    @property
+    def attn_backend(self) -> SparseSpecAttnBackend:
+        """The backend of the target's model runner."""
+        return self.model_runner.attn_backend
+
+    def clear_cache_pool(self) -> None:
+        """Nothing to clear: selections are rewritten by the next prefill of their row."""
+
+    def update_weights_from_disk(self, recv_req: Any) -> tuple[bool, str]:
+        """The target's weights are the draft's; SGLang has updated them already."""
+        return True, "Succeeded to update model weights."
+
+    def update_weights_from_ipc(self, recv_req: Any) -> tuple[bool, str]:
+        """See :meth:`update_weights_from_disk`."""
+        return True, "Succeeded to update model weights."
+
+    def update_weights_from_tensor(self, recv_req: Any) -> Any:
+        """SGLang calls the speculative worker instead of the target here."""
+        return self.target_worker.update_weights_from_tensor(recv_req)
+
+    def forward_batch_generation(
+        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None = None
+    ) -> GenerationBatchResult:
+        """Run a prefill batch, or one round of a decode batch.
+
+        Args:
+            batch: SGLang's batch; edits are rolled back by the scheduler.
+            on_publish: to be called with the new committed lengths (int64 [batch]) as soon
+                as they exist on the device (overlap scheduling).
+        """
+        if batch.forward_mode.is_decode():
+            return self._round(batch, on_publish)
+        return self._prefill(batch, on_publish)
+
+    def _prefill(
+        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+    ) -> GenerationBatchResult:
+        result = self.target_worker.forward_batch_generation(batch)
+        new_seq_lens = batch.seq_lens.clone()
+        if on_publish is not None:
+            on_publish(new_seq_lens)
+        result.accept_lens = torch.ones(len(batch.seq_lens), dtype=torch.int32, device=self.device)
+        result.new_seq_lens = new_seq_lens
+        result.speculative_num_draft_tokens = self.window
+        result.next_draft_input = SparseSpecDraftInput(result.next_token_ids.long(), new_seq_lens)
+        return result
+
+    # ----------------------------------------------------------------------- round
+
+    def _round(
+        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+    ) -> GenerationBatchResult:
+        stream = torch.get_device_module(self.device).current_stream()
+        record_stream_for_v2_verify(batch, None, stream)
+        draft_input: SparseSpecDraftInput = batch.spec_info
+        seq_lens = batch.seq_lens
+        positions = seq_lens.unsqueeze(1) + self._window_offsets
+        # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
+        # request), in position order.
+        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
+        candidates, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        record_stream_each((positions, slots, candidates, draft_probs), stream)
+
+        grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
+        logits_output, can_run_graph = self._verify(batch, candidates, positions, slots)
+        logits = logits_output.next_token_logits
+        self._apply_bias_and_grammar(batch, logits, grammar_tree)
+        tokens, accept_lens = sampling.accept(
+            candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
+        )
+        tokens, accept_lens = self._same_on_all_ranks(tokens, accept_lens, batch)
+        new_seq_lens = seq_lens + accept_lens
+        if on_publish is not None:
+            on_publish(new_seq_lens)
+        bonus = tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1)
+        if batch.return_logprob:
+            self._compute_logprobs(batch, logits_output, tokens)
+        return GenerationBatchResult(
+            logits_output=logits_output,
+            next_token_ids=tokens.flatten(),
+            can_run_cuda_graph=can_run_graph,
+            accept_lens=accept_lens,
+            new_seq_lens=new_seq_lens,
+            next_draft_input=SparseSpecDraftInput(bonus, new_seq_lens),
+            speculative_num_draft_tokens=self.window,
+        )
+
+    def _draft(
+        self,
+        batch: ScheduleBatch,
+        bonus_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft k tokens per request with sparse attention.
+
+        Args:
+            bonus_tokens: int64 [batch]. positions, slots: int64 [batch, W].
+
+        Returns:
+            candidates int64 [batch, W], and the drafts' distributions float32 [batch, k,
+            vocab] where acceptance needs them.
+        """
+        backend = self.attn_backend
+        rows = sampling.SamplingRows.of(batch.sampling_info)
+        tokens = [bonus_tokens.long()]
+        probs: list[torch.Tensor] = []
+        forward_batch = self._draft_forward_batch(batch, tokens[0], positions, slots)
+        # The model is called directly: ModelRunner.forward would replay the verify graph for
+        # a DECODE batch, and leave an event that lets the scheduler write to req_to_token
+        # before verification has read it (war_fastpath_read_done_event).
+        with forward_context(ForwardContext(attn_backend=backend)):
+            for step in range(self.num_steps):
+                backend.draft_step = step
+                forward_batch.input_ids = tokens[-1]
+                forward_batch.positions = positions[:, step].contiguous()
+                forward_batch.seq_lens = positions[:, step] + 1
+                forward_batch.out_cache_loc = slots[:, step].contiguous()
+                output = self.model_runner.model.forward(
+                    forward_batch.input_ids, forward_batch.positions, forward_batch
+                )
+                token, prob = sampling.sample_draft(
+                    output.next_token_logits, rows, forward_batch.positions
+                )
+                tokens.append(token)
+                if prob is not None:
+                    probs.append(prob)
+        return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
+
+    def _draft_forward_batch(
+        self, batch: ScheduleBatch, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
+    ) -> ForwardBatch:
+        """A DECODE batch for the model; lengths there include the current token."""
+        return ForwardBatch(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=len(batch.seq_lens),
+            input_ids=input_ids,
+            req_pool_indices=batch.req_pool_indices,
+            seq_lens=positions[:, 0] + 1,
+            seq_lens_sum=None,
+            out_cache_loc=slots[:, 0],
+            positions=positions[:, 0],
+            return_logprob=False,
+            spec_algorithm=batch.spec_algorithm,
+            spec_info=batch.spec_info,
+            capture_hidden_mode=CaptureHiddenMode.NULL,
+            global_forward_mode=ForwardMode.DECODE,
+        )
+
+    def _verify(
+        self,
+        batch: ScheduleBatch,
+        candidates: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+    ) -> tuple[Any, bool]:
+        """Run the target on the window with full attention; drafts' KV is rewritten."""
+        batch.forward_mode = ForwardMode.TARGET_VERIFY
+        batch.input_ids = candidates.flatten()
+        batch.out_cache_loc = slots.flatten()
+        batch.spec_info = SparseSpecVerifyInput(self.window, positions.flatten())
+        result = self.target_worker.forward_batch_generation(batch, is_verify=True)
+        return result.logits_output, result.can_run_cuda_graph
+
+    def _apply_bias_and_grammar(
+        self, batch: ScheduleBatch, logits: torch.Tensor, grammar_tree: GrammarTree | None
+    ) -> None:
+        """Apply logit biases and grammar masks to the verification's logits, in place.
+
+        Penalties are refused at the request (``scheduler_patch.hooks``).
+        """
+        info = batch.sampling_info
+        if info.logit_bias is not None:
+            logits.add_(torch.repeat_interleave(info.logit_bias, self.window, dim=0))
+        if grammar_tree is not None:
+            mask = build_grammar_vocab_mask(
+                reqs=batch.reqs, tree=grammar_tree, sampling_info=info, device=logits.device, barrier=None
+            )
+            if mask is not None:
+                mask.apply(logits)
+
+    def _same_on_all_ranks(
+        self, tokens: torch.Tensor, accept_lens: torch.Tensor, batch: ScheduleBatch
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Random coins differ between tensor-parallel ranks; rank 0 decides."""
+        from sglang.srt.distributed import get_tp_group
+
+        group = get_tp_group()
+        if group.world_size > 1 and not batch.sampling_info.is_all_greedy:
+            tokens = group.broadcast(tokens.contiguous(), src=0)
+            accept_lens = group.broadcast(accept_lens, src=0)
+        return tokens, accept_lens
+
+    def _compute_logprobs(self, batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:
+        from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
+
+        # A chain's accepted tokens are its first ones, so every row is its own index.
+        index = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
+        compute_spec_v2_logprobs(batch, logits_output, tokens.flatten(), index, self.num_steps)

@@ -1,0 +1,487 @@
+"""The Triton kernels against the torch oracle.
+
+On a machine without a GPU the kernels run in Triton's interpreter, in one child process (``TRITON_INTERPRET`` must be set
+before Triton is imported, and would slow down or break other tests of this process).  The child runs every CPU case and
+reports one JSON line per case; each case is then one test here.  The same checks run on CUDA with bf16 and larger sizes
+under the ``gpu`` mark.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import traceback
+from dataclasses import asdict, dataclass, field
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+gpu_only = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not HAS_CUDA, reason="no CUDA GPU: the interpreter cases below cover the same code on the CPU"),
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One random problem.  lens: committed lengths L, 0 for a padding row; budget: entries selected at most."""
+
+    kernel: str
+    g: int
+    d: int
+    lens: tuple[int, ...]
+    hkv: int = 2
+    window: int = 3
+    budget: int = 12
+    splits: float = 1.0
+    score_dtype: str = "float32"
+    block_n: int = 16
+    values: str = "normal"
+    tag: str = field(default="")
+
+    @property
+    def name(self) -> str:
+        lens = "-".join(str(x) for x in self.lens) if len(self.lens) < 6 else f"b{len(self.lens)}"
+        return (
+            f"{self.kernel}-g{self.g}-d{self.d}-w{self.window}-{lens}-s{self.splits:g}-{self.score_dtype}"
+            f"-{self.values}{self.tag}"
+        )
+
+
+RAGGED = (37, 0, 5, 64)
+
+CPU_CASES = [
+    Case("draft", g=1, d=64, lens=RAGGED, splits=0.01),
+    Case("draft", g=4, d=128, lens=RAGGED, splits=100),
+    Case("draft", g=6, d=64, lens=(40, 0, 9), splits=100, hkv=1),
+    Case("draft", g=16, d=64, lens=(33, 2), splits=0.01, hkv=1),
+    Case("draft", g=4, d=64, lens=(300,), budget=120, splits=100, block_n=32),
+    Case("verify", g=1, d=64, lens=RAGGED, splits=0.01),
+    Case("verify", g=4, d=128, lens=(37, 0, 5), splits=100),
+    Case("verify", g=6, d=64, lens=(40, 1), window=9, splits=100, hkv=1),
+    Case("verify", g=16, d=64, lens=(33, 2), window=9, splits=0.01, hkv=1),
+    Case("verify", g=4, d=64, lens=(50, 3), splits=100, score_dtype="bfloat16", hkv=1),
+    Case("exact", g=4, d=64, lens=(37, 0, 5), splits=100),
+    Case("exact", g=1, d=128, lens=(33,), splits=0.01, hkv=1),
+    Case("prefill", g=4, d=64, lens=(37, 2, 70), splits=100),
+    Case("prefill", g=6, d=128, lens=(20, 1), splits=0.01, hkv=1),
+    Case("select", g=1, d=64, lens=(37, 0, 5, 600), budget=40),
+    Case("select", g=1, d=64, lens=(300, 41), budget=40, values="ties"),
+    Case("select", g=1, d=64, lens=(530, 20), budget=100, score_dtype="bfloat16", values="prob"),
+    Case("select", g=1, d=64, lens=(300, 12), budget=100, score_dtype="float16", values="signed"),
+    Case("select", g=1, d=64, lens=(257, 300), budget=1, score_dtype="bfloat16", values="ties"),
+    Case("indices", g=4, d=64, lens=(37, 0, 5, 64), budget=20),
+]
+
+LONG = (1000, 0, 17, 4096, 8191, 333, 2049)
+GPU_CASES = [
+    *[Case("draft", g=g, d=d, lens=LONG, budget=300, window=9, splits=s, hkv=h, block_n=0)
+      for g, d, h, s in [(1, 128, 8, 6), (4, 128, 8, 6), (6, 128, 2, 6), (7, 64, 2, 6), (16, 128, 1, 6), (4, 128, 8, 0.01)]],
+    Case("draft", g=4, d=128, lens=(8192,) * 64, budget=410, window=9, splits=6, hkv=8, block_n=0),
+    Case("draft", g=4, d=128, lens=(32768,), budget=1639, window=9, splits=6, hkv=8, block_n=0),
+    *[Case("verify", g=g, d=d, lens=LONG, window=w, splits=s, hkv=h, block_n=0)
+      for g, d, h, w, s in [(1, 128, 4, 9, 4), (2, 64, 4, 9, 4), (4, 128, 8, 9, 4), (6, 128, 2, 9, 4), (7, 64, 2, 9, 4),
+                            (8, 128, 4, 9, 4), (16, 128, 1, 9, 4), (4, 128, 8, 17, 4), (4, 128, 8, 9, 0.01),
+                            (4, 128, 2, 1, 4)]],
+    Case("verify", g=4, d=128, lens=(8192,) * 40, window=9, splits=4, hkv=8, score_dtype="bfloat16", block_n=0),
+    Case("exact", g=4, d=128, lens=LONG, window=9, splits=4, hkv=8, block_n=0),
+    Case("exact", g=6, d=128, lens=LONG, window=9, splits=0.01, hkv=2, block_n=0),
+    Case("prefill", g=4, d=128, lens=(1000, 3, 17, 4096), window=9, splits=4, hkv=8, block_n=0),
+    Case("prefill", g=7, d=64, lens=(1000, 3, 17, 4096), window=9, splits=0.01, hkv=2, block_n=0),
+    *[Case("select", g=1, d=64, lens=LONG, budget=300, hkv=8, score_dtype=t, values=v)
+      for t, v in [("float32", "prob"), ("bfloat16", "prob"), ("bfloat16", "ties"), ("float16", "signed"),
+                   ("float32", "ties")]],
+    Case("select", g=1, d=64, lens=(32768,) * 16, budget=1639, hkv=8, score_dtype="bfloat16", values="prob"),
+    Case("indices", g=4, d=128, lens=LONG, budget=300, hkv=8),
+]
+
+
+class Problem:
+    """Random inputs of a case: every KV slot that no request owns is NaN, unused list entries are poison."""
+
+    def __init__(self, case: Case, device: str, dtype: torch.dtype, seed: int = 0) -> None:
+        gen = torch.Generator().manual_seed(seed)
+        self.case, self.device, self.dtype = case, device, dtype
+        batch, w, hkv, d = len(case.lens), case.window, case.hkv, case.d
+        self.batch, self.hq, self.scaling = batch, hkv * case.g, d**-0.5
+        self.lens = torch.tensor(case.lens, dtype=torch.int64)
+        context = max(case.lens) + 2 * w
+        num_rows = batch + 3
+        self.rows = torch.randperm(num_rows - 1, generator=gen)[:batch] + 1
+        self.rows[self.lens == 0] = 0  # SGLang pads with row 0
+        slots = num_rows * context + 1
+        perm = torch.randperm(slots - 1, generator=gen) + 1
+        req_to_token = perm[: num_rows * context].view(num_rows, context).to(torch.int32)
+        req_to_token[0] = 0
+        shape = (slots, hkv, d)
+        k, v = torch.randn(shape, generator=gen), torch.randn(shape, generator=gen)
+        owned = torch.zeros(slots, dtype=torch.bool)
+        owned[0] = True
+        for row, length in zip(self.rows.tolist(), case.lens, strict=True):
+            owned[req_to_token[row, : length + w].long()] = True
+        k[~owned] = float("nan")
+        v[~owned] = float("nan")
+        # A draft step may be anywhere in the round: 1 to W tokens after L (further only after a fully accepted round).
+        extra = torch.randint(1, w + 1, (batch,), generator=gen)
+        self.draft_lens = torch.where(self.lens > 0, self.lens + extra, 0)
+        capacity = max(case.budget, 1)
+        positions = torch.full((num_rows, hkv, capacity), 1 << 30, dtype=torch.int32)
+        self.counts = torch.clamp(self.lens, max=case.budget)
+        num_selected = torch.zeros(num_rows, dtype=torch.int32)
+        tail_start = torch.zeros(num_rows, dtype=torch.int32)
+        for b, row in enumerate(self.rows.tolist()):
+            n, length = int(self.counts[b]), int(self.lens[b])
+            for h in range(hkv):
+                chosen = torch.randperm(length, generator=gen)[:n].sort().values
+                positions[row, h, :n] = chosen.to(torch.int32)
+            num_selected[row], tail_start[row] = n, length
+        self.k, self.v = k.to(device, dtype), v.to(device, dtype)
+        self.positions, self.num_selected = positions.to(device), num_selected.to(device)
+        self.tail_start, self.req_to_token = tail_start.to(device), req_to_token.to(device)
+        # SGLang passes int64 lengths and row indices; int32 must work too (seed picks).
+        index = torch.int32 if seed % 2 else torch.int64
+        self.rows, self.lens = self.rows.to(device, index), self.lens.to(device, index)
+        self.draft_lens, self.counts = self.draft_lens.to(device, index), self.counts.to(device, torch.int32)
+        self.q1 = torch.randn(batch, self.hq, d, generator=gen).to(device, dtype)
+        # Larger queries make peaked rows, so that scores differ.
+        self.qw = (2 * torch.randn(batch * w, self.hq, d, generator=gen)).to(device, dtype)
+        self.gen = gen
+
+    def poison(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.full(shape, float("nan"), dtype=dtype, device=self.device)
+
+
+def make_kernels(case: Case, p: Problem):
+    from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
+    from sglang_sparsespec.attention_backend.triton_draft import DraftConfig
+    from sglang_sparsespec.attention_backend.triton_select import SelectConfig
+    from sglang_sparsespec.attention_backend.triton_verify import VerifyConfig
+
+    small = case.block_n > 0  # interpreter sizes
+    draft = DraftConfig(block_n=16, min_chunk=16) if small else DraftConfig()
+    verify = VerifyConfig(block_n=case.block_n, min_chunk=16) if small else VerifyConfig()
+    draft.target = verify.target = case.splits
+    select = SelectConfig(block=256, num_warps=4) if small else SelectConfig()
+    return CudaPillarKernels(
+        max_batch=p.batch,
+        num_q_heads=p.hq,
+        num_kv_heads=case.hkv,
+        head_dim=case.d,
+        window=case.window,
+        capacity=p.positions.shape[2],
+        max_context=p.req_to_token.shape[1],
+        device=p.device,
+        draft_config=draft,
+        verify_config=verify,
+        select_config=select,
+    )
+
+
+def rel_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||; NaN stays NaN and fails every comparison."""
+    out, ref = out.double().cpu(), ref.double().cpu()
+    return float((out - ref).norm() / ref.norm().clamp(min=1e-30))
+
+
+def tolerance(dtype: torch.dtype) -> float:
+    return 1e-5 if dtype == torch.float32 else 1e-2
+
+
+def upcast(p: Problem) -> tuple[torch.Tensor, torch.Tensor]:
+    return p.k.float(), p.v.float()
+
+
+def check_draft(case: Case, p: Problem, kernels) -> None:
+    from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+    args = (p.positions, p.num_selected, p.tail_start, p.req_to_token, p.rows, p.draft_lens, p.scaling)
+    ref = torch.zeros(p.q1.shape, device=p.device)
+    ref_lse = torch.zeros(p.batch, p.hq, device=p.device)
+    TorchPillarKernels().draft_attention(p.q1.float(), *upcast(p), *args, ref, ref_lse)
+    real = p.draft_lens > 0
+    for with_lse in (True, False):
+        out = p.poison(*p.q1.shape, dtype=p.dtype)
+        lse = p.poison(p.batch, p.hq, dtype=torch.float32) if with_lse else None
+        kernels.draft_attention(p.q1, p.k, p.v, *args, out, lse)
+        assert rel_error(out, ref) < tolerance(p.dtype)
+        assert (out[~real] == 0).all(), "a padding row is not zero"
+        per_row = (out.float() - ref).flatten(1).norm(dim=1)[real] / ref.flatten(1).norm(dim=1)[real]
+        assert per_row.max() < 2 * tolerance(p.dtype)
+        if lse is not None:
+            assert (lse[real] - ref_lse[real]).abs().max() < (1e-4 if p.dtype == torch.float32 else 2e-2)
+
+
+def reference_scores(
+    p: Problem, hint: torch.Tensor | None
+) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Window attention in float32: outputs, per-request scores [Hkv, L], and the rows' true LSE [B, W, Hq]."""
+    from sglang_sparsespec.attention_backend.torch_kernels import _probabilities, _weighted_values
+
+    w = p.case.window
+    outs, scores = [], []
+    lses = torch.zeros(p.batch, w, p.hq, device=p.device)
+    for b, (row, length) in enumerate(zip(p.rows.tolist(), p.lens.tolist(), strict=True)):
+        slots = p.req_to_token[row, : length + w].long()
+        pos = torch.arange(length + w, device=p.device)
+        mask = pos[None, :] <= pos[length:, None]
+        prob, lse = _probabilities(p.qw[b * w : (b + 1) * w].float(), p.k[slots].float(), p.scaling, mask)
+        outs.append(_weighted_values(prob, p.v[slots].float()))
+        lses[b] = lse.permute(2, 0, 1).reshape(w, p.hq)
+        if hint is not None:
+            hint_b = hint[b].view(w, p.case.hkv, p.case.g).permute(1, 2, 0)
+            prob = prob * torch.exp(lse - hint_b).unsqueeze(-1)
+        scores.append(prob[..., :length].mean(dim=(1, 2)))
+    return torch.cat(outs), scores, lses
+
+
+def compare_scores(p: Problem, scores: torch.Tensor, ref: list[torch.Tensor]) -> None:
+    limit = max(tolerance(p.dtype), 0.0 if scores.dtype == torch.float32 else 4e-3)
+    for b, length in enumerate(p.lens.tolist()):
+        if length:
+            assert rel_error(scores[b, :, :length], ref[b]) < limit, f"request {b}"
+
+
+def check_verify(case: Case, p: Problem, kernels) -> None:
+    w, max_len = case.window, p.req_to_token.shape[1] + 5
+    score_dtype = getattr(torch, case.score_dtype)
+    args = (p.req_to_token, p.rows, p.lens, w, p.scaling)
+    _, _, lse = reference_scores(p, None)
+    # A hint as draft steps give it: near the truth, usually below it.
+    hint = lse + 0.3 * torch.randn(lse.shape, generator=p.gen).to(p.device) - 0.2
+    ref, ref_scores, _ = reference_scores(p, hint)
+    scores = p.poison(p.batch, case.hkv, max_len, dtype=score_dtype)
+    out = p.poison(*p.qw.shape, dtype=p.dtype)
+    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, hint)
+    assert rel_error(out, ref) < tolerance(p.dtype)
+    assert torch.isfinite(out).all()
+    compare_scores(p, scores, ref_scores)
+    for b, length in enumerate(p.lens.tolist()):
+        assert torch.isnan(scores[b, :, length:]).all(), "scores beyond the window start were written"
+    # A useless hint must not disturb the attention itself.
+    out = p.poison(*p.qw.shape, dtype=p.dtype)
+    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, torch.full_like(hint, -1e4))
+    assert rel_error(out, ref) < tolerance(p.dtype)
+    assert torch.isfinite(torch.cat([scores[b, :, :n].flatten() for b, n in enumerate(p.lens.tolist())])).all()
+
+
+def check_exact(case: Case, p: Problem, kernels) -> None:
+    w, max_len = case.window, p.req_to_token.shape[1]
+    args = (p.req_to_token, p.rows, p.lens, w, p.scaling)
+    ref, ref_scores, _ = reference_scores(p, None)
+    scores = p.poison(p.batch, case.hkv, max_len, dtype=getattr(torch, case.score_dtype))
+    out = p.poison(*p.qw.shape, dtype=p.dtype)
+    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, None)
+    assert rel_error(out, ref) < tolerance(p.dtype)
+    compare_scores(p, scores, ref_scores)
+    for b, length in enumerate(p.lens.tolist()):
+        assert torch.isnan(scores[b, :, length:]).all(), "scores beyond the window start were written"
+    out = p.poison(*p.qw.shape, dtype=p.dtype)
+    kernels.verify_attention(p.qw, p.k, p.v, *args, out)
+    assert rel_error(out, ref) < tolerance(p.dtype), "without scores"
+
+
+def check_prefill(case: Case, p: Problem, kernels) -> None:
+    from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+    # Prompts of `lens` tokens, of which a random part is already cached (chunked prefill).
+    total = p.lens.clone()
+    extend = torch.tensor([1 + int(torch.randint(0, n, (1,), generator=p.gen)) for n in case.lens], device=p.device)
+    extend[0] = total[0]
+    starts = extend.cumsum(0) - extend
+    q = (2 * torch.randn(int(extend.sum()), p.hq, case.d, generator=p.gen)).to(p.device, p.dtype)
+    shape = (p.batch, case.hkv, p.req_to_token.shape[1])
+    ref = p.poison(*shape, dtype=torch.float32)
+    args = (p.req_to_token, p.rows, total, starts, extend, case.window, p.scaling)
+    TorchPillarKernels().prefill_scores(q.float(), p.k.float(), *args, ref)
+    out = p.poison(*shape, dtype=torch.float32)
+    kernels.prefill_scores(q, p.k, *args, out)
+    written = ~torch.isnan(ref)
+    assert torch.equal(torch.isnan(out), ~written), "another set of positions was written"
+    assert written.any()
+    assert rel_error(out[written], ref[written]) < tolerance(p.dtype)
+
+
+def check_select(case: Case, p: Problem, kernels) -> None:
+    max_len = max(case.lens) + 7
+    shape = (p.batch, case.hkv, max_len)
+    if case.values == "ties":
+        values = torch.randint(0, 3, shape, generator=p.gen).float()
+    elif case.values == "prob":
+        values = torch.softmax(4 * torch.randn(shape, generator=p.gen), dim=-1)
+    else:
+        values = torch.randn(shape, generator=p.gen)
+    scores = values.to(p.device, getattr(torch, case.score_dtype))
+    for b, length in enumerate(case.lens):
+        scores[b, :, length:] = float("nan")  # undefined beyond the length
+    out = torch.full_like(p.positions, -7)
+    kernels.select(scores, p.lens, p.rows, p.counts, out)
+    written = torch.zeros_like(out, dtype=torch.bool)
+    for b, row in enumerate(p.rows.tolist()):
+        n, length = int(p.counts[b]), case.lens[b]
+        if n == 0:
+            continue
+        written[row, :, :n] = True
+        for h in range(case.hkv):
+            got = out[row, h, :n].long()
+            assert int(got.min()) >= 0 and int(got.max()) < length
+            assert bool((got[1:] > got[:-1]).all()), "not strictly ascending"
+            line = scores[b, h, :length].float()
+            left = torch.ones(length, dtype=torch.bool, device=p.device)
+            left[got] = False
+            if left.any():
+                assert float(line[got].min()) >= float(line[left].max()), "a better position was left out"
+                threshold = line[got].min()
+                ties = torch.nonzero(line == threshold).flatten()
+                assert torch.equal(got[line[got] == threshold], ties[: int((line[got] == threshold).sum())])
+    assert (out[~written] == -7).all(), "wrote outside the counted entries"
+
+
+def check_indices(case: Case, p: Problem, kernels) -> None:
+    from sglang_sparsespec.attention_backend.flashinfer_draft import _page_indices_kernel
+
+    entries = torch.where(p.draft_lens > 0, p.counts + p.draft_lens - p.lens, 0).cpu()
+    counts = entries.repeat_interleave(case.hkv)
+    indptr = torch.zeros(counts.numel() + 1, dtype=torch.int32)
+    indptr[1:] = counts.cumsum(0)
+    out = torch.full((int(indptr[-1]) + 3,), -7, dtype=torch.int32, device=p.device)
+    _page_indices_kernel[(case.hkv, p.batch)](
+        p.positions, p.num_selected, p.tail_start, p.req_to_token, p.rows, p.draft_lens, indptr.to(p.device), out,
+        p.positions.stride(0), p.positions.stride(1), p.req_to_token.stride(0), HKV=case.hkv, BLOCK=16,
+    )
+    ref = []
+    for b, row in enumerate(p.rows.tolist()):
+        if int(p.draft_lens[b]) == 0:
+            continue
+        tail = torch.arange(int(p.lens[b]), int(p.draft_lens[b]), device=p.device)
+        for h in range(case.hkv):
+            pos = torch.cat([p.positions[row, h, : int(p.counts[b])].long(), tail])
+            ref.append(p.req_to_token[row][pos] * case.hkv + h)
+    assert torch.equal(out[:-3], torch.cat(ref).to(torch.int32))
+    assert (out[-3:] == -7).all()
+
+
+CHECKS = {
+    "draft": check_draft,
+    "verify": check_verify,
+    "exact": check_exact,
+    "prefill": check_prefill,
+    "select": check_select,
+    "indices": check_indices,
+}
+
+
+def run_case(case: Case, device: str, dtype: torch.dtype, seed: int) -> None:
+    p = Problem(case, device, dtype, seed)
+    CHECKS[case.kernel](case, p, make_kernels(case, p))
+
+
+@pytest.fixture(scope="module")
+def interpreted() -> dict[str, str]:
+    """Results of all CPU cases from the interpreter child: name -> '' or the traceback."""
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, os.path.abspath(__file__)], env=env, capture_output=True, text=True, timeout=600
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert done.returncode == 0 and lines, done.stderr[-4000:]
+    return {item["name"]: item["error"] for item in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("case", CPU_CASES, ids=lambda c: c.name)
+def test_interpreter(case: Case, interpreted: dict[str, str]) -> None:
+    error = interpreted[case.name]
+    assert not error, error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+@pytest.mark.parametrize(
+    "case", [pytest.param(c, marks=gpu_only, id=c.name) for c in GPU_CASES]
+)
+def test_gpu(case: Case, dtype: torch.dtype) -> None:
+    if dtype == torch.float16 and (len(case.lens) > 8 or case.kernel == "select"):
+        pytest.skip("bf16 covers it")
+    run_case(case, "cuda", dtype, seed=abs(hash(asdict(case).__repr__())) % 1000)
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=gpu_only) for k in ("draft", "verify")])
+def test_gpu_graph_replay(kernel: str) -> None:
+    """A captured launch must follow lengths that change between replays."""
+    from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+    case = Case(kernel, g=4, d=128, lens=(1000, 2000, 700), hkv=8, window=9, budget=200, splits=6, block_n=0)
+    p = Problem(case, "cuda", torch.bfloat16)
+    kernels = make_kernels(case, p)
+    if kernel == "draft":
+        q, lens = p.q1, p.draft_lens.clone()
+        out = p.poison(*q.shape, dtype=q.dtype)
+        args = (p.positions, p.num_selected, p.tail_start, p.req_to_token, p.rows, lens, p.scaling)
+
+        def call(k, dtype: torch.dtype, target: torch.Tensor) -> None:
+            k.draft_attention(q.to(dtype), p.k.to(dtype), p.v.to(dtype), *args, target)
+    else:
+        q, lens = p.qw, p.lens.clone()
+        out = p.poison(*q.shape, dtype=q.dtype)
+        args = (p.req_to_token, p.rows, lens, case.window, p.scaling)
+
+        def call(k, dtype: torch.dtype, target: torch.Tensor) -> None:
+            k.verify_attention(q.to(dtype), p.k.to(dtype), p.v.to(dtype), *args, target)
+
+    call(kernels, q.dtype, out)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call(kernels, q.dtype, out)
+    for step in (0, 1):
+        if step:
+            lens -= torch.tensor([0, 1, 2], device="cuda") if kernel == "draft" else 650
+            lens.clamp_(min=int(p.tail_start[p.rows.long()].min()) + 1 if kernel == "draft" else 1)
+        if kernel == "draft":
+            lens.copy_(torch.maximum(lens, p.lens + 1))
+        out.fill_(float("nan"))
+        graph.replay()
+        ref = torch.zeros(q.shape, device="cuda")
+        call(TorchPillarKernels(), torch.float32, ref)
+        assert rel_error(out, ref) < 1e-2
+
+
+@pytest.mark.parametrize("g", [pytest.param(g, marks=gpu_only) for g in (4, 6)])
+def test_gpu_flashinfer_draft(g: int) -> None:
+    pytest.importorskip("flashinfer")
+    from sglang_sparsespec.attention_backend.flashinfer_draft import FlashInferDraft
+    from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+    case = Case("draft", g=g, d=128, lens=(1000, 2000, 700), hkv=2, window=9, budget=200)
+    p = Problem(case, "cuda", torch.bfloat16)
+    table = (p.positions, p.num_selected, p.tail_start, p.req_to_token, p.rows, p.draft_lens)
+    ref = torch.zeros(p.q1.shape, device="cuda")
+    TorchPillarKernels().draft_attention(p.q1.float(), *upcast(p), *table, p.scaling, ref)
+    draft = FlashInferDraft(4096, p.hq, case.hkv, case.d, torch.bfloat16, "cuda")
+    draft.plan((p.counts.cpu() + p.draft_lens.cpu() - p.lens.cpu()).tolist(), p.scaling)
+    draft.set_layer(*table)
+    out = p.poison(*p.q1.shape, dtype=torch.bfloat16)
+    draft.run(p.q1, p.k, p.v, out)
+    assert rel_error(out, ref) < 1e-2
+
+
+def test_limits_are_named() -> None:
+    """Shapes the kernels cannot run are refused with a sentence, before any launch."""
+    from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
+
+    common = {"max_batch": 1, "capacity": 8, "max_context": 64, "device": "cpu"}
+    with pytest.raises(ValueError, match="head_dim 80"):
+        CudaPillarKernels(num_q_heads=4, num_kv_heads=2, head_dim=80, window=9, **common)
+    with pytest.raises(ValueError, match="packed rows"):
+        CudaPillarKernels(num_q_heads=64, num_kv_heads=2, head_dim=64, window=9, **common)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    for index, cpu_case in enumerate(CPU_CASES):
+        message = ""
+        try:
+            run_case(cpu_case, "cpu", torch.float32, seed=index)
+        except Exception:  # noqa: BLE001 - reported to the parent, case by case
+            message = traceback.format_exc(limit=-6)[-3000:]
+        print(json.dumps({"name": cpu_case.name, "error": message}), flush=True)
