@@ -22,6 +22,7 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.interface import PillarKernels
 from sglang_sparsespec.attention_backend.page_table import SelectionTable, num_selected
 from sglang_sparsespec.attention_backend.policy import write_pattern
+from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 from sglang_sparsespec.config import get_config
 
 if TYPE_CHECKING:
@@ -98,8 +99,6 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
 def make_kernels(name: str, device: torch.device, **sizes: Any) -> PillarKernels:
     """The kernel implementation ``name`` (``auto``: by device)."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
-        from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
-
         return TorchPillarKernels()
     from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
 
@@ -111,7 +110,8 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     Attributes:
         table: the sparse page table of all requests.
-        draft_step: index of the draft step being run, 0 to k-1 (set by the worker).
+        lse_step: float32 [layers, rows, Hq], log-sum-exp of the draft step just run.
+        lse_hint: float32 [layers, rows, W, Hq], those of the round's steps, by batch index.
         kv_read: float64 [2]; KV tokens that draft steps attended to, and those that full
             attention would have, summed over requests and steps.
     """
@@ -142,32 +142,32 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.kernels = make_kernels(
             self.config.kernels,
             self.device,
-            max_bs=num_rows,
-            window=self.window,
+            max_batch=num_rows,
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=layers[0].head_dim,
-            max_context=max_context,
+            window=self.window,
             capacity=capacity,
-            dtype=model_runner.dtype,
+            max_context=max_context,
         )
-        score_dtype = getattr(self.kernels, "score_dtype", torch.float32)
+        reference = isinstance(self.kernels, TorchPillarKernels)
+        # Scores are compared, not summed: 16 bits rank 32K positions well (probabilities
+        # down to 6e-8), and halve what selection reads.
+        score_dtype = torch.float32 if reference else torch.float16
         # Scores live from a layer's attention to its selection, so one layer's worth is kept.
         self.scores = torch.empty(
             (num_rows, self.num_kv_heads, max_context), dtype=score_dtype, device=self.device
         )
-        self.draft_step = 0
         # Log-sum-exp of the draft steps' queries over their selected sets: close to the
         # full ones that verification needs, so its scores take no second pass over K.
-        self.lse_hint = (
-            torch.zeros(
-                (self.num_layers, num_rows, self.window, self.num_q_heads),
-                dtype=torch.float32,
-                device=self.device,
+        self.lse_hint: torch.Tensor | None = None
+        self.lse_step: torch.Tensor | None = None
+        if not reference and self.config.draft_policy == "pillar":
+            shape = (self.num_layers, num_rows, self.window, self.num_q_heads)
+            self.lse_hint = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            self.lse_step = torch.zeros(
+                (self.num_layers, num_rows, self.num_q_heads), dtype=torch.float32, device=self.device
             )
-            if getattr(self.kernels, "uses_lse_hint", False)
-            else None
-        )
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._counts: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
@@ -300,11 +300,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         out = torch.empty_like(q)
         pillar = self.config.draft_policy == "pillar"
         batch_size = forward_batch.batch_size
-        hint = None
-        if pillar and self.lse_hint is not None:
-            hint = self.lse_hint[layer.layer_id, :batch_size]
-            # The last window token was never a draft query; its neighbour stands in.
-            hint[:, -1] = hint[:, -2]
+        hint = self.lse_hint[layer.layer_id, :batch_size] if self.lse_hint is not None else None
         self.kernels.verify_attention(
             q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
             *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
@@ -346,9 +342,7 @@ class SparseSpecAttnBackend(AttentionBackend):
             self._save_kv(k, v, layer, forward_batch)
         q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
         out = torch.empty_like(q)
-        lse = None
-        if self.lse_hint is not None:
-            lse = self.lse_hint[layer.layer_id, : forward_batch.batch_size, self.draft_step]
+        lse = self.lse_step[layer.layer_id, : forward_batch.batch_size] if self.lse_step is not None else None
         self.kernels.draft_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
@@ -363,6 +357,14 @@ class SparseSpecAttnBackend(AttentionBackend):
             lse,
         )
         return out
+
+    def store_lse_hint(self, batch_size: int, step: torch.Tensor) -> None:
+        """Keep the log-sum-exps of draft step ``step`` (int64 [1]) for the verification."""
+        if self.lse_hint is not None and self.lse_step is not None:
+            hint = self.lse_hint[:, :batch_size]
+            hint.index_copy_(2, step, self.lse_step[:, :batch_size].unsqueeze(2))
+            # The last window token is never a draft query; its neighbour stands in.
+            hint[:, :, -1] = self.lse_step[:, :batch_size]
 
     def _save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         self.token_to_kv_pool.set_kv_buffer(

@@ -29,6 +29,8 @@ from sglang.srt.speculative.spec_utils import (
 
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_graph import DraftGraphs
+from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 
@@ -65,6 +67,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.window: int = server_args.speculative_num_draft_tokens
         self.speculative_num_draft_tokens = self.window
         self.speculative_num_steps = self.num_steps
+        self.draft_graphs: DraftGraphs | None = None
         self._window_offsets = torch.arange(self.window, device=self.device)
 
     # ------------------------------------------------------------ worker interface
@@ -78,6 +81,28 @@ class SparseSpecWorker(BaseSpecWorker):
     def attn_backend(self) -> SparseSpecAttnBackend:
         """The backend of the target's model runner."""
         return self.model_runner.attn_backend
+
+    def init_attention_backends(self) -> None:
+        """The target's backend exists now; its counters become the worker's metrics."""
+        self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read)
+
+    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
+        """Called by SGLang's result processor with each request's accepted drafts."""
+        self.sparsespec_metrics.count(num_correct_drafts_per_req)
+
+    def init_cuda_graphs(self) -> None:
+        """Capture the draft graphs; SGLang has captured the verify graphs before."""
+        from sglang.srt.model_executor.cuda_graph_config import Backend
+        from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
+
+        runner = self.model_runner.decode_cuda_graph_runner
+        if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner):
+            return
+        if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
+            logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
+            return
+        self.draft_graphs = DraftGraphs(self.model_runner, self.attn_backend, self.window)
+        self._additional_graph_memory_usage["draft_decode"] = self.draft_graphs.memory_usage_gb
 
     def clear_cache_pool(self) -> None:
         """Nothing to clear: selections are rewritten by the next prefill of their row."""
@@ -177,8 +202,10 @@ class SparseSpecWorker(BaseSpecWorker):
             candidates int64 [batch, W], and the drafts' distributions float32 [batch, k,
             vocab] where acceptance needs them.
         """
-        backend = self.attn_backend
         rows = sampling.SamplingRows.of(batch.sampling_info)
+        if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
+            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, rows)
+        backend = self.attn_backend
         tokens = [bonus_tokens.long()]
         probs: list[torch.Tensor] = []
         forward_batch = self._draft_forward_batch(batch, tokens[0], positions, slots)
@@ -187,7 +214,6 @@ class SparseSpecWorker(BaseSpecWorker):
         # before verification has read it (war_fastpath_read_done_event).
         with forward_context(ForwardContext(attn_backend=backend)):
             for step in range(self.num_steps):
-                backend.draft_step = step
                 forward_batch.input_ids = tokens[-1]
                 forward_batch.positions = positions[:, step].contiguous()
                 forward_batch.seq_lens = positions[:, step] + 1
@@ -198,10 +224,34 @@ class SparseSpecWorker(BaseSpecWorker):
                 token, prob = sampling.sample_draft(
                     output.next_token_logits, rows, forward_batch.positions
                 )
+                backend.store_lse_hint(len(token), self._window_offsets[step : step + 1])
                 tokens.append(token)
                 if prob is not None:
                     probs.append(prob)
         return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
+
+    def _draft_by_graph(
+        self,
+        graphs: DraftGraphs,
+        batch: ScheduleBatch,
+        bonus_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        rows: sampling.SamplingRows,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`_draft` by replaying the captured step."""
+        size = len(batch.seq_lens)
+        probs: list[torch.Tensor] = []
+        key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
+        for step in range(self.num_steps):
+            logits = graphs.replay(key)
+            if not rows.is_all_greedy:
+                token, prob = sampling.sample_draft(logits[:size], rows, positions[:, step])
+                graphs.override_token(step, token)
+                if prob is not None:
+                    probs.append(prob)
+        # The static candidates are overwritten by the next round, which may be launched
+        # before this one's results are read.
+        return graphs.candidates[:size].clone(), torch.stack(probs, dim=1) if probs else None
 
     def _draft_forward_batch(
         self, batch: ScheduleBatch, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor

@@ -1,0 +1,40 @@
+"""Hooks that add SPARSESPEC's metrics to SGLang's log, ``/server_info`` and Prometheus."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from sglang_sparsespec.scheduler_patch.hooks import add_hook
+
+
+def _metrics_of(scheduler: Any) -> Any:
+    return getattr(scheduler.draft_worker, "sparsespec_metrics", None)
+
+
+def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:
+    """``SchedulerMetricsReporter.report_decode_stats``: SGLang logs a decode line at intervals."""
+    metrics = _metrics_of(reporter.scheduler)
+    if metrics is None or reporter.forward_ct_decode % reporter.decode_log_interval != 0:
+        return
+    metrics.refresh()
+    metrics.log()
+    if reporter.enable_metrics:
+        metrics.export(dict(reporter.metrics_collector.labels))
+
+
+def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """``Scheduler.get_internal_state``: SGLang's answer to ``/server_info``."""
+    metrics = _metrics_of(scheduler)
+    if metrics is not None:
+        metrics.refresh(wait=True)
+        result.internal_state.update(metrics.as_dict())
+
+
+def register_metrics_hooks() -> None:
+    """Register the hooks of this module."""
+    add_hook(
+        "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats",
+        report_draft_metrics,
+        "after",
+    )
+    add_hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_internal_state, "after")
