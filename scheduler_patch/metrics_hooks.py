@@ -28,6 +28,9 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     if metrics is not None:
         metrics.refresh(wait=True)
         result.internal_state.update(metrics.as_dict())
+        # After a flush of the radix cache of an idle server, free must equal total again.
+        result.internal_state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
+        result.internal_state["kv_tokens_total"] = scheduler.max_total_num_tokens
 
 
 def register_metrics_hooks() -> None:

@@ -32,6 +32,7 @@ from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.draft_graph import DraftGraphs
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
+from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 
 if TYPE_CHECKING:
@@ -68,6 +69,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens = self.window
         self.speculative_num_steps = self.num_steps
         self.draft_graphs: DraftGraphs | None = None
+        self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
 
     # ------------------------------------------------------------ worker interface
@@ -166,9 +168,12 @@ class SparseSpecWorker(BaseSpecWorker):
         logits_output, can_run_graph = self._verify(batch, candidates, positions, slots)
         logits = logits_output.next_token_logits
         self._apply_bias_and_grammar(batch, logits, grammar_tree)
-        tokens, accept_lens = sampling.accept(
-            candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
-        )
+        if self._simulated is not None:
+            tokens, accept_lens = self._simulated.accept(candidates)
+        else:
+            tokens, accept_lens = sampling.accept(
+                candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
+            )
         tokens, accept_lens = self._same_on_all_ranks(tokens, accept_lens, batch)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
