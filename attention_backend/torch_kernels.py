@@ -1,7 +1,7 @@
 """PillarAttn in plain torch: the oracle, and the implementation on CPU.
 
-Written request by request for readability. It reads lengths on the host, so on CUDA it
-synchronises and cannot be captured; use it there to check the fast kernels.
+Written for readability: all but draft attention go request by request. It reads lengths on the
+host, so on CUDA it synchronises and cannot be captured; use it there to check the fast kernels.
 """
 
 from __future__ import annotations
@@ -55,23 +55,40 @@ class TorchPillarKernels:
         lse: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`interface.PillarKernels.draft_attention`."""
+        # All requests at once, lists padded to the longest: on CPU a loop over requests would cost
+        # more than the attention itself.
+        rows = req_pool_indices.long()
+        batch, num_q_heads, dim = q.shape
         num_kv_heads = k_cache.shape[1]
-        heads = torch.arange(num_kv_heads, device=q.device).unsqueeze(1)
-        lengths = seq_lens.tolist()
-        for b, row in enumerate(req_pool_indices.tolist()):
-            if lengths[b] == 0:
-                out[b].zero_()
-                continue
-            count, start = int(num_selected[row]), int(tail_start[row])
-            tail = torch.arange(start, lengths[b], device=q.device).expand(num_kv_heads, -1)
-            attended = torch.cat([positions[row, :, :count].long(), tail], dim=1)
-            slots = req_to_token[row][attended].long()  # [Hkv, tokens]
-            k = k_cache[slots, heads].transpose(0, 1)
-            v = v_cache[slots, heads].transpose(0, 1)
-            probabilities, row_lse = _probabilities(q[b : b + 1], k, scaling, None)
-            out[b] = _weighted_values(probabilities, v)[0].to(out.dtype)
-            if lse is not None:
-                lse[b] = row_lse.reshape(-1)
+        counts = num_selected[rows].long().unsqueeze(1)
+        lengths = seq_lens.long().unsqueeze(1)
+        start = tail_start[rows].long().unsqueeze(1)
+        attended = torch.where(lengths > 0, counts + lengths - start, 0)
+        width = int(attended.max())
+        if width == 0:
+            out.zero_()
+            return
+        index = torch.arange(width, device=q.device).unsqueeze(0)
+        selected = positions[rows, :, :width].long()
+        tail = (start + index - counts).clamp(min=0).unsqueeze(1).expand(-1, num_kv_heads, -1)
+        position = tail.clone()
+        position[..., : selected.shape[-1]] = torch.where(
+            (index < counts)[:, None, : selected.shape[-1]], selected, tail[..., : selected.shape[-1]]
+        )
+        # Padding reads position 0; its probability is zero.
+        visible = (index < attended).unsqueeze(1)
+        position = torch.where(visible, position, 0)
+        slots = req_to_token[rows[:, None, None], position].long()  # [B, Hkv, width]
+        heads = torch.arange(num_kv_heads, device=q.device).view(1, -1, 1)
+        grouped = q.float().view(batch, num_kv_heads, num_q_heads // num_kv_heads, dim)
+        logits = grouped @ k_cache[slots, heads].float().transpose(-1, -2) * scaling
+        logits.masked_fill_(~visible.unsqueeze(2), float("-inf"))
+        # Padding rows see nothing: NaN probabilities there become zeros.
+        probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+        attention = probabilities @ v_cache[slots, heads].float()
+        out.copy_(attention.reshape(batch, num_q_heads, dim))
+        if lse is not None:
+            lse.copy_(torch.logsumexp(logits, dim=-1).reshape(batch, num_q_heads))
 
     def verify_attention(
         self,

@@ -23,7 +23,7 @@ from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO / "benchmarks" / "data"
-BASE_RATE = 5  # alternatives kept per position
+ALTERNATIVES = 5  # log-probabilities kept per position
 
 SHORT = (
     "The capital of France is",
@@ -97,10 +97,12 @@ def start_engine(args: argparse.Namespace, speculative: bool) -> Any:
     return sglang.Engine(**settings)
 
 
-def generate(engine: Any, prompts: list[str], args: argparse.Namespace, logprobs: bool) -> list[dict[str, Any]]:
+def generate(
+    engine: Any, prompts: list[str], args: argparse.Namespace, logprobs: bool
+) -> list[dict[str, Any]]:
     """SGLang's outputs in the order of ``prompts``; one at a time if ``--concurrency`` is 1."""
     sampling = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, "ignore_eos": True}
-    extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": BASE_RATE} if logprobs else {}
+    extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": ALTERNATIVES} if logprobs else {}
     if args.concurrency == 1:
         outputs = []
         for index, prompt in enumerate(prompts):
@@ -148,7 +150,10 @@ def run_baseline(args: argparse.Namespace) -> int:
     Path(args.output).write_text(json.dumps(record))
     lengths = sorted(row["prompt_tokens"] for row in rows)
     tokens = sum(len(row["output_ids"]) for row in rows)
-    print(f"baseline: {len(rows)} prompts of {lengths[0]} to {lengths[-1]} tokens, {tokens} tokens in {seconds:.0f} s")
+    print(
+        f"baseline: {len(rows)} prompts of {lengths[0]} to {lengths[-1]} tokens, "
+        f"{tokens} tokens in {seconds:.0f} s"
+    )
     return 0
 
 
@@ -204,18 +209,22 @@ def run_compare(args: argparse.Namespace) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("command", choices=("baseline", "compare"))
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument("--max-total-tokens", type=int, default=0, help="KV pool in tokens (0: SGLang decides)")
+    parser.add_argument(
+        "--max-total-tokens", type=int, default=0, help="KV pool in tokens (0: SGLang decides)"
+    )
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--short", type=int, default=20, help="one-line prompts")
-    parser.add_argument("--problems", type=int, default=32, help="AIME and OlympiadBench prompts")
-    parser.add_argument("--long", type=int, default=8, help="prompts of --long-chars characters")
+    parser.add_argument("--problems", type=int, default=36, help="AIME and OlympiadBench prompts")
+    parser.add_argument("--long", type=int, default=4, help="prompts of --long-chars characters")
     parser.add_argument("--long-chars", type=int, default=6800)
     parser.add_argument("--radix", choices=("on", "off"), default="on")
     parser.add_argument("--overlap", choices=("on", "off"), default="on")
@@ -224,7 +233,9 @@ def main() -> int:
     parser.add_argument("--output", help="baseline: where its outputs go")
     parser.add_argument("--baseline", help="compare: the file that `baseline` wrote")
     parser.add_argument("--results", help="compare: JSON-lines file to append to")
-    parser.add_argument("--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA)")
+    parser.add_argument(
+        "--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA)"
+    )
     args = parser.parse_args()
     if args.command == "baseline":
         if not args.output:
