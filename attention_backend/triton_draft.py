@@ -61,6 +61,7 @@ def _draft_split_kernel(
     part_lse_ptr,
     scale_log2,
     cap,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_v_slot,
@@ -104,7 +105,8 @@ def _draft_split_kernel(
                 tl.store(lse_ptr + rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=mask_m)
         return
 
-    q = tl.load(q_ptr + rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q_base = q_ptr + b.to(tl.int64) * stride_q_tok + h.to(tl.int64) * G * D
+    q = tl.load(q_base + offs_m[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     pos_base = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
     r2t_base = r2t_ptr + row * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
@@ -195,6 +197,19 @@ def _draft_combine_kernel(
         tl.store(lse_ptr + out_row, (m + tl.log2(total_w)) * 0.6931471805599453)
 
 
+def query_stride(q: torch.Tensor) -> int:
+    """Elements from one token's queries to the next of ``q`` [tokens, Hq, D].
+
+    Models hand over a slice of the fused QKV projection, so tokens may lie apart; heads may not.
+
+    Raises:
+        ValueError: the heads of a token are not contiguous.
+    """
+    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
+        raise ValueError(f"the heads of a token must be contiguous in q, got strides {q.stride()}")
+    return q.stride(0)
+
+
 class DraftConfig:
     """Launch parameters of the draft kernel (compile-time constants of the Triton kernels).
 
@@ -275,6 +290,7 @@ def draft_attention(
         part_lse,
         scaling * LOG2E,
         cap,
+        query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
         v_cache.stride(0),

@@ -16,6 +16,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.attention_backend.triton_draft import query_stride
+
 LOG2E = 1.4426950408889634
 
 # exp2 of this still fits bf16/fp32 after summing a few hundred rows; larger arguments mean a hint far below the truth.
@@ -55,6 +57,7 @@ def _verify_split_kernel(
     scores_ptr,
     scale_log2,
     clamp_log2,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_v_slot,
@@ -95,7 +98,8 @@ def _verify_split_kernel(
     if end <= start:
         return
 
-    q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q_base = q_ptr + (b.to(tl.int64) * W + win) * stride_q_tok + (h * G + offs_m % G) * D
+    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
     v_base = v_ptr + h.to(tl.int64) * stride_v_head
@@ -211,6 +215,7 @@ def _window_lse_kernel(
     extend_len_ptr,
     part_lse_ptr,
     scale_log2,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_r2t,
@@ -236,14 +241,14 @@ def _window_lse_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     win = offs_m // G
     mask_m = win < nq
-    q_rows = (first + win) * (HKV * G) + h * G + offs_m % G
+    q_base = q_ptr + (first + win) * stride_q_tok + (h * G + offs_m % G) * D
     part = ((b.to(tl.int64) * HKV + h) * SPLITS + split) * R + offs_m
     total = tl.maximum(length, 0) + nq
     chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
     start = split * chunk
     end = tl.minimum(start + chunk, total)
 
-    q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
     bound = tl.minimum(length + win + 1, end)
@@ -278,6 +283,7 @@ def _window_scores_kernel(
     part_lse_ptr,
     scores_ptr,
     scale_log2,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_r2t,
@@ -312,7 +318,7 @@ def _window_scores_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     win = offs_m // G
     mask_m = win < nq
-    q_rows = (first + win) * (HKV * G) + h * G + offs_m % G
+    q_base = q_ptr + (first + win) * stride_q_tok + (h * G + offs_m % G) * D
     # Merge the per-split log2-sum-exps left by the pass before; splits that got no work are not read.
     total = length + nq
     lse_chunk = tl.maximum(tl.cdiv(tl.cdiv(total, LSE_SPLITS), LSE_BLOCK_N) * LSE_BLOCK_N, MIN_CHUNK)
@@ -328,7 +334,7 @@ def _window_scores_kernel(
         m_i = m_new
     lse = m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0))
 
-    q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
     s_base = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
@@ -434,6 +440,7 @@ def verify_attention(
         scores_arg,
         scaling * LOG2E,
         HINT_CLAMP_LOG2,
+        query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
         v_cache.stride(0),
@@ -510,6 +517,7 @@ def _launch_scores(
         part_lse,
         scores,
         scaling * LOG2E,
+        query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
         req_to_token.stride(0),
@@ -567,6 +575,7 @@ def prefill_scores(
         extend_lens,
         part_lse,
         scaling * LOG2E,
+        query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
         req_to_token.stride(0),

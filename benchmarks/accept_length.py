@@ -19,9 +19,9 @@ an output (1.0: none repeats), and accept length is given over all prompts and o
 from __future__ import annotations
 
 import argparse
-import inspect
 import json
 import sys
+import sysconfig
 import time
 from pathlib import Path
 from statistics import mean
@@ -43,10 +43,9 @@ NGRAM = 8
 def corpus(name: str, index: int) -> tuple[str, str]:
     """Text to cut a prompt from, and what follows the cut."""
     if name == "code":
-        from importlib import import_module
-
-        modules = CODE_MODULES[index % len(CODE_MODULES) :] + CODE_MODULES[: index % len(CODE_MODULES)]
-        text = "\n\n".join(inspect.getsource(import_module(module)) for module in modules)
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        files = files[index * 3 % len(files) :] + files
+        text = "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
         return text, "\n\n# A summary of the functions above, each with what it returns:\n"
     lines = (REPO / "benchmarks" / "data" / "olympiadbench.jsonl").read_text().splitlines()
     questions = [json.loads(line)["question"] for line in lines]

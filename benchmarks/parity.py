@@ -129,8 +129,30 @@ def margin_at(baseline: dict[str, Any], index: int, token: int) -> float | None:
     return best[baseline["output_ids"][index]] - best[token]
 
 
+def shard_of_prompts(args: argparse.Namespace) -> list[str]:
+    """The prompts of ``--shard I/N``: every N-th, from the I-th on."""
+    index, _, count = args.shard.partition("/")
+    return load_prompts(args.short, args.problems, args.long, args.long_chars)[int(index) :: int(count)]
+
+
+def read_baseline(paths: list[str], prompts: list[str], wait_s: float) -> list[dict[str, Any]]:
+    """The baseline's outputs for ``prompts``, from files that may still be in the making.
+
+    Raises:
+        KeyError: a prompt is in none of the files.
+    """
+    deadline = time.monotonic() + wait_s
+    while not all(Path(path).exists() for path in paths) and time.monotonic() < deadline:
+        time.sleep(1)
+    outputs: dict[str, dict[str, Any]] = {}
+    for path in paths:
+        record = json.loads(Path(path).read_text())
+        outputs.update(zip(record["prompts"], record["outputs"], strict=True))
+    return [outputs[prompt] for prompt in prompts]
+
+
 def run_baseline(args: argparse.Namespace) -> int:
-    prompts = load_prompts(args.short, args.problems, args.long, args.long_chars)
+    prompts = shard_of_prompts(args)
     engine = start_engine(args, speculative=False)
     started = time.perf_counter()
     # Alternatives are only needed where divergences are judged.
@@ -147,7 +169,10 @@ def run_baseline(args: argparse.Namespace) -> int:
         for output in outputs
     ]
     record = {"concurrency": args.concurrency, "seconds": seconds, "prompts": prompts, "outputs": rows}
-    Path(args.output).write_text(json.dumps(record))
+    # Written whole or not at all: comparisons may wait for it.
+    partial = Path(f"{args.output}.partial")
+    partial.write_text(json.dumps(record))
+    partial.rename(args.output)
     lengths = sorted(row["prompt_tokens"] for row in rows)
     tokens = sum(len(row["output_ids"]) for row in rows)
     print(
@@ -158,16 +183,16 @@ def run_baseline(args: argparse.Namespace) -> int:
 
 
 def run_compare(args: argparse.Namespace) -> int:
-    baseline = json.loads(Path(args.baseline).read_text())
-    prompts = baseline["prompts"]
+    prompts = shard_of_prompts(args)
     engine = start_engine(args, speculative=True)
     started = time.perf_counter()
     outputs = generate(engine, prompts, args, logprobs=False)
     seconds = time.perf_counter() - started
     state = engine.get_server_info()["internal_states"][0]
     engine.shutdown()
+    baseline = read_baseline(args.baseline, prompts, args.wait_baseline)
     divergences = []
-    for index, (plain, output) in enumerate(zip(baseline["outputs"], outputs, strict=True)):
+    for index, (plain, output) in enumerate(zip(baseline, outputs, strict=True)):
         at = first_difference(plain["output_ids"], output["output_ids"])
         if at is None:
             continue
@@ -187,6 +212,7 @@ def run_compare(args: argparse.Namespace) -> int:
         "overlap": args.overlap,
         "chunked_prefill_size": args.chunked_prefill_size,
         "engine_args": args.engine_args,
+        "shard": args.shard,
         "prompts": len(prompts),
         "longest_prompt": lengths[-1],
         "prompts_of_2000_tokens": sum(length >= 2000 for length in lengths),
@@ -231,7 +257,9 @@ def main() -> int:
     parser.add_argument("--chunked-prefill-size", type=int, default=0)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--output", help="baseline: where its outputs go")
-    parser.add_argument("--baseline", help="compare: the file that `baseline` wrote")
+    parser.add_argument("--shard", default="0/1", help="I/N: only every N-th prompt, from the I-th on")
+    parser.add_argument("--baseline", nargs="+", help="compare: the files that `baseline` wrote")
+    parser.add_argument("--wait-baseline", type=float, default=0, help="compare: seconds to wait for those files")
     parser.add_argument("--results", help="compare: JSON-lines file to append to")
     parser.add_argument(
         "--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA)"

@@ -75,7 +75,8 @@ def last_line(path: Path, limit: int = 90) -> str:
     """The last line with text in a log file, cut to ``limit`` characters."""
     with path.open("rb") as file:
         file.seek(max(0, path.stat().st_size - 4096))
-        lines = [line.strip() for line in file.read().decode(errors="replace").replace("\r", "\n").split("\n")]
+        text = file.read().decode(errors="replace").replace("\r", "\n")
+    lines = [line.strip() for line in text.split("\n")]
     return next((line[:limit] for line in reversed(lines) if line), "no output yet")
 
 
@@ -145,7 +146,7 @@ def install_lock(python: Path) -> None:
 
 
 def child_environment() -> dict[str, str]:
-    """Variables for the programs started here: no hub, no tokenizer threads before forks, output unbuffered."""
+    """Variables for programs started here: no hub, no tokenizer threads before forks, unbuffered output."""
     return {
         **os.environ,
         "HF_HUB_OFFLINE": "1",

@@ -99,6 +99,15 @@ GPU_CASES = [
 ]
 
 
+def as_in_fused_qkv(q: torch.Tensor) -> torch.Tensor:
+    """``q`` [tokens, Hq, D] as models hand it over: a slice of a wider projection, its tokens lying apart."""
+    tokens, hq, d = q.shape
+    fused = torch.full((tokens, (hq + 3) * d), float("nan"), dtype=q.dtype, device=q.device)
+    view = fused[:, : hq * d].view(tokens, hq, d)
+    view.copy_(q)
+    return view
+
+
 class Problem:
     """Random inputs of a case: every KV slot that no request owns is NaN, unused list entries are poison."""
 
@@ -145,9 +154,9 @@ class Problem:
         index = torch.int32 if seed % 2 else torch.int64
         self.rows, self.lens = self.rows.to(device, index), self.lens.to(device, index)
         self.draft_lens, self.counts = self.draft_lens.to(device, index), self.counts.to(device, torch.int32)
-        self.q1 = torch.randn(batch, self.hq, d, generator=gen).to(device, dtype)
+        self.q1 = as_in_fused_qkv(torch.randn(batch, self.hq, d, generator=gen).to(device, dtype))
         # Larger queries make peaked rows, so that scores differ.
-        self.qw = (2 * torch.randn(batch * w, self.hq, d, generator=gen)).to(device, dtype)
+        self.qw = as_in_fused_qkv((2 * torch.randn(batch * w, self.hq, d, generator=gen)).to(device, dtype))
         self.gen = gen
 
     def poison(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
@@ -461,7 +470,7 @@ def test_gpu_flashinfer_draft(g: int) -> None:
     draft.plan((p.counts.cpu() + p.draft_lens.cpu() - p.lens.cpu()).tolist(), p.scaling)
     draft.set_layer(*table)
     out = p.poison(*p.q1.shape, dtype=torch.bfloat16)
-    draft.run(p.q1, p.k, p.v, out)
+    draft.run(p.q1.contiguous(), p.k, p.v, out)
     assert rel_error(out, ref) < 1e-2
 
 

@@ -1,0 +1,589 @@
+"""Verify attention with a fixed softmax reference and balanced work, and scores from a given log-sum-exp, in Triton.
+
+Two ideas beside :mod:`triton_verify`, whose interface and results these kernels share:
+
+- **Fixed reference.** The log-sum-exp hint that the scores need is also a safe softmax reference: exp(s - hint) cannot
+  overflow in float32 or bfloat16 unless the hint is off by about 69 (natural log).  The inner loop then needs no running
+  maximum, no rescaling of the accumulator and no per-row weights, and a score is just a column sum.  A program whose row
+  sums show that a hint was too far off discards its result and runs the usual online softmax instead, so a wrong hint
+  costs time, never exactness.
+- **Balanced work.** Every program takes the same number of blocks of the whole batch, counted over the requests one
+  after another, whatever their lengths; a request that ends up with several programs is merged by a second launch.  With
+  a fixed number of splits per request a ragged batch waits for its longest request.
+
+The launch grid depends on static sizes only; lengths are read on the device (CUDA-graph capturable).
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_sparsespec.attention_backend.triton_verify import HINT_CLAMP_LOG2, LOG2E, VerifyConfig
+
+# Row sums of exp2(s - hint) outside these bounds (log2) mean that the hint was no usable reference.  float16
+# probabilities have a narrow range, bfloat16 ones that of float32.
+SAFE_LOG2 = {torch.float16: (-4.0, 15.0), torch.bfloat16: (-80.0, 100.0), torch.float32: (-80.0, 100.0)}
+# Added to the logits (log2) so that small probabilities stay normal numbers in float16.
+SHIFT_LOG2 = {torch.float16: 8.0, torch.bfloat16: 0.0, torch.float32: 0.0}
+SCORE_LIMIT = {torch.float16: 6e4}
+
+
+@triton.jit
+def _block_counts(seq_lens_ptr, batch, W: tl.constexpr, BLOCK_N: tl.constexpr, BATCH_POW2: tl.constexpr):
+    """(request numbers, blocks of each request, blocks up to and with each request)."""
+    offs_b = tl.arange(0, BATCH_POW2)
+    lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < batch, other=0).to(tl.int32)
+    blocks = tl.where(offs_b < batch, tl.cdiv(tl.maximum(lens, 0) + W, BLOCK_N), 0)
+    return offs_b, blocks, tl.cumsum(blocks, 0)
+
+
+@triton.jit
+def _offsets(slot, stride_slot, offs_d, WIDE: tl.constexpr):
+    """Element offsets [BLOCK_N, D] of the rows ``slot``; 32 bits where the cache is small enough."""
+    if WIDE:
+        return (slot.to(tl.int64) * stride_slot)[:, None] + offs_d[None, :]
+    else:
+        return (slot * stride_slot)[:, None] + offs_d[None, :]
+
+
+@triton.jit
+def _fixed_reference(
+    q,
+    k_base,
+    v_base,
+    r2t_base,
+    s_base,
+    ref,
+    bound,
+    start,
+    end,
+    length,
+    scale_log2,
+    stride_k_slot,
+    stride_v_slot,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCORES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
+):
+    """Sums of exp2(s - ref) and of their products with V over [start, end)."""
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    # Clamped positions instead of masks: a repeated row is read again and then masked out of p.
+    slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
+    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        offs = s + offs_n
+        if not PREFETCH:
+            slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
+        k = tl.load(k_base + _offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        v = tl.load(v_base + _offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
+        if PREFETCH:
+            slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(qk * scale_log2 - ref[:, None])
+        # Only the blocks that reach into the window or past the end need masks.
+        if s + BLOCK_N > tl.minimum(length + 1, end):
+            p = tl.where(offs[None, :] < bound[:, None], p, 0.0)
+        l_i += tl.sum(p, 1)
+        if SCORES:
+            sc = tl.sum(p, 0) * (SCORE_SCALE / R)
+            if SCORE_MAX > 0:
+                sc = tl.minimum(sc, SCORE_MAX)
+            tl.store(s_base + offs, sc.to(s_base.dtype.element_ty), mask=offs < tl.minimum(length, end))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return l_i, acc
+
+
+@triton.jit
+def _running_maximum(
+    q,
+    k_base,
+    v_base,
+    r2t_base,
+    s_base,
+    hint2,
+    mask_m,
+    bound,
+    start,
+    end,
+    length,
+    scale_log2,
+    clamp_log2,
+    stride_k_slot,
+    stride_v_slot,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCORES: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
+):
+    """Online softmax over [start, end) for hints that are no reference; short on code, not fast."""
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    for s in tl.range(start, end, BLOCK_N, num_stages=1):
+        offs = s + offs_n
+        slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
+        k = tl.load(k_base + _offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        v = tl.load(v_base + _offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_safe)
+        p = tl.exp2(qk - m_safe[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        if SCORES:
+            w = tl.exp2(tl.minimum(m_safe - hint2, clamp_log2)) * (1.0 / R)
+            sc = tl.sum(p * tl.where(mask_m, w, 0.0)[:, None], 0)
+            if SCORE_MAX > 0:
+                sc = tl.minimum(sc, SCORE_MAX)
+            tl.store(s_base + offs, sc.to(s_base.dtype.element_ty), mask=offs < tl.minimum(length, end))
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m_i = m_new
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _balanced_verify_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    r2t_ptr,
+    req_ptr,
+    seq_lens_ptr,
+    hint_ptr,
+    out_ptr,
+    part_o_ptr,
+    part_lse_ptr,
+    scores_ptr,
+    scale_log2,
+    clamp_log2,
+    shift_log2,
+    low_log2,
+    high_log2,
+    batch,
+    stride_k_slot,
+    stride_k_head,
+    stride_v_slot,
+    stride_v_head,
+    stride_r2t,
+    stride_s_b,
+    stride_s_h,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BATCH_POW2: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCORES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
+):
+    # The KV head is the fastest grid axis: the heads of a position lie side by side in memory, and the programs of
+    # different heads with the same share of the batch run side by side.
+    h = tl.program_id(0)
+    c = tl.program_id(1)
+    offs_b, blocks, ends = _block_counts(seq_lens_ptr, batch, W, BLOCK_N, BATCH_POW2)
+    total_blocks = tl.sum(blocks, 0)
+    per = tl.maximum(tl.cdiv(total_blocks, PROGRAMS), MIN_BLOCKS)
+    lo = c * per
+    hi = tl.minimum(lo + per, total_blocks)
+    if lo >= hi:
+        return
+    b_first = tl.sum((ends <= lo).to(tl.int32), 0)
+    b_last = tl.sum((ends < hi).to(tl.int32), 0)
+    first = tl.sum(tl.where(offs_b == b_first, ends - blocks, 0), 0)
+
+    R: tl.constexpr = W * G
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, D)
+    mask_m = offs_m < R
+    win = offs_m // G
+    k_base = k_ptr + h.to(tl.int64) * stride_k_head
+    v_base = v_ptr + h.to(tl.int64) * stride_v_head
+
+    for b in tl.range(b_first, b_last + 1, num_stages=1):
+        length = tl.maximum(tl.load(seq_lens_ptr + b).to(tl.int32), 0)
+        total = length + W
+        n_blocks = tl.cdiv(total, BLOCK_N)
+        from_block = tl.maximum(lo - first, 0)
+        to_block = tl.minimum(hi - first, n_blocks)
+        start = from_block * BLOCK_N
+        end = tl.minimum(to_block * BLOCK_N, total)
+
+        # Row r of the packed tile is query head h*G + r%G of window row r//G.
+        q_rows = (b * W + win).to(tl.int64) * (HKV * G) + h * G + offs_m % G
+        q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+        hint2 = tl.load(hint_ptr + q_rows, mask=mask_m, other=float("inf")) * 1.4426950408889634
+        ref = hint2 - shift_log2
+        # Exclusive causal bound per row; the segment's end is folded in so that one compare masks both.
+        bound = tl.minimum(length + win + 1, end)
+        r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
+        s_base = scores_ptr + (tl.zeros([], tl.int64) + b) * stride_s_b + h.to(tl.int64) * stride_s_h
+
+        l_i, acc = _fixed_reference(
+            q, k_base, v_base, r2t_base, s_base, ref, bound, start, end, length, scale_log2, stride_k_slot,
+            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, SCORES, PREFETCH, WIDE, SCORE_SCALE, SCORE_MAX,
+        )
+        # NaN (a hint that is none) fails both comparisons; rows that see nothing here have l_i 0 and are redone too.
+        log_l = tl.log2(l_i)
+        usable = (log_l > low_log2) & (log_l < high_log2)
+        if tl.sum((mask_m & (usable == 0)).to(tl.int32), 0) > 0:
+            m_i, l_i, acc = _running_maximum(
+                q, k_base, v_base, r2t_base, s_base, hint2, mask_m, bound, start, end, length, scale_log2, clamp_log2,
+                stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, SCORES, WIDE, SCORE_MAX,
+            )
+            ref = m_i
+            l_i = tl.where(l_i > 0, l_i, 1.0)
+            log_l = tl.log2(l_i)
+
+        acc = acc / tl.where(mask_m, l_i, 1.0)[:, None]
+        if (from_block == 0) & (to_block == n_blocks):
+            tl.store(
+                out_ptr + q_rows[:, None] * D + offs_d[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=mask_m[:, None],
+            )
+        else:
+            # A program has at most one part that does not begin its request (slot 0) and one that does (slot 1).
+            place = ((h * PROGRAMS + c) * 2 + (from_block == 0).to(tl.int32)).to(tl.int64) * R + offs_m
+            tl.store(part_lse_ptr + place, ref + log_l, mask=mask_m)
+            tl.store(part_o_ptr + place[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
+        first += n_blocks
+
+
+@triton.jit
+def _balanced_combine_kernel(
+    out_ptr,
+    part_o_ptr,
+    part_lse_ptr,
+    seq_lens_ptr,
+    batch,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    BATCH_POW2: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    """Merge the parts of the requests that several programs shared."""
+    h = tl.program_id(0)
+    rblock = tl.program_id(1)
+    b = tl.program_id(2)
+    offs_b, blocks, ends = _block_counts(seq_lens_ptr, batch, W, BLOCK_N, BATCH_POW2)
+    per = tl.maximum(tl.cdiv(tl.sum(blocks, 0), PROGRAMS), MIN_BLOCKS)
+    last_block = tl.sum(tl.where(offs_b == b, ends, 0), 0) - 1
+    first_block = last_block + 1 - tl.sum(tl.where(offs_b == b, blocks, 0), 0)
+    c_first = first_block // per
+    c_last = last_block // per
+    if c_first == c_last:
+        return
+    R: tl.constexpr = W * G
+    offs_m = rblock * ROWS + tl.arange(0, ROWS)
+    offs_d = tl.arange(0, D)
+    mask_m = offs_m < R
+    m_i = tl.full([ROWS], float("-inf"), tl.float32)
+    l_i = tl.zeros([ROWS], dtype=tl.float32)
+    acc = tl.zeros([ROWS, D], dtype=tl.float32)
+    for c in range(c_first, c_last + 1):
+        place = ((h * PROGRAMS + c) * 2 + (c == c_first).to(tl.int32)).to(tl.int64) * R + offs_m
+        lse2 = tl.load(part_lse_ptr + place, mask=mask_m, other=float("-inf"))
+        o = tl.load(part_o_ptr + place[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+        m_new = tl.maximum(m_i, lse2)
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_safe)
+        w = tl.exp2(lse2 - m_safe)
+        acc = acc * alpha[:, None] + o * w[:, None]
+        l_i = l_i * alpha + w
+        m_i = m_new
+    res = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    q_rows = (b * W + offs_m // G).to(tl.int64) * (HKV * G) + h * G + offs_m % G
+    tl.store(
+        out_ptr + q_rows[:, None] * D + offs_d[None, :], res.to(out_ptr.dtype.element_ty), mask=mask_m[:, None]
+    )
+
+
+class BalancedConfig:
+    """Launch parameters of the balanced verify kernel.
+
+    block_n: positions per inner iteration.  programs_per_sm: programs per multiprocessor, all resident at once.
+    min_blocks: fewest blocks per program.  prefetch: fetch the next block's slots one block ahead by hand.
+    """
+
+    def __init__(
+        self,
+        block_n: int = 64,
+        num_warps: int = 4,
+        stages: int = 3,
+        programs_per_sm: int = 2,
+        min_blocks: int = 4,
+        prefetch: bool = True,
+    ) -> None:
+        self.block_n = block_n
+        self.num_warps = num_warps
+        self.stages = stages
+        self.programs_per_sm = programs_per_sm
+        self.min_blocks = min_blocks
+        self.prefetch = prefetch
+
+    def tile(self, rows: int) -> tuple[int, int, int]:
+        """(BLOCK_M, BLOCK_N, num_warps) for ``rows`` packed query rows."""
+        return VerifyConfig(self.block_n, self.num_warps).for_rows(rows)
+
+
+class BalancedVerify:
+    """Verify attention with scores in one pass, for batches whose log-sum-exp hints are known.
+
+    Args:
+        num_q_heads, num_kv_heads, head_dim, window: as in ``CudaPillarKernels``.
+        num_sms: multiprocessors of the device.
+        device: where the caches live.
+        config: launch parameters.
+    """
+
+    def __init__(
+        self,
+        num_q_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window: int,
+        num_sms: int,
+        device: torch.device | str,
+        config: BalancedConfig | None = None,
+    ) -> None:
+        self.config = config or BalancedConfig()
+        self.window = window
+        self.programs = max(1, self.config.programs_per_sm * num_sms // num_kv_heads)
+        rows = num_kv_heads * self.programs * 2 * window * (num_q_heads // num_kv_heads)
+        self._part_lse = torch.empty(rows, dtype=torch.float32, device=device)
+        self._part_o = torch.empty(rows * head_dim, dtype=torch.float32, device=device)
+
+    def verify_attention(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        v_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        window: int,
+        scaling: float,
+        out: torch.Tensor,
+        scores: torch.Tensor | None,
+        lse_hint: torch.Tensor,
+    ) -> None:
+        """As ``PillarKernels.verify_attention``, with a hint; ``scores`` None leaves the scores out.
+
+        Raises:
+            ValueError: ``window`` exceeds the one this instance reserved scratch for.
+        """
+        if window > self.window:
+            raise ValueError(f"window {window} exceeds the {self.window} rows this instance was built for")
+        batch = seq_lens.shape[0]
+        if batch == 0:
+            return
+        hq, d = q.shape[1], q.shape[2]
+        hkv = k_cache.shape[1]
+        g = hq // hkv
+        cfg = self.config
+        block_m, block_n, num_warps = cfg.tile(window * g)
+        wide = max(k_cache.numel(), v_cache.numel()) >= 2**31
+        scores_arg = scores if scores is not None else self._part_lse
+        stride_sb, stride_sh = (scores.stride(0), scores.stride(1)) if scores is not None else (0, 0)
+        low, high = SAFE_LOG2[q.dtype]
+        shift = SHIFT_LOG2[q.dtype]
+        common = {
+            "HKV": hkv,
+            "G": g,
+            "D": d,
+            "W": window,
+            "BATCH_POW2": max(16, triton.next_power_of_2(batch)),
+            "PROGRAMS": self.programs,
+            "MIN_BLOCKS": cfg.min_blocks,
+            "BLOCK_N": block_n,
+        }
+        _balanced_verify_kernel[(hkv, self.programs)](
+            q,
+            k_cache,
+            v_cache,
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            lse_hint,
+            out,
+            self._part_o,
+            self._part_lse,
+            scores_arg,
+            scaling * LOG2E,
+            HINT_CLAMP_LOG2,
+            shift,
+            low,
+            high,
+            batch,
+            k_cache.stride(0),
+            k_cache.stride(1),
+            v_cache.stride(0),
+            v_cache.stride(1),
+            req_to_token.stride(0),
+            stride_sb,
+            stride_sh,
+            BLOCK_M=block_m,
+            STAGES=cfg.stages,
+            SCORES=scores is not None,
+            PREFETCH=cfg.prefetch,
+            WIDE=wide,
+            SCORE_SCALE=2.0**-shift,
+            SCORE_MAX=SCORE_LIMIT.get(scores.dtype, 0.0) if scores is not None else 0.0,
+            num_warps=num_warps,
+            **common,
+        )
+        combine_rows = 16 if window * g > 8 else 8
+        _balanced_combine_kernel[(hkv, triton.cdiv(window * g, combine_rows), batch)](
+            out,
+            self._part_o,
+            self._part_lse,
+            seq_lens,
+            batch,
+            ROWS=combine_rows,
+            num_warps=4,
+            **common,
+        )
+
+
+@triton.jit
+def _scores_from_lse_kernel(
+    q_ptr,
+    k_ptr,
+    r2t_ptr,
+    req_ptr,
+    seq_lens_ptr,
+    lse_ptr,
+    scores_ptr,
+    scale_log2,
+    lse_to_log2,
+    stride_k_slot,
+    stride_k_head,
+    stride_r2t,
+    stride_s_b,
+    stride_s_h,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    h = tl.program_id(0)
+    split = tl.program_id(1)
+    b = tl.program_id(2)
+    length = tl.load(seq_lens_ptr + b).to(tl.int32)
+    chunk = tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N
+    start = split * chunk
+    end = tl.minimum(start + chunk, length)
+    if end <= start:
+        return
+    R: tl.constexpr = W * G
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    mask_m = offs_m < R
+    q_rows = (b * W + offs_m // G).to(tl.int64) * (HKV * G) + h * G + offs_m % G
+    q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    # Rows of padding have an infinite log-sum-exp, so they add nothing.
+    lse2 = tl.load(lse_ptr + q_rows, mask=mask_m, other=float("inf")) * lse_to_log2
+    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
+    k_base = k_ptr + h.to(tl.int64) * stride_k_head
+    s_base = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
+    slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
+    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        offs = s + offs_n
+        k = tl.load(k_base + _offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(qk * scale_log2 - lse2[:, None])
+        sc = tl.sum(p, 0) * (1.0 / R)
+        tl.store(s_base + offs, sc.to(s_base.dtype.element_ty), mask=offs < end)
+
+
+def scores_from_lse(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    window: int,
+    scaling: float,
+    lse: torch.Tensor,
+    scores: torch.Tensor,
+    splits: int,
+    base2: bool = False,
+    block_n: int = 64,
+    num_warps: int = 4,
+    stages: int = 3,
+) -> None:
+    """Exact PillarAttn scores from another kernel's log-sum-exps: one pass over K, none over V.
+
+    q: [B*W, Hq, D]; lse: float32 [B*W, Hq], natural log or log2 (``base2``); scores: [B, Hkv, >= max L], written for
+    positions < L; splits: programs per (request, KV head).
+    """
+    batch = seq_lens.shape[0]
+    if batch == 0:
+        return
+    hq, d = q.shape[1], q.shape[2]
+    hkv = k_cache.shape[1]
+    g = hq // hkv
+    block_m, block_n, num_warps = VerifyConfig(block_n, num_warps).for_rows(window * g)
+    _scores_from_lse_kernel[(hkv, splits, batch)](
+        q,
+        k_cache,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        lse,
+        scores,
+        scaling * LOG2E,
+        1.0 if base2 else LOG2E,
+        k_cache.stride(0),
+        k_cache.stride(1),
+        req_to_token.stride(0),
+        scores.stride(0),
+        scores.stride(1),
+        HKV=hkv,
+        G=g,
+        D=d,
+        W=window,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        STAGES=stages,
+        WIDE=k_cache.numel() >= 2**31,
+        num_warps=num_warps,
+    )

@@ -1,0 +1,672 @@
+"""The attention kernels that the benchmark times: this project's, and those of SGLang's backends.
+
+A provider prepares the calls for one problem. Each call is one layer's attention for one batch; successive calls walk
+through disjoint batches and different selections, as the layers of a model do, so that none finds its data in the L2
+cache. Provider names of one kind are alternatives for the same job.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _kernel_problem import WINDOW, Problem, decode_bytes, verify_bytes
+
+if TYPE_CHECKING:
+    import torch
+
+TOLERANCE = 1e-2
+FLASHINFER_WORKSPACE = 512 << 20
+COPY_ELEMENTS = 1 << 30
+
+
+class NotReady(RuntimeError):
+    """A FlashInfer module is still compiling; try this provider again later."""
+
+
+@dataclass
+class Prepared:
+    """Calls to time and how to check them.
+
+    Attributes:
+        calls: each launches one layer's work; the first one is checked.
+        check: relative errors of what the first call wrote, by name.
+        bytes: KV bytes that one call must read.
+        extra: further fields of the record.
+    """
+
+    calls: list[Callable[[], Any]]
+    check: Callable[[], dict[str, float]]
+    bytes: int
+    extra: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Provider:
+    """One way to do one job.
+
+    Attributes:
+        kind: ``copy``, ``decode``, ``draft``, ``verify``, ``select`` or ``verify+select``.
+        needs: FlashInfer modules that must be compiled.
+        gpu: whether it runs on a GPU only.
+    """
+
+    kind: str
+    name: str
+    make: Callable[[Problem], Prepared]
+    needs: tuple[str, ...] = ()
+    gpu: bool = True
+
+    @property
+    def key(self) -> str:
+        """Unique name, used in records."""
+        return f"{self.kind}/{self.name}"
+
+
+# ------------------------------------------------------------ FlashInfer modules
+
+
+def flashinfer_specs(head_dim: int = 128) -> dict[str, Callable[[], Any]]:
+    """FlashInfer modules for bf16 and ``head_dim``, by name: functions that return their build specification."""
+    import torch
+    from flashinfer.jit import gen_batch_decode_module, gen_batch_prefill_module
+
+    bf16, index = torch.bfloat16, torch.int32
+    common = (bf16, bf16, bf16, index, head_dim, head_dim, 0, False, False)
+    return {
+        "fa2": lambda: gen_batch_prefill_module("fa2", *common, False),
+        "decode": lambda: gen_batch_decode_module(*common),
+        "fa3": lambda: gen_batch_prefill_module("fa3", *common, False),
+    }
+
+
+def build_flashinfer(name: str, folder: Path) -> None:
+    """Compile one module (nothing to do if it is cached) and leave a mark in ``folder``."""
+    begin = time.monotonic()
+    try:
+        spec = flashinfer_specs()[name]()
+        if not spec.is_aot:
+            spec.build(verbose=False)
+        text = f"ok {time.monotonic() - begin:.0f} s"
+    except BaseException as error:  # noqa: BLE001 - the mark tells the process that waits
+        text = f"failed {type(error).__name__}: {str(error)[-400:]}"
+    partial = folder / f"{name}.partial"
+    partial.write_text(text)
+    partial.rename(folder / f"{name}.mark")
+
+
+def require_flashinfer(names: tuple[str, ...], folder: Path | None, wait_s: float) -> None:
+    """Wait for modules that other processes compile.
+
+    Raises:
+        NotReady: one is still compiling after ``wait_s``.
+        RuntimeError: one failed to compile.
+    """
+    until = time.monotonic() + wait_s
+    for name in names:
+        if folder is None:
+            continue
+        mark = folder / f"{name}.mark"
+        while not mark.exists():
+            if time.monotonic() > until:
+                raise NotReady(f"FlashInfer's {name} module is still compiling")
+            time.sleep(0.2)
+        text = mark.read_text()
+        if not text.startswith("ok"):
+            raise RuntimeError(f"FlashInfer's {name} module did not compile: {text}")
+
+
+_workspace: list[Any] = []
+
+
+def workspace(device: torch.device) -> torch.Tensor:
+    """FlashInfer's float workspace, shared: its wrappers run one after another here."""
+    import torch
+
+    if not _workspace:
+        _workspace.append(torch.zeros(FLASHINFER_WORKSPACE, dtype=torch.uint8, device=device))
+    return _workspace[0]
+
+
+def nan_like(p: Problem, *shape: int, dtype: Any = None) -> torch.Tensor:
+    """Poisoned output: what a kernel leaves unwritten fails its check."""
+    import torch
+
+    return torch.full(shape, float("nan"), dtype=dtype or p.dtype, device=p.device)
+
+
+# ------------------------------------------------------------------------ copy
+
+
+def copy_same_bytes(p: Problem) -> Prepared:
+    """Copies that move as many bytes (half read, half written) as a draft step reads."""
+    half = p.draft_bytes // 2 // p.k.element_size()
+    source = p.k.view(-1)[: max(half, COPY_ELEMENTS)]
+    target = p.v.view(-1)[: source.numel()].clone()
+    places = max(1, min(source.numel() // half, 32))
+
+    def call(i: int) -> Callable[[], Any]:
+        a, b = source[i * half : (i + 1) * half], target[i * half : (i + 1) * half]
+        return lambda: b.copy_(a)
+
+    def check() -> dict[str, float]:
+        return {"out": float((target[:half].float() - source[:half].float()).abs().max())}
+
+    return Prepared([call(i) for i in range(places)], check, p.draft_bytes)
+
+
+# ---------------------------------------------------------------------- decode
+
+
+def _decode_out(p: Problem) -> tuple[torch.Tensor, Callable[[], dict[str, float]]]:
+    shape = p.unit.shape
+    out = nan_like(p, p.unit.batch, shape.num_q_heads, shape.head_dim)
+    return out, lambda: {"out": p.error(out, p.reference("decode"))}
+
+
+def flashinfer_decode(tensor_cores: bool) -> Callable[[Problem], Prepared]:
+    """FlashInfer's paged decoding, planned for exactly this batch (a server's captured plan is no faster)."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+        from flashinfer import BatchDecodeWithPagedKVCacheWrapper
+
+        shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+        out, check = _decode_out(p)
+        pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
+        calls: list[Callable[[], Any]] = []
+        for s in range(p.sets):
+            wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace(p.device), "NHD", use_tensor_cores=tensor_cores)
+            wrapper.plan(
+                torch.arange(batch + 1, dtype=torch.int32) * context,
+                p.indices(s, context),
+                torch.ones(batch, dtype=torch.int32),
+                shape.num_q_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                1,
+                q_data_type=p.dtype,
+                kv_data_type=p.dtype,
+                sm_scale=p.scaling,
+            )
+            calls.append(partial(wrapper.run, p.q1, pages, out=out))
+        return Prepared(calls, check, decode_bytes(p.unit))
+
+    return make
+
+
+def sglang_triton_decode(p: Problem) -> Prepared:
+    """SGLang's Triton backend's decoding, with the split counts that backend would choose."""
+    import torch
+    import triton
+    from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
+    from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
+
+    shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+    out, check = _decode_out(p)
+    most_splits = 8  # SGLang's default, --triton-attention-num-kv-splits
+    on_gpu = p.device.type == "cuda"
+    cores = torch.cuda.get_device_properties(p.device).multi_processor_count if on_gpu else 4
+    logits = torch.zeros((batch, shape.num_q_heads, most_splits, shape.head_dim), device=p.device)
+    lse = torch.zeros((batch, shape.num_q_heads, most_splits), device=p.device)
+    splits = torch.zeros(batch, dtype=torch.int32, device=p.device)
+    get_num_kv_splits_triton[(1,)](
+        splits,
+        p.lens,
+        batch,
+        1,
+        shape.num_q_heads,
+        shape.num_kv_heads,
+        most_splits,
+        cores,
+        MAX_NUM_SEQ=256 if batch < 256 else triton.next_power_of_2(batch),
+    )
+    indptr = (torch.arange(batch + 1, device=p.device) * context).to(torch.int32)
+    calls: list[Callable[[], Any]] = []
+    for s in range(p.sets):
+        indices = p.indices(s, context).to(torch.int64)
+
+        def call(indices: torch.Tensor = indices) -> None:
+            decode_attention_fwd(
+                p.q1, p.k, p.v, out, indptr, indices, logits, lse, splits, most_splits, p.scaling, 1.0, 1.0,
+                use_pdl=on_gpu,
+            )
+
+        calls.append(call)
+    return Prepared(calls, check, decode_bytes(p.unit), {"splits": int(splits[0])})
+
+
+def fa3(window: int) -> Callable[[Problem], Prepared]:
+    """FlashAttention 3 as SGLang's ``fa3`` backend calls it, for ``window`` rows per request."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+        from sgl_kernel.flash_attn import flash_attn_with_kvcache
+
+        shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+        verify = window > 1
+        total = context + window if verify else context
+        q = p.qw if verify else p.q1
+        pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
+        lengths = torch.full((batch,), total, dtype=torch.int32, device=p.device)
+        cu_q = (torch.arange(batch + 1, device=p.device) * window).to(torch.int32)
+        cu_k = (torch.arange(batch + 1, device=p.device) * total).to(torch.int32)
+        results: list[Any] = []
+        calls: list[Callable[[], Any]] = []
+        for s in range(p.sets):
+            table = p.req_to_token[p.requests[s], :total].contiguous()
+
+            def call(table: torch.Tensor = table) -> None:
+                results[:] = [
+                    flash_attn_with_kvcache(
+                        q=q,
+                        k_cache=pages[0],
+                        v_cache=pages[1],
+                        page_table=table,
+                        cache_seqlens=lengths,
+                        cu_seqlens_q=cu_q,
+                        cu_seqlens_k_new=cu_k,
+                        max_seqlen_q=window,
+                        softmax_scale=p.scaling,
+                        causal=True,
+                    )
+                ]
+
+            calls.append(call)
+
+        def check() -> dict[str, float]:
+            out = results[0].view(batch, window, shape.num_q_heads, shape.head_dim)
+            return {"out": p.error(out, p.reference("verify")[0]) if verify else p.error(out[:, 0], p.reference("decode"))}
+
+        return Prepared(calls, check, verify_bytes(p.unit) if verify else decode_bytes(p.unit))
+
+    return make
+
+
+# ----------------------------------------------------------------------- draft
+
+
+def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
+    """The plugin's draft attention, with log-sum-exps, as a draft step calls it."""
+
+    def make(p: Problem) -> Prepared:
+        shape, batch = p.unit.shape, p.unit.batch
+        kernels = p.make_kernels(**({"draft_config": config()} if config else {}))
+        out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
+        import torch
+
+        lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
+
+        def call(selection: int, s: int) -> Callable[[], Any]:
+            return lambda: kernels.draft_attention(
+                p.q1,
+                p.k,
+                p.v,
+                p.positions[selection],
+                p.num_selected,
+                p.tail_start,
+                p.req_to_token,
+                p.requests[s],
+                p.draft_lens,
+                p.scaling,
+                out,
+                lse,
+            )
+
+        def check() -> dict[str, float]:
+            ref, ref_lse = p.reference("draft")
+            errors = {"out": p.error(out, ref), "lse": p.error(lse, ref_lse)}
+            if config is not None:
+                errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
+            return errors
+
+        calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        extra = {"index_bytes": p.index_bytes, "splits": kernels._draft_splits(batch), "outputs": [out]}
+        return Prepared(calls, check, p.draft_bytes, extra)
+
+    return make
+
+
+def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
+    """FlashInfer's decoding over per-head page lists; ``with_lists`` counts building the lists in."""
+
+    def make(p: Problem) -> Prepared:
+        from sglang_sparsespec.attention_backend.flashinfer_draft import FlashInferDraft
+
+        shape, batch = p.unit.shape, p.unit.batch
+        entries = p.count + int(p.draft_lens[0]) - p.unit.context
+        draft = FlashInferDraft(
+            batch * shape.num_kv_heads * entries,
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            p.dtype,
+            p.device,
+            workspace(p.device),
+        )
+        draft.plan([entries] * batch, p.scaling)
+        out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
+
+        def lists(selection: int, s: int) -> None:
+            draft.set_layer(
+                p.positions[selection], p.num_selected, p.tail_start, p.req_to_token, p.requests[s], p.draft_lens
+            )
+
+        def call(selection: int, s: int) -> Callable[[], Any]:
+            def run() -> None:
+                lists(selection, s)
+                draft.run(p.q1, p.k, p.v, out)
+
+            return run
+
+        check = lambda: {"out": p.error(out, p.reference("draft")[0])}  # noqa: E731
+        if with_lists:
+            calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        else:
+            # One list, run again and again: at most batches of tens of MB, so the L2 cache helps it.
+            lists(0, 0)
+            calls = [lambda: draft.run(p.q1, p.k, p.v, out)]
+        return Prepared(calls, check, p.draft_bytes, {"index_bytes": p.index_bytes, "cached": not with_lists})
+
+    return make
+
+
+# ---------------------------------------------------------------------- verify
+
+
+def _verify_buffers(p: Problem, scored: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    import torch
+
+    shape, batch = p.unit.shape, p.unit.batch
+    out = nan_like(p, batch * WINDOW, shape.num_q_heads, shape.head_dim)
+    scores = None
+    if scored:
+        scores = nan_like(p, batch, shape.num_kv_heads, p.req_to_token.shape[1], dtype=torch.float16)
+    return out, scores
+
+
+def verify_errors(p: Problem, out: torch.Tensor, scores: torch.Tensor | None, exact: bool) -> dict[str, float]:
+    """Errors of attention and scores against the reference."""
+    ref, ref_exact, ref_hinted = p.reference("verify")
+    errors = {"out": p.error(out.view(p.unit.batch, WINDOW, *out.shape[1:]), ref)}
+    if scores is not None:
+        errors["scores"] = p.error(scores[..., : p.unit.context], ref_exact if exact else ref_hinted)
+    return errors
+
+
+def against_default(
+    p: Problem, kind: str, make: Callable[[Problem], Prepared], out: torch.Tensor
+) -> float:
+    """||out - default|| / ||default|| over the whole batch, the default being that kind's default launch."""
+    import torch
+
+    def compute() -> torch.Tensor:
+        prepared = make(p)
+        prepared.calls[0]()
+        if p.device.type == "cuda":
+            torch.cuda.synchronize()
+        return prepared.extra["outputs"][0].clone()
+
+    default = p.cached(f"default/{kind}", compute)
+    return float((out.float() - default.float()).norm() / default.float().norm())
+
+
+def pillar_verify(
+    scored: bool, exact: bool = False, config: Callable[[], Any] | None = None
+) -> Callable[[Problem], Prepared]:
+    """The plugin's verification; ``exact`` gives no hint, so that scores take a second pass over K."""
+
+    def make(p: Problem) -> Prepared:
+        kernels = p.make_kernels(**({"verify_config": config()} if config else {}))
+        out, scores = _verify_buffers(p, scored)
+        hint = p.hint if scored and not exact else None
+
+        def call(s: int) -> Callable[[], Any]:
+            return lambda: kernels.verify_attention(
+                p.qw, p.k, p.v, p.req_to_token, p.requests[s], p.lens, WINDOW, p.scaling, out, scores, hint
+            )
+
+        def check() -> dict[str, float]:
+            errors = verify_errors(p, out, scores, exact)
+            if config is not None:
+                errors["against_default"] = against_default(p, "verify", pillar_verify(True), out)
+            return errors
+
+        extra = {"splits": kernels._verify_splits(p.unit.batch), "outputs": [out, scores]}
+        return Prepared([call(s) for s in range(p.sets)], check, verify_bytes(p.unit), extra)
+
+    return make
+
+
+def balanced_verify(scored: bool, config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
+    """The fixed-reference, balanced verification of ``triton_verify_alt``."""
+
+    def make(p: Problem) -> Prepared:
+        from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedVerify
+
+        shape = p.unit.shape
+        verify = BalancedVerify(
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            WINDOW,
+            p.make_kernels().num_sms,
+            p.device,
+            config() if config else None,
+        )
+        out, scores = _verify_buffers(p, scored)
+
+        def call(s: int) -> Callable[[], Any]:
+            return lambda: verify.verify_attention(
+                p.qw, p.k, p.v, p.req_to_token, p.requests[s], p.lens, WINDOW, p.scaling, out, scores, p.hint
+            )
+
+        def check() -> dict[str, float]:
+            errors = verify_errors(p, out, scores, exact=False)
+            if config is not None:
+                errors["against_default"] = against_default(p, "verify", pillar_verify(True), out)
+            return errors
+
+        extra = {"programs": verify.programs * shape.num_kv_heads, "outputs": [out, scores]}
+        return Prepared([call(s) for s in range(p.sets)], check, verify_bytes(p.unit), extra)
+
+    return make
+
+
+def flashinfer_verify(backend: str, rescore: bool = False) -> Callable[[Problem], Prepared]:
+    """FlashInfer's paged prefill for the window rows; ``rescore`` adds exact scores by a second pass over K."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+        from flashinfer import BatchPrefillWithPagedKVCacheWrapper
+
+        from sglang_sparsespec.attention_backend.triton_verify_alt import scores_from_lse
+
+        shape, batch = p.unit.shape, p.unit.batch
+        total = p.unit.context + WINDOW
+        out, scores = _verify_buffers(p, rescore)
+        lse = nan_like(p, batch * WINDOW, shape.num_q_heads, dtype=torch.float32)
+        pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
+        splits = p.make_kernels()._verify_splits(batch)
+        calls: list[Callable[[], Any]] = []
+        for s in range(p.sets):
+            wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace(p.device), "NHD", backend=backend)
+            wrapper.plan(
+                torch.arange(batch + 1, dtype=torch.int32) * WINDOW,
+                torch.arange(batch + 1, dtype=torch.int32) * total,
+                p.indices(s, total),
+                torch.ones(batch, dtype=torch.int32),
+                shape.num_q_heads,
+                shape.num_kv_heads,
+                shape.head_dim,
+                1,
+                causal=True,
+                sm_scale=p.scaling,
+                q_data_type=p.dtype,
+                kv_data_type=p.dtype,
+            )
+
+            def call(w: Any = wrapper, s: int = s) -> None:
+                if scores is None:
+                    w.run(p.qw, pages, out=out)
+                    return
+                w.run(p.qw, pages, out=out, lse=lse, return_lse=True)
+                # FlashInfer's log-sum-exps are to base 2.
+                scores_from_lse(
+                    p.qw, p.k, p.req_to_token, p.requests[s], p.lens, WINDOW, p.scaling, lse, scores, splits,
+                    base2=True,
+                )
+
+            calls.append(call)
+        return Prepared(
+            calls, lambda: verify_errors(p, out, scores, exact=True), verify_bytes(p.unit)
+        )
+
+    return make
+
+
+def sglang_triton_verify(p: Problem) -> Prepared:
+    """SGLang's Triton backend's verification of a chain: its extend kernel over prefix and window."""
+    import torch
+    from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
+
+    shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+    out, _ = _verify_buffers(p, False)
+    qo_indptr = (torch.arange(batch + 1, device=p.device) * WINDOW).to(torch.int32)
+    kv_indptr = (torch.arange(batch + 1, device=p.device) * context).to(torch.int32)
+    mask_indptr = (torch.arange(batch + 1, device=p.device) * WINDOW * (context + WINDOW)).to(torch.int64)
+    calls: list[Callable[[], Any]] = []
+    for s in range(p.sets):
+        prefix = p.indices(s, context).to(torch.int64)
+        window = p.req_to_token[p.requests[s], context : context + WINDOW].reshape(-1).long()
+        k, v = p.k[window].contiguous(), p.v[window].contiguous()
+        assert k.shape == (batch * WINDOW, shape.num_kv_heads, shape.head_dim)
+
+        def call(prefix: torch.Tensor = prefix, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
+            extend_attention_fwd(
+                p.qw, k, v, out, p.k, p.v, qo_indptr, kv_indptr, prefix, None, True, mask_indptr, WINDOW, 1.0, 1.0,
+                p.scaling,
+            )
+
+        calls.append(call)
+    return Prepared(calls, lambda: verify_errors(p, out, None, False), verify_bytes(p.unit))
+
+
+# ---------------------------------------------------------------------- select
+
+
+def selection_errors(p: Problem, scores: torch.Tensor, positions: torch.Tensor) -> dict[str, float]:
+    """How far the selected scores' sum is from torch's top-k; 1 if a list is not ascending."""
+    wrong = 0.0
+    for b in p._sample():
+        row = int(p.requests[0][b])
+        chosen = positions[row, :, : p.count].long()
+        if not bool((chosen[:, 1:] > chosen[:, :-1]).all()) or int(chosen.min()) < 0:
+            return {"out": 1.0}
+        own = scores[b, :, : p.unit.context].float()
+        best = own.topk(p.count, dim=-1).values.sum(-1)
+        got = own.gather(1, chosen.clamp(max=p.unit.context - 1)).sum(-1)
+        wrong = max(wrong, float(((best - got).abs() / best.abs()).max()))
+    return {"out": wrong}
+
+
+def pillar_select(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
+    """The plugin's selection from the scores that its verification wrote; the scores are in the L2 cache if they fit."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+
+        verify = p.cached("scored", lambda: pillar_verify(True)(p))
+        verify.calls[0]()
+        scores = verify.extra["outputs"][1]
+        assert scores is not None
+        kernels = p.make_kernels(**({"select_config": config()} if config else {}))
+        positions = torch.full_like(p.positions[0], 1 << 30)
+
+        def run() -> None:
+            kernels.select(scores, p.lens, p.requests[0], p.counts, positions)
+
+        bytes_each = p.unit.batch * p.unit.shape.num_kv_heads * p.unit.context * scores.element_size()
+        return Prepared([run], lambda: selection_errors(p, scores, positions), bytes_each)
+
+    return make
+
+
+def torch_select(p: Problem) -> Prepared:
+    """torch's top-k and sort of the same scores, for comparison."""
+    verify = p.cached("scored", lambda: pillar_verify(True)(p))
+    verify.calls[0]()
+    scores = verify.extra["outputs"][1]
+    assert scores is not None
+    view = scores[:, :, : p.unit.context]
+
+    def run() -> None:
+        view.topk(p.count, dim=-1, sorted=False).indices.sort(dim=-1)
+
+    bytes_each = p.unit.batch * p.unit.shape.num_kv_heads * p.unit.context * scores.element_size()
+    return Prepared([run], lambda: {"out": 0.0}, bytes_each)
+
+
+def verify_and_select(balanced: bool) -> Callable[[Problem], Prepared]:
+    """Verification with scores and the selection after it, as a layer runs them."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+
+        verify = (balanced_verify if balanced else pillar_verify)(True)(p)
+        out, scores = verify.extra["outputs"]
+        kernels = p.make_kernels()
+        positions = torch.full_like(p.positions[0], 1 << 30)
+
+        def call(s: int) -> Callable[[], Any]:
+            def run() -> None:
+                verify.calls[s]()
+                kernels.select(scores, p.lens, p.requests[s], p.counts, positions)
+
+            return run
+
+        def check() -> dict[str, float]:
+            return {**verify.check(), "selection": selection_errors(p, scores, positions)["out"]}
+
+        return Prepared([call(s) for s in range(p.sets)], check, verify.bytes)
+
+    return make
+
+
+def default_providers() -> list[Provider]:
+    """What the benchmark times for every unit, in this order."""
+    return [
+        Provider("copy", "torch", copy_same_bytes, gpu=True),
+        Provider("draft", "pillar", pillar_draft(), gpu=False),
+        Provider("verify", "pillar", pillar_verify(True), gpu=False),
+        Provider("verify", "pillar, no scores", pillar_verify(False), gpu=False),
+        Provider("verify", "pillar, exact scores", pillar_verify(True, exact=True), gpu=False),
+        Provider("verify", "balanced", balanced_verify(True), gpu=False),
+        Provider("verify", "balanced, no scores", balanced_verify(False), gpu=False),
+        Provider("select", "pillar", pillar_select(), gpu=False),
+        Provider("select", "torch", torch_select, gpu=False),
+        Provider("verify+select", "pillar", verify_and_select(False), gpu=False),
+        Provider("verify+select", "balanced", verify_and_select(True), gpu=False),
+        Provider("decode", "flashinfer, tensor cores", flashinfer_decode(True), needs=("fa2",)),
+        Provider("decode", "flashinfer, CUDA cores", flashinfer_decode(False), needs=("decode",)),
+        Provider("decode", "sglang triton", sglang_triton_decode, gpu=False),
+        Provider("decode", "fa3", fa3(1)),
+        Provider("draft", "flashinfer", flashinfer_draft(True), needs=("fa2",)),
+        Provider("draft", "flashinfer, lists given", flashinfer_draft(False), needs=("fa2",)),
+        Provider("verify", "flashinfer fa2", flashinfer_verify("fa2"), needs=("fa2",)),
+        Provider("verify", "flashinfer fa2 + score pass", flashinfer_verify("fa2", True), needs=("fa2",)),
+        Provider("verify", "flashinfer fa3", flashinfer_verify("fa3"), needs=("fa3",)),
+        Provider("verify", "sglang triton", sglang_triton_verify, gpu=False),
+        Provider("verify", "fa3", fa3(WINDOW)),
+    ]
+
+
+# Kernels of SGLang's backends, which the goals are measured against.
+BASELINES = {
+    "decode": ("flashinfer, tensor cores", "flashinfer, CUDA cores", "sglang triton", "fa3"),
+    "verify": ("flashinfer fa2", "flashinfer fa3", "sglang triton", "fa3"),
+}

@@ -1,0 +1,192 @@
+"""Launch configurations to try: the providers of ``kernels.py --sweep``."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from _kernel_problem import Problem
+from _kernel_providers import Provider, balanced_verify, pillar_draft, pillar_select, pillar_verify
+
+# (block_n, num_warps, stages, target, min_chunk, pdl)
+DRAFT = [
+    (64, 4, 2, 6.0, 64, False),
+    (64, 4, 3, 3.0, 64, False),
+    (64, 4, 3, 6.0, 64, False),
+    (64, 2, 2, 4.0, 64, False),
+    (64, 2, 2, 8.0, 64, False),
+    (64, 2, 3, 3.0, 64, False),
+    (64, 2, 3, 6.0, 64, False),
+    (32, 1, 2, 4.0, 32, False),
+    (32, 1, 2, 9.0, 32, False),
+    (32, 1, 2, 9.0, 64, False),
+    (32, 1, 2, 16.0, 32, False),
+    (32, 1, 3, 4.0, 32, False),
+    (32, 1, 3, 6.0, 32, False),
+    (32, 1, 3, 6.0, 64, False),
+    (32, 1, 3, 12.0, 32, False),
+    (32, 1, 3, 12.0, 64, False),
+    (32, 1, 4, 4.0, 64, False),
+    (32, 2, 2, 5.0, 64, False),
+    (32, 2, 3, 5.0, 64, False),
+    (32, 2, 3, 10.0, 64, False),
+    (32, 4, 3, 4.0, 64, False),
+    (16, 1, 3, 9.0, 32, False),
+    (16, 1, 4, 7.0, 32, False),
+    (16, 2, 3, 8.0, 32, False),
+    (32, 1, 3, 6.0, 32, True),
+    (32, 1, 3, 12.0, 32, True),
+]
+# (block_n, num_warps, stages, target, min_chunk, prefetch)
+VERIFY = [
+    (64, 4, 3, 4.0, 256, False),
+    (64, 4, 3, 8.0, 256, False),
+    (64, 4, 2, 4.0, 256, False),
+    (64, 4, 2, 4.0, 256, True),
+    (64, 4, 2, 8.0, 256, True),
+    (64, 4, 3, 4.0, 256, True),
+    (32, 4, 2, 6.0, 256, False),
+    (32, 4, 3, 6.0, 256, False),
+    (32, 4, 3, 6.0, 256, True),
+    (32, 4, 3, 9.0, 256, True),
+    (32, 4, 4, 4.0, 256, True),
+    (128, 4, 2, 4.0, 256, False),
+    (64, 8, 3, 4.0, 256, True),
+]
+# (block_n, num_warps, stages, programs_per_sm, min_blocks, prefetch)
+BALANCED = [
+    (64, 4, 3, 2, 4, True),
+    (64, 4, 2, 2, 4, True),
+    (64, 4, 3, 2, 4, False),
+    (64, 4, 2, 2, 4, False),
+    (64, 4, 3, 1, 4, True),
+    (64, 4, 4, 1, 4, True),
+    (64, 4, 2, 6, 4, True),
+    (64, 4, 3, 6, 4, True),
+    (32, 4, 3, 2, 8, True),
+    (32, 4, 4, 2, 8, True),
+    (32, 4, 3, 2, 8, False),
+    (32, 4, 3, 6, 8, True),
+    (128, 4, 2, 1, 2, True),
+]
+# (block, num_warps, stages)
+SELECT = [
+    (4096, 16, 2),
+    (4096, 16, 1),
+    (4096, 8, 2),
+    (4096, 32, 2),
+    (2048, 16, 2),
+    (2048, 8, 2),
+    (2048, 4, 2),
+    (1024, 8, 2),
+    (1024, 4, 2),
+    (8192, 16, 2),
+    (8192, 32, 2),
+]
+
+
+def _draft(values: tuple[Any, ...]) -> Callable[[], Any]:
+    def config() -> Any:
+        from sglang_sparsespec.attention_backend.triton_draft import DraftConfig
+
+        return DraftConfig(*values)
+
+    return config
+
+
+def _verify(values: tuple[Any, ...]) -> Callable[[], Any]:
+    def config() -> Any:
+        from sglang_sparsespec.attention_backend.triton_verify import VerifyConfig
+
+        return VerifyConfig(*values)
+
+    return config
+
+
+def _balanced(values: tuple[Any, ...]) -> Callable[[], Any]:
+    def config() -> Any:
+        from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedConfig
+
+        return BalancedConfig(*values)
+
+    return config
+
+
+def _select(values: tuple[Any, ...]) -> Callable[[], Any]:
+    def config() -> Any:
+        from sglang_sparsespec.attention_backend.triton_select import SelectConfig
+
+        return SelectConfig(*values)
+
+    return config
+
+
+def _label(prefix: str, names: Sequence[str], values: Sequence[Any]) -> str:
+    shown = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={int(value)}"
+             for name, value in zip(names, values, strict=True))
+    return f"{prefix} " + " ".join(shown)
+
+
+def sweep_providers() -> list[Provider]:
+    """One provider per configuration; the plugin's defaults are among them as ``pillar``."""
+    providers = [
+        Provider("draft", "pillar", pillar_draft(), gpu=False),
+        Provider("verify", "pillar", pillar_verify(True), gpu=False),
+        Provider("verify", "balanced", balanced_verify(True), gpu=False),
+        Provider("select", "pillar", pillar_select(), gpu=False),
+    ]
+    names: tuple[str, ...] = ("block_n", "warps", "stages", "target", "min_chunk", "pdl")
+    providers += [
+        Provider("draft", _label("pillar", names, v), pillar_draft(_draft(v)), gpu=False) for v in DRAFT
+    ]
+    names = ("block_n", "warps", "stages", "target", "min_chunk", "prefetch")
+    providers += [
+        Provider("verify", _label("pillar", names, v), pillar_verify(True, config=_verify(v)), gpu=False)
+        for v in VERIFY
+    ]
+    names = ("block_n", "warps", "stages", "per_sm", "min_blocks", "prefetch")
+    providers += [
+        Provider("verify", _label("balanced", names, v), balanced_verify(True, _balanced(v)), gpu=False)
+        for v in BALANCED
+    ]
+    names = ("block", "warps", "stages")
+    providers += [
+        Provider("select", _label("pillar", names, v), pillar_select(_select(v)), gpu=False) for v in SELECT
+    ]
+    return providers
+
+
+def precompile(p: Problem, providers: Sequence[Provider], threads: int | None = None) -> dict[str, str]:
+    """Compile every provider's Triton kernels for problem ``p`` in parallel; errors by provider key.
+
+    Launches are turned into compilations for the time of this call: Triton compiles without holding Python's global
+    lock, so threads run side by side.
+    """
+    from triton.runtime._async_compile import AsyncCompileMode
+    from triton.runtime.jit import JITFunction
+
+    def compile_only(kernel: Any, grid: Any) -> Callable[..., Any]:
+        return lambda *args, **kwargs: kernel.run(*args, grid=grid, warmup=True, **kwargs)
+
+    failures: dict[str, str] = {}
+    # ``select`` needs scores, so the default verification must have run before launches are turned off.
+    scored = p.cached("scored", lambda: pillar_verify(True)(p))
+    scored.calls[0]()
+    original = JITFunction.__getitem__
+    executor = ThreadPoolExecutor(threads or os.cpu_count() or 4)
+    try:
+        with AsyncCompileMode(executor, ignore_errors=True):
+            JITFunction.__getitem__ = compile_only
+            try:
+                for provider in providers:
+                    try:
+                        provider.make(p).calls[0]()
+                    except Exception as error:  # noqa: BLE001 - one configuration that does not compile
+                        failures[provider.key] = f"{type(error).__name__}: {str(error)[-300:]}"
+            finally:
+                JITFunction.__getitem__ = original
+    finally:
+        executor.shutdown(wait=True)
+    return failures

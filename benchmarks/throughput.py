@@ -1,0 +1,156 @@
+"""Offline decode throughput: SPARSESPEC beside plain SGLang, same requests, same flags but for the algorithm.
+
+    python benchmarks/throughput.py --model-path M --engines plain:flashinfer plain:triton sparsespec \
+        --cases 8192x128 16384x64 --new-tokens 512 --results throughput.jsonl
+
+Each engine is started once and runs every case (context x batch): all prompts are prefilled first,
+which fills the radix cache, then sent again together, so that the timed run is decoding but for one
+token per prompt. Reported are output tokens per second of that run.
+
+``--random-prompts`` sends random token ids, for dummy weights (``--load-format dummy``), together with
+SGLANG_SIMULATE_ACC_LEN: such results are marked simulated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import sys
+import time
+from pathlib import Path
+from statistics import mean, median
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from accept_length import distinct_share, make_prompts  # noqa: E402
+
+
+def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """``plain:BACKEND`` or ``sparsespec[:POLICY]`` as ``sglang.Engine`` arguments."""
+    kind, _, detail = name.partition(":")
+    settings: dict[str, Any] = {
+        "model_path": args.model_path,
+        "load_format": args.load_format,
+        "dtype": args.dtype,
+        "random_seed": 0,
+        "log_level": args.log_level,
+        "skip_tokenizer_init": args.random_prompts,
+        "max_running_requests": max(batch for _, batch in args.cases),
+        "cuda_graph_max_bs_decode": max(batch for _, batch in args.cases),
+        "prefill_attention_backend": args.prefill_backend,
+        **json.loads(args.engine_args),
+    }
+    if kind == "plain":
+        settings["decode_attention_backend"] = detail or "flashinfer"
+    elif kind == "sparsespec":
+        del settings["prefill_attention_backend"]
+        settings.update(
+            speculative_algorithm="SPARSESPEC",
+            speculative_num_steps=args.k,
+            sparsespec_base_attention_backend=args.prefill_backend,
+            sparsespec_draft_policy=detail or "pillar",
+        )
+    else:
+        raise SystemExit(f"--engines {name}: expected plain:BACKEND or sparsespec[:POLICY]")
+    return settings
+
+
+def run_case(engine: Any, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
+    """Prefill, then time ``--repeats`` decoding runs of all prompts together."""
+    sampling = {"temperature": args.temperature, "ignore_eos": True}
+    started = time.perf_counter()
+    engine.generate(input_ids=prompts, sampling_params={**sampling, "max_new_tokens": 1})
+    prefill = time.perf_counter() - started
+    seconds, outputs = [], []
+    for _ in range(args.repeats):
+        started = time.perf_counter()
+        outputs = engine.generate(input_ids=prompts, sampling_params={**sampling, "max_new_tokens": args.new_tokens})
+        seconds.append(time.perf_counter() - started)
+    accept = [output["meta_info"].get("spec_accept_length") for output in outputs]
+    tokens = sum(output["meta_info"]["completion_tokens"] for output in outputs)
+    distinct = [distinct_share(output["output_ids"]) for output in outputs]
+    return {
+        "prefill_s": round(prefill, 2),
+        "decode_s": [round(value, 3) for value in seconds],
+        "tokens_per_s": round(tokens / median(seconds), 1),
+        "cached_tokens": sum(output["meta_info"]["cached_tokens"] for output in outputs),
+        "retractions": sum(output["meta_info"].get("num_retractions", 0) for output in outputs),
+        "accept_length": round(mean(accept), 3) if all(accept) else None,
+        "distinct": round(mean(distinct), 3),
+        "repetitive_prompts": sum(share < 0.5 for share in distinct),
+    }
+
+
+def parse_case(text: str) -> tuple[int, int]:
+    context, _, batch = text.partition("x")
+    return int(context), int(batch)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "plain:triton", "sparsespec"])
+    parser.add_argument("--cases", nargs="+", type=parse_case, default=[(8192, 64)], help="CONTEXTxBATCH")
+    parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--load-format", default="auto")
+    parser.add_argument("--prefill-backend", default="triton", help="the same for all engines")
+    parser.add_argument("--random-prompts", action="store_true")
+    parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
+    parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--results", help="JSON-lines file to append to")
+    args = parser.parse_args()
+
+    import sglang
+    import torch
+
+    tokenizer = None
+    if not args.random_prompts:
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
+    for name in args.engines:
+        started = time.perf_counter()
+        engine = sglang.Engine(**engine_arguments(name, args))
+        print(f"{name}: ready after {time.perf_counter() - started:.0f} s", flush=True)
+        for context, batch in args.cases:
+            if tokenizer is None:
+                generator = random.Random(0)
+                prompts = [[generator.randrange(1000, 30000) for _ in range(context)] for _ in range(batch)]
+            else:
+                prompts = make_prompts(tokenizer, args.corpora, context, batch)
+            record = {
+                "date": time.strftime("%Y-%m-%d"),
+                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
+                "model": Path(args.model_path).name,
+                "load_format": args.load_format,
+                "engine": name,
+                "prefill_backend": args.prefill_backend,
+                "context": context,
+                "batch": batch,
+                "new_tokens": args.new_tokens,
+                "temperature": args.temperature,
+                "k": args.k,
+                "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
+                **run_case(engine, prompts, args),
+            }
+            line = json.dumps(record)
+            print(line, flush=True)
+            if args.results:
+                with open(args.results, "a") as file:
+                    file.write(line + "\n")
+            engine.flush_cache()
+        engine.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

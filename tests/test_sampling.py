@@ -1,0 +1,406 @@
+"""Drafting and acceptance, rule by rule, on the CPU path."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from scipy.stats import chisquare
+from sglang.srt.layers import sampler as sglang_sampler
+from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+from sglang.srt.sampling.sampling_params import TOP_K_ALL
+from tiny_model import Sampling
+
+from sglang_sparsespec import sampling
+
+VOCAB = 12
+GREEDY = Sampling(temperature=0.0)
+REQUESTS = {
+    "plain": [Sampling(), Sampling(temperature=0.6), Sampling(temperature=1.7)],
+    "top_k": [Sampling(top_k=3), Sampling(top_k=1), Sampling(temperature=2.0, top_k=VOCAB)],
+    "top_p": [Sampling(top_p=0.5), Sampling(top_p=0.01), Sampling(temperature=1.5, top_p=0.9)],
+    "min_p": [Sampling(min_p=0.1), Sampling(min_p=1.0), Sampling(temperature=1.5, min_p=0.02)],
+    "mixed": [
+        GREEDY,
+        Sampling(),
+        Sampling(top_k=4, top_p=0.8),
+        Sampling(temperature=1.3, top_p=0.9, min_p=0.05),
+        Sampling(top_k=5, top_p=0.95, min_p=0.1),
+        GREEDY,
+    ],
+    "greedy": [GREEDY, GREEDY],
+}
+
+
+def batch_info(requests: list[Sampling], seeds: list[int] | None = None) -> SamplingBatchInfo:
+    """SGLang's sampling parameters of a batch, normalised as ``SamplingParams`` does (greedy is top-k 1)."""
+    greedy = [r.temperature == 0 for r in requests]
+    top_ks = [1 if g else TOP_K_ALL if r.top_k == -1 else r.top_k for r, g in zip(requests, greedy, strict=True)]
+    return SamplingBatchInfo(
+        temperatures=torch.tensor([[1.0 if g else r.temperature] for r, g in zip(requests, greedy, strict=True)]),
+        top_ps=torch.tensor([r.top_p for r in requests]),
+        top_ks=torch.tensor(top_ks, dtype=torch.int32),
+        min_ps=torch.tensor([r.min_p for r in requests]),
+        is_all_greedy=all(greedy),
+        is_any_greedy=any(greedy),
+        need_top_p_sampling=any(r.top_p != 1.0 for r in requests),
+        need_top_k_sampling=any(k != TOP_K_ALL for k in top_ks),
+        need_min_p_sampling=any(r.min_p > 0 for r in requests),
+        vocab_size=VOCAB,
+        sampling_seed=None if seeds is None else torch.tensor(seeds),
+        device="cpu",
+    )
+
+
+def random_logits(rows: int, seed: int = 0) -> torch.Tensor:
+    return 2 * torch.randn(rows, VOCAB, generator=torch.Generator().manual_seed(seed))
+
+
+def sglang_distribution(
+    logits: torch.Tensor, info: SamplingBatchInfo, monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
+    """What SGLang's ``Sampler`` draws from: float64 [rows, vocab].
+
+    ``torch.multinomial`` is made to return each index in turn, and its weights are read.
+    """
+    own = sglang_sampler.Sampler.__new__(sglang_sampler.Sampler)
+    torch.nn.Module.__init__(own)
+    own.rl_on_policy_target = None
+    own.enable_deterministic = own.use_log_softmax_logprob = own.use_ascend_backend = False
+    pytorch_backend = SimpleNamespace(kernel=SimpleNamespace(sampling_backend="pytorch"))
+    monkeypatch.setattr(sglang_sampler, "get_exec", lambda: pytorch_backend)
+    rows = torch.arange(len(logits))
+    found = torch.zeros(len(logits), VOCAB, dtype=torch.float64)
+    for index in range(VOCAB):
+        drawn: dict[str, torch.Tensor] = {}
+
+        def multinomial(weights: torch.Tensor, num_samples: int, index: int = index, drawn: Any = drawn) -> Any:
+            drawn["weights"] = weights.double()[:, index]
+            return torch.full((len(weights), 1), index)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "multinomial", multinomial)
+            output = SimpleNamespace(next_token_logits=logits.clone())
+            tokens = own(output, info, False, [], [], torch.zeros(len(logits), dtype=torch.int64))
+        found[rows, tokens.long()] = drawn["weights"]
+    return found / found.sum(dim=-1, keepdim=True)
+
+
+# ----------------------------------------------------------------- target distribution
+
+
+@pytest.mark.parametrize("name", [n for n in REQUESTS if n != "greedy"])
+def test_target_probabilities_are_what_sglangs_sampler_draws_from(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    info, logits = batch_info(REQUESTS[name]), random_logits(len(REQUESTS[name]))
+    ours = sampling.target_probabilities(logits, sampling.SamplingRows.of(info))
+    expected = sglang_distribution(logits, info, monkeypatch)
+    torch.testing.assert_close(ours.double(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(ours > 0, expected > 0), "a filter keeps other tokens"
+
+
+@pytest.mark.parametrize("name", [n for n in REQUESTS if n != "greedy"])
+def test_target_probabilities_follow_the_definitions_of_the_filters(name: str) -> None:
+    requests = REQUESTS[name]
+    logits = random_logits(len(requests), seed=1)
+    ours = sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(requests)))
+    for request, row_logits, row in zip(requests, logits, ours, strict=True):
+        torch.testing.assert_close(row.double(), request.distribution(row_logits), rtol=1e-5, atol=1e-7)
+
+
+def test_logits_are_left_unchanged() -> None:
+    logits = random_logits(6)
+    before = logits.clone()
+    sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(REQUESTS["mixed"])))
+    assert torch.equal(logits, before)
+
+
+def test_parameters_are_repeated_for_each_row_of_a_window() -> None:
+    requests = REQUESTS["mixed"]
+    logits = random_logits(3 * len(requests))
+    repeated = sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(requests), repeats=3))
+    one_by_one = [request for request in requests for _ in range(3)]
+    expected = sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(one_by_one)))
+    assert torch.equal(repeated, expected)
+
+
+def test_greedy_rows_have_all_mass_on_the_argmax_even_at_ties() -> None:
+    requests = [GREEDY, Sampling(), GREEDY]
+    logits = random_logits(3)
+    logits[0, [4, 7]] = logits[0].max() + 1
+    rows = sampling.SamplingRows.of(batch_info(requests))
+    probs = sampling.target_probabilities(logits, rows)
+    sampled_row = probs[1].clone()
+    sampling.make_greedy_rows_exact(probs, logits, rows)
+    assert probs[0].argmax() == logits[0].argmax() and probs[0].max() == 1 and probs[0].sum() == 1
+    assert probs[2].argmax() == logits[2].argmax() and probs[2].max() == 1
+    assert torch.equal(probs[1], sampled_row)
+
+
+# ---------------------------------------------------------------------------- drafting
+
+
+def test_a_greedy_batch_drafts_the_argmax_and_needs_no_distribution() -> None:
+    logits = random_logits(2)
+    tokens, probs = sampling.sample_draft(
+        logits, sampling.SamplingRows.of(batch_info(REQUESTS["greedy"])), torch.zeros(2, dtype=torch.int64)
+    )
+    assert torch.equal(tokens, logits.argmax(-1)) and probs is None
+
+
+def test_drafts_are_drawn_from_the_distribution_that_is_returned() -> None:
+    torch.manual_seed(0)
+    draws = 20_000
+    logits = random_logits(1).expand(draws, -1)
+    rows = sampling.SamplingRows.of(batch_info([Sampling(top_k=6)] * draws))
+    tokens, probs = sampling.sample_draft(logits, rows, torch.zeros(draws, dtype=torch.int64))
+    assert probs is not None
+    kept = probs[0] > 0
+    counts = torch.bincount(tokens, minlength=VOCAB)
+    assert int(kept.sum()) == 6 and (counts[~kept] == 0).all()
+    assert chisquare(counts[kept].numpy(), (probs[0, kept].double() / probs[0, kept].double().sum() * draws)).pvalue > 1e-3
+
+
+# -------------------------------------------------------------------------- acceptance
+
+
+@pytest.mark.parametrize(
+    ("drafts", "target", "accept_len"),
+    [
+        ([5, 6, 7], [5, 6, 7, 8], 4),
+        ([5, 6, 7], [5, 6, 1, 8], 3),
+        ([5, 6, 7], [1, 6, 7, 8], 1),  # later matches do not count
+        ([5, 6, 7], [5, 1, 7, 8], 2),
+    ],
+)
+def test_matching_accepts_the_common_prefix_and_one_token_of_the_target(
+    drafts: list[int], target: list[int], accept_len: int
+) -> None:
+    tokens, accept_lens = sampling.accept_matching(torch.tensor([[0, *drafts]]), torch.tensor([target]))
+    assert accept_lens.tolist() == [accept_len] and accept_lens.dtype == torch.int32
+    assert tokens[0, :accept_len].tolist() == target[:accept_len]
+
+
+def reject(
+    target: torch.Tensor, draft: torch.Tensor, drafts: list[int], coins: torch.Tensor, final_coins: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """``accept_by_rejection`` of the same drafts for each row of coins ([n, k] and [n])."""
+    rows = len(coins)
+    candidates = torch.tensor([[0, *drafts]]).expand(rows, -1)
+    return sampling.accept_by_rejection(
+        candidates, target.expand(rows, -1, -1), draft.expand(rows, -1, -1), coins, final_coins
+    )
+
+
+def random_distributions(rows: int, seed: int, zeros: bool = False) -> torch.Tensor:
+    """float32 [1, rows, vocab]; with ``zeros`` about half of the tokens are impossible."""
+    logits = random_logits(rows, seed)
+    if zeros:
+        logits[logits < logits.median(dim=-1, keepdim=True).values] = float("-inf")
+    return torch.softmax(logits, -1).unsqueeze(0)
+
+
+GRID = 20_000
+MIDPOINTS = (torch.arange(GRID) + 0.5) / GRID
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_a_draft_is_accepted_with_probability_min_1_p_over_q(seed: int, zeros: bool) -> None:
+    """Over an even grid of coins, so without sampling error."""
+    target, draft = random_distributions(2, seed, zeros), random_distributions(1, seed + 50)
+    for token in range(VOCAB):
+        _, accept_lens = reject(target, draft, [token], MIDPOINTS.unsqueeze(1), MIDPOINTS)
+        expected = min(1.0, float(target[0, 0, token]) / float(draft[0, 0, token]))
+        assert float((accept_lens == 2).double().mean()) == pytest.approx(expected, abs=2 / GRID)
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_after_a_rejection_the_token_comes_from_the_residual(seed: int, zeros: bool) -> None:
+    target, draft = random_distributions(2, seed, zeros), random_distributions(1, seed + 50)
+    residual = (target[0, 0].double() - draft[0, 0].double()).clamp(min=0)
+    token = int((draft[0, 0] - target[0, 0]).argmax())  # sure to be rejected by a coin near 1
+    coins = torch.full((GRID, 1), 1 - 2**-24)
+    tokens, accept_lens = reject(target, draft, [token], coins, MIDPOINTS)
+    assert (accept_lens == 1).all()
+    share = torch.bincount(tokens[:, 0], minlength=VOCAB).double() / GRID
+    torch.testing.assert_close(share, residual / residual.sum(), rtol=0, atol=3 / GRID)
+
+
+def test_after_k_accepted_drafts_the_token_comes_from_the_target() -> None:
+    target, draft = random_distributions(3, 0), random_distributions(2, 50)
+    coins = torch.zeros(GRID, 2)
+    tokens, accept_lens = reject(target, draft, [3, 4], coins, MIDPOINTS)
+    assert (accept_lens == 3).all() and (tokens[:, 0] == 3).all() and (tokens[:, 1] == 4).all()
+    share = torch.bincount(tokens[:, 2], minlength=VOCAB).double() / GRID
+    torch.testing.assert_close(share, target[0, 2].double(), rtol=0, atol=3 / GRID)
+
+
+def test_nothing_after_the_first_rejected_draft_is_accepted() -> None:
+    target, draft = random_distributions(4, 0), random_distributions(3, 50)
+    token = int((draft[0, 0] - target[0, 0]).argmax())
+    coins = torch.tensor([[1 - 2**-24, 0.0, 0.0]])
+    _, accept_lens = reject(target, draft, [token, 1, 2], coins, torch.tensor([0.5]))
+    assert accept_lens.tolist() == [1]
+
+
+def test_an_impossible_token_is_never_the_output() -> None:
+    """Not even for the first and the last coin, where sums are rounded."""
+    edge_coins = torch.tensor([0.0, 2**-24, 0.5, 1 - 2**-24])
+    for seed in range(20):
+        target, draft = random_distributions(2, seed, zeros=True), random_distributions(1, seed + 50)
+        for token in range(VOCAB):
+            coins = edge_coins.repeat_interleave(4).unsqueeze(1)
+            tokens, accept_lens = reject(target, draft, [token], coins, edge_coins.repeat(4))
+            assert (target[0, 0, tokens[:, 0]] > 0).all()
+            both = accept_lens == 2
+            assert (target[0, 1, tokens[both, 1]] > 0).all()
+
+
+def test_equal_distributions_accept_every_draft() -> None:
+    target = random_distributions(3, 0)
+    draft = target[:, :2]
+    for first in range(VOCAB):
+        _, accept_lens = reject(target, draft, [first, 5], MIDPOINTS.unsqueeze(1).expand(-1, 2), MIDPOINTS)
+        assert (accept_lens == 3).all()
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_drafting_and_acceptance_together_give_the_target_distribution(seed: int) -> None:
+    """First and second output token, over random drafts, against the target (p-value above 1e-3, fixed seed)."""
+    torch.manual_seed(seed)
+    rounds = 100_000
+    target, draft = random_distributions(3, seed), random_distributions(2, seed + 50)
+    drafts = torch.stack([torch.multinomial(draft[0, i], rounds, replacement=True) for i in range(2)], dim=1)
+    candidates = torch.cat([torch.zeros(rounds, 1, dtype=torch.int64), drafts], dim=1)
+    tokens, accept_lens = sampling.accept_by_rejection(
+        candidates, target.expand(rounds, -1, -1), draft.expand(rounds, -1, -1), torch.rand(rounds, 2), torch.rand(rounds)
+    )
+    for position in (0, 1):
+        reached = accept_lens > position
+        counts = torch.bincount(tokens[reached, position], minlength=VOCAB)
+        expected = target[0, position].double()
+        assert chisquare(counts.numpy(), (expected / expected.sum() * counts.sum()).numpy()).pvalue > 1e-3
+
+
+# ----------------------------------------------------------------------- mixed batches
+
+
+def test_greedy_rows_of_a_mixed_batch_are_exact() -> None:
+    """Greedy requests get the argmax and as many drafts as match it, whatever their neighbours sample."""
+    torch.manual_seed(0)
+    requests = [GREEDY, Sampling(temperature=1.5), GREEDY, Sampling(top_p=0.7, min_p=0.05)] * 50
+    batch, width = len(requests), 4
+    info = batch_info(requests)
+    logits = random_logits(batch * width, seed=3)
+    argmax = logits.argmax(-1).view(batch, width)
+    rows = sampling.SamplingRows.of(info)
+    columns, probs = [], []
+    for step in range(width - 1):
+        # Draft logits near the target's, so that some drafts match.
+        near = logits.view(batch, width, -1)[:, step] + random_logits(batch, seed=10 + step) / 2
+        token, prob = sampling.sample_draft(near, rows, torch.zeros(batch, dtype=torch.int64))
+        assert prob is not None
+        columns.append(token)
+        probs.append(prob)
+    candidates = torch.stack([torch.zeros(batch, dtype=torch.int64), *columns], dim=1)
+    tokens, accept_lens = sampling.accept(
+        candidates, logits, info, torch.zeros(batch * width, dtype=torch.int64), torch.stack(probs, 1)
+    )
+    expected_tokens, expected_lens = sampling.accept_matching(candidates, argmax)
+    seen = set()
+    for b, request in enumerate(requests):
+        if request is GREEDY:
+            length = int(accept_lens[b])
+            seen.add(length)
+            assert length == int(expected_lens[b])
+            assert tokens[b, :length].tolist() == expected_tokens[b, :length].tolist()
+    assert len(seen) == width, "every accept length should occur"
+
+
+def test_a_greedy_batch_is_accepted_by_its_argmax() -> None:
+    logits = random_logits(6)
+    target = logits.argmax(-1).view(2, 3)
+    candidates = torch.tensor([[0, int(target[0, 0]), -1], [0, -1, -1]])
+    tokens, accept_lens = sampling.accept(
+        candidates, logits, batch_info(REQUESTS["greedy"]), torch.zeros(6, dtype=torch.int64), None
+    )
+    assert torch.equal(tokens, target) and accept_lens.tolist() == [2, 1]
+
+
+# ------------------------------------------------------------------------------- seeds
+
+
+def murmur_hash32(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """Stand-in for SGLang's Triton hash, which needs a GPU: another function of the same three numbers."""
+    mixed = (
+        seed.to(torch.int64).view(-1, 1) * 0x9E3779B1
+        + positions.to(torch.int64).view(-1, 1) * 0x85EBCA6B
+        + col_indices.to(torch.int64).view(1, -1) * 0xC2B2AE35
+    )
+    for shift in (15, 13, 16):
+        mixed = ((mixed ^ (mixed >> shift)) * 0x27D4EB2F) & 0xFFFFFFFFFF
+    return (mixed & 0xFFFFFFFF).to(torch.uint32)
+
+
+@pytest.fixture
+def seeded_sampler(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's seeded sampler with the stand-in hash, uncompiled."""
+    eager = getattr(sglang_sampler.multinomial_with_seed, "_torchdynamo_orig_callable", None)
+    assert eager is not None, "multinomial_with_seed is no longer compiled; use it as it is"
+    monkeypatch.setattr(sglang_sampler, "murmur_hash32", murmur_hash32)
+    monkeypatch.setattr(sglang_sampler, "multinomial_with_seed", eager)
+    return sglang_sampler
+
+
+@pytest.mark.parametrize("name", ["plain", "top_k", "top_p"])
+def test_a_seeded_request_gets_the_tokens_of_sglangs_seeded_sampler(name: str, seeded_sampler: Any) -> None:
+    """Whatever was drafted: position by position the tokens are a function of logits, seed and position."""
+    requests = REQUESTS[name]
+    seeds, width = [1, 2, 3], 4
+    info = batch_info(requests, seeds)
+    logits = random_logits(len(requests) * width, seed=5)
+    positions = (torch.tensor([[10], [200], [7]]) + torch.arange(width)).flatten()
+    expected = torch.empty(len(requests), width, dtype=torch.int64)
+    for b, request in enumerate(requests):
+        for i in range(width):
+            row = b * width + i
+            one = batch_info([request], [seeds[b]])
+            probs = torch.softmax(logits[row : row + 1] / one.temperatures, -1)
+            if name == "plain":
+                drawn = seeded_sampler.sampling_from_probs_torch(probs, one.sampling_seed, positions[row : row + 1])
+            else:
+                drawn = seeded_sampler.top_k_top_p_min_p_sampling_from_probs_torch(
+                    probs, one.top_ks, one.top_ps, one.min_ps, False, one.sampling_seed, positions[row : row + 1]
+                )
+            expected[b, i] = drawn[0]
+    for matching in range(width):
+        candidates = torch.cat([torch.zeros(len(requests), 1, dtype=torch.int64), expected[:, :-1]], dim=1)
+        candidates[:, matching + 1 :] = -1  # no token
+        tokens, accept_lens = sampling.accept(candidates, logits, info, positions, None)
+        assert accept_lens.tolist() == [matching + 1] * len(requests)
+        assert torch.equal(tokens[:, : matching + 1], expected[:, : matching + 1])
+
+
+def test_seeded_drafts_use_the_noise_of_their_position(seeded_sampler: Any) -> None:
+    """A draft from the target's own logits is the target's token, so it is accepted."""
+    info = batch_info([Sampling(), Sampling(temperature=2.0)], [11, 12])
+    rows = sampling.SamplingRows.of(info)
+    logits = random_logits(2)
+    positions = torch.tensor([33, 44])
+    tokens, probs = sampling.sample_draft(logits, rows, positions)
+    assert probs is None
+    assert torch.equal(tokens, sampling.sample_seeded(logits, rows, positions))
+    others = [sampling.sample_draft(logits, rows, positions + i)[0].tolist() for i in range(1, 30)]
+    assert any(other != tokens.tolist() for other in others), "the position must matter"
+    reseeded = sampling.SamplingRows.of(batch_info([Sampling(), Sampling(temperature=2.0)], [13, 14]))
+    changed = [
+        sampling.sample_draft(logits, reseeded, positions + i)[0].tolist()
+        != sampling.sample_draft(logits, rows, positions + i)[0].tolist()
+        for i in range(30)
+    ]
+    assert any(changed), "the seed must matter"

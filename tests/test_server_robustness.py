@@ -1,0 +1,218 @@
+"""What clients do to a server: aborts, disconnects, stop strings, limits, a full KV pool.
+
+After every case the KV pool must be empty again: with the radix cache flushed, as many tokens are
+free as the pool has.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from quickstart import Server, choose_port, server_environment
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 1024
+KV_TOKENS = 1200
+PROMPT = "Count up slowly and explain every step:\n1 is the first number.\n2 is"
+GREEDY = {"temperature": 0.0, "ignore_eos": True}
+
+
+class Client:
+    """Requests to one server."""
+
+    def __init__(self, port: int) -> None:
+        self.port = port
+        self.url = f"http://127.0.0.1:{port}"
+
+    def generate(self, prompt: str | list[int], **sampling: Any) -> dict[str, Any]:
+        key = "text" if isinstance(prompt, str) else "input_ids"
+        body = {key: prompt, "sampling_params": {**GREEDY, **sampling}}
+        response = requests.post(f"{self.url}/generate", json=body, timeout=300)
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def state(self) -> dict[str, Any]:
+        return requests.get(f"{self.url}/server_info", timeout=60).json()["internal_states"][0]
+
+    def running(self) -> int:
+        loads = requests.get(f"{self.url}/get_load", timeout=60).json()
+        return sum(load["num_reqs"] for load in loads)
+
+    def assert_pool_empties(self, timeout: float = 60) -> None:
+        """Wait until idle, flush the radix cache, and compare free tokens with the pool's size."""
+        deadline = time.monotonic() + timeout
+        while True:
+            flushed = requests.post(f"{self.url}/flush_cache", timeout=60).status_code == 200
+            state = self.state()
+            if flushed and state["kv_tokens_free"] == state["kv_tokens_total"]:
+                return
+            assert time.monotonic() < deadline, f"flushed: {flushed}, {state['kv_tokens_free']} tokens free"
+            time.sleep(0.3)
+
+
+@pytest.fixture(scope="module")
+def client(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A server with a small context and a KV pool that four requests overflow."""
+    log = tmp_path_factory.mktemp("server") / "server.log"
+    port = choose_port(0)
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path, "--device", "cpu"]
+    command += ["--dtype", "float32", "--port", str(port), "--speculative-algorithm", "SPARSESPEC"]
+    command += ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
+    command += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
+    # Admit as if outputs were short, so that a full pool retracts requests.
+    command += ["--schedule-conservativeness", "0.01"]
+    environment = {**server_environment(True), "OMP_NUM_THREADS": "2"}
+    with Server(command, port, log, environment) as server:
+        server.wait_until_ready(300)
+        yield Client(port)
+        server.check_alive()
+    assert "memory leak" not in Path(log).read_text(errors="replace")
+
+
+@pytest.fixture(autouse=True)
+def pool_is_empty_afterwards(client: Client) -> Iterator[None]:
+    yield
+    client.assert_pool_empties()
+
+
+@pytest.fixture(scope="module")
+def long_answer(client: Client) -> dict[str, Any]:
+    """A greedy answer that the cases below cut in different ways."""
+    return client.generate(PROMPT, max_new_tokens=96)
+
+
+def test_aborting_a_running_request_ends_it(client: Client) -> None:
+    body = {
+        "text": PROMPT,
+        "rid": "to-be-aborted",
+        "stream": True,
+        "sampling_params": {**GREEDY, "max_new_tokens": 800},
+    }
+    with requests.post(f"{client.url}/generate", json=body, stream=True, timeout=300) as response:
+        lines = (line for line in response.iter_lines() if line.startswith(b"data: {"))
+        next(lines)
+        aborted = requests.post(f"{client.url}/abort_request", json={"rid": "to-be-aborted"}, timeout=60)
+        assert aborted.status_code == 200
+        last = json.loads(list(lines)[-1][len(b"data: ") :])
+    assert last["meta_info"]["finish_reason"]["type"] == "abort"
+    assert last["meta_info"]["completion_tokens"] < 800
+
+
+def test_a_client_that_disconnects_frees_its_request(client: Client) -> None:
+    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
+    body = {"text": PROMPT, "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 900}}
+    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+    connection.getresponse().read(200)
+    assert client.running() == 1
+    connection.close()
+    started = time.monotonic()
+    client.assert_pool_empties()
+    # 900 tokens take longer than this: it was the disconnect that ended the request.
+    assert time.monotonic() - started < 20
+
+
+@pytest.mark.parametrize("offset", [20, 21, 22, 23, 24, 25, 26, 27, 28])
+def test_a_stop_string_ends_the_text_just_before_it(client: Client, long_answer: dict[str, Any], offset: int) -> None:
+    text = long_answer["text"]
+    stop = text[offset * 3 : offset * 3 + 7]
+    answer = client.generate(PROMPT, max_new_tokens=96, stop=[stop])
+    assert answer["text"] == text[: text.index(stop)]
+    assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 7, 8, 9, 10, 11, 17, 31])
+def test_max_tokens_cuts_an_accepted_run_exactly(client: Client, long_answer: dict[str, Any], limit: int) -> None:
+    answer = client.generate(PROMPT, max_new_tokens=limit)
+    assert answer["output_ids"] == long_answer["output_ids"][:limit]
+    assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": limit}
+
+
+def test_a_stop_token_inside_an_accepted_run_ends_the_output(client: Client, long_answer: dict[str, Any]) -> None:
+    ids = long_answer["output_ids"]
+    for token in dict.fromkeys(ids[5:25]):
+        answer = client.generate(PROMPT, max_new_tokens=96, stop_token_ids=[token])
+        assert answer["output_ids"] == ids[: ids.index(token) + 1]
+
+
+def test_a_streamed_answer_is_the_same_as_a_whole_one(client: Client, long_answer: dict[str, Any]) -> None:
+    body = {"text": PROMPT, "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 96}}
+    with requests.post(f"{client.url}/generate", json=body, stream=True, timeout=300) as response:
+        chunks = [json.loads(line[6:]) for line in response.iter_lines() if line.startswith(b"data: {")]
+    assert chunks[-1]["text"] == long_answer["text"]
+    assert len(chunks) > 2
+
+
+def test_a_prompt_longer_than_the_context_is_refused(client: Client) -> None:
+    body = {"input_ids": [100] * (CONTEXT + 5), "sampling_params": {**GREEDY, "max_new_tokens": 4}}
+    response = requests.post(f"{client.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "context length" in response.text
+
+
+def test_an_output_that_reaches_the_context_length_ends_there(client: Client) -> None:
+    prompt = [100 + i % 50 for i in range(CONTEXT - 30)]
+    answer = client.generate(prompt, max_new_tokens=500)
+    meta = answer["meta_info"]
+    assert meta["finish_reason"]["type"] == "length"
+    assert 20 <= meta["completion_tokens"] <= 30
+
+
+def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client) -> None:
+    prompts = [f"Story number {i}. {PROMPT}" for i in range(6)]
+    alone = [client.generate(prompt, max_new_tokens=256)["output_ids"] for prompt in prompts]
+    with ThreadPoolExecutor(len(prompts)) as pool:
+        together = list(pool.map(lambda prompt: client.generate(prompt, max_new_tokens=256), prompts))
+    assert [answer["output_ids"] for answer in together] == alone
+    # 6 x (30 + 256) tokens do not fit in the pool together.
+    metrics = requests.get(f"{client.url}/metrics", timeout=60).text
+    retracted = [
+        float(line.rsplit(" ", 1)[1])
+        for line in metrics.splitlines()
+        if line.startswith("sglang:num_retracted_requests_total")
+    ]
+    assert sum(retracted) > 0, "no request was retracted: the pool was not full"
+
+
+def test_aborting_everything_under_load_empties_the_pool(client: Client) -> None:
+    def ask(index: int) -> None:
+        body = {"text": f"{index} {PROMPT}", "sampling_params": {**GREEDY, "max_new_tokens": 600}}
+        requests.post(f"{client.url}/generate", json=body, timeout=300)
+
+    threads = [threading.Thread(target=ask, args=(index,)) for index in range(10)]
+    for thread in threads:
+        thread.start()
+    time.sleep(4)  # some run, some wait
+    requests.post(f"{client.url}/abort_request", json={"rid": "", "abort_all": True}, timeout=60)
+    for thread in threads:
+        thread.join(timeout=60)
+    assert not any(thread.is_alive() for thread in threads)
+
+
+def test_requests_that_cannot_be_exact_are_refused(client: Client) -> None:
+    body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 4, "frequency_penalty": 0.5}}
+    response = requests.post(f"{client.url}/generate", json=body, timeout=60)
+    assert response.status_code == 400
+    assert "frequency_penalty" in response.text
+
+
+def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:
+    client.generate(PROMPT, max_new_tokens=400)  # at least one decode log interval
+    state = client.state()
+    assert sum(state["sparsespec_accept_histogram"]) > 0
+    assert 1 <= state["sparsespec_accept_length"] <= 9
+    assert 0 < state["sparsespec_kv_read_share"] <= 1
+    metrics = requests.get(f"{client.url}/metrics", timeout=60).text
+    assert "sparsespec:accepted_drafts_total{" in metrics
+    assert "sparsespec:kv_read_share{" in metrics
+    assert "sglang:spec_accept_length" in metrics

@@ -1,0 +1,110 @@
+"""A tiny random Llama checkpoint, and the exact distribution of the sequences it generates.
+
+Small enough that every sequence of a few tokens can be enumerated, so sampled output can be
+compared with the target's distribution itself instead of with other samples.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+VOCAB = 6
+CONTEXT = 256
+
+
+def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Path:
+    """Write config.json and float32 safetensors of a two-layer Llama with grouped-query attention.
+
+    Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves
+    out then changes its distribution.
+    """
+    torch.manual_seed(seed)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=context,
+        initializer_range=0.4,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Sampling parameters of one request, under SGLang's names and defaults."""
+
+    temperature: float = 1.0
+    top_k: int = -1
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+    def as_request(self, max_new_tokens: int) -> dict[str, float | int | bool]:
+        """The ``sampling_params`` of a request."""
+        return {
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "min_p": self.min_p,
+            "max_new_tokens": max_new_tokens,
+            "ignore_eos": True,
+        }
+
+    def distribution(self, logits: torch.Tensor) -> torch.Tensor:
+        """Next-token distribution, float64 [vocab], of one row of logits [vocab].
+
+        Token by token from the definitions: a token stays if fewer than top_k tokens are
+        likelier, if these have at most top_p of the mass, and if it has at least min_p of
+        the likeliest token's probability.
+        """
+        logits = logits.double()
+        if self.temperature == 0:
+            return torch.nn.functional.one_hot(logits.argmax(), len(logits)).double()
+        probs = torch.softmax(logits / self.temperature, dim=-1)
+        kept = torch.zeros_like(probs)
+        for token, prob in enumerate(probs.tolist()):
+            likelier = probs[probs > prob]
+            in_top_k = self.top_k < 0 or len(likelier) < self.top_k
+            in_top_p = float(likelier.sum()) <= self.top_p
+            in_min_p = prob >= self.min_p * float(probs.max())
+            if in_top_k and in_top_p and in_min_p:
+                kept[token] = prob
+        return kept / kept.sum()
+
+
+@torch.no_grad()
+def sequence_probabilities(
+    folder: Path, prompt: list[int], length: int, sampling: Sampling
+) -> dict[tuple[int, ...], float]:
+    """Probability of every sequence of ``length`` tokens that may follow ``prompt``.
+
+    Computed by transformers from the same weights, with plain full attention; sequences
+    of probability 0 are left out.
+    """
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    sequences: dict[tuple[int, ...], float] = {(): 1.0}
+    for _ in range(length):
+        prefixes = list(sequences)
+        inputs = torch.tensor([prompt + list(prefix) for prefix in prefixes])
+        logits = torch.cat([model(chunk).logits[:, -1] for chunk in inputs.split(512)])
+        extended: dict[tuple[int, ...], float] = {}
+        for prefix, row in zip(prefixes, logits, strict=True):
+            for token, prob in enumerate(sampling.distribution(row).tolist()):
+                if prob > 0:
+                    extended[(*prefix, token)] = sequences[prefix] * prob
+        sequences = extended
+    return sequences
