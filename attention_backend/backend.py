@@ -66,8 +66,8 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
     """The model's attention layers in order, refused if one of them is not plain GQA.
 
     Raises:
-        ValueError: a layer has a window, a soft cap, sinks, cross attention, or different
-            key and value dims.
+        ValueError: a layer has a window, a soft cap, cross attention, or different key and value
+            dims. (Models with attention sinks are found at their first forward: ``refuse_sinks``.)
     """
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -94,6 +94,15 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
     if not layers:
         raise ValueError(f"{ALGORITHM} found no attention layers in this model; serve it without it.")
     return layers
+
+
+def refuse_sinks(kwargs: dict[str, Any]) -> None:
+    """Raise ``ValueError`` for a model that passes attention sinks to its layers' forward."""
+    if kwargs.get("sinks") is not None:
+        raise ValueError(
+            f"This model has attention sinks, which {ALGORITHM} does not support; serve the model without "
+            "--speculative-algorithm."
+        )
 
 
 def make_kernels(name: str, device: torch.device, **sizes: Any) -> PillarKernels:
@@ -267,6 +276,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         Returns:
             [tokens, Hq * D].
         """
+        refuse_sinks(kwargs)
         if forward_batch.forward_mode.is_target_verify():
             return self._forward_verify(q, k, v, layer, forward_batch, save_kv_cache)
         out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
@@ -301,9 +311,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         pillar = self.config.draft_policy == "pillar"
         batch_size = forward_batch.batch_size
         hint = self.lse_hint[layer.layer_id, :batch_size] if self.lse_hint is not None else None
+        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         self.kernels.verify_attention(
             q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
-            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            k_cache,
+            v_cache,
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
@@ -343,9 +355,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
         out = torch.empty_like(q)
         lse = self.lse_step[layer.layer_id, : forward_batch.batch_size] if self.lse_step is not None else None
+        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         self.kernels.draft_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
-            *self.token_to_kv_pool.get_kv_buffer(layer.layer_id),
+            k_cache,
+            v_cache,
             self.table.positions[layer.layer_id],
             self.table.num_selected,
             self.table.tail_start,

@@ -22,6 +22,7 @@ from sglang_sparsespec.attention_backend.triton_draft import (
     _draft_combine_kernel,
     _draft_lengths,
     draft_num_splits,
+    query_stride,
 )
 
 
@@ -66,6 +67,7 @@ def _pipelined_draft_kernel(
     arrived_ptr,
     scale_log2,
     cap,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_v_slot,
@@ -108,7 +110,8 @@ def _pipelined_draft_kernel(
                     tl.store(lse_ptr + rows, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=mask_m)
         return
 
-    q = tl.load(q_ptr + rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q_base = q_ptr + b.to(tl.int64) * stride_q_tok + h.to(tl.int64) * G * D
+    q = tl.load(q_base + offs_m[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     pos_base = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
     r2t_base = r2t_ptr + row * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
@@ -270,6 +273,7 @@ class PipelinedDraft:
             self._arrived,
             scaling * LOG2E,
             positions.shape[2],
+            query_stride(q),
             k_cache.stride(0),
             k_cache.stride(1),
             v_cache.stride(0),

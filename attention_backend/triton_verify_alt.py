@@ -2,11 +2,11 @@
 
 Two ideas beside :mod:`triton_verify`, whose interface and results these kernels share:
 
-- **Fixed reference.** The log-sum-exp hint that the scores need is also a safe softmax reference: exp(s - hint) cannot
-  overflow in float32 or bfloat16 unless the hint is off by about 69 (natural log).  The inner loop then needs no running
-  maximum, no rescaling of the accumulator and no per-row weights, and a score is just a column sum.  A program whose row
-  sums show that a hint was too far off discards its result and runs the usual online softmax instead, so a wrong hint
-  costs time, never exactness.
+- **Fixed reference.** The log-sum-exp hint that the scores need is also a safe softmax reference: in float32 and
+  bfloat16, exp(s - hint) keeps its precision from about 118 below the hint (natural log) to 34 above it.  The inner loop
+  then needs no running maximum, no rescaling of the accumulator and no per-row weights, and a score is just a column sum.
+  A program whose row sums leave that range discards its result and runs the usual online softmax instead, so a wrong
+  hint costs time, never exactness.  float16 has too little range for this to be a gain with sharp attention.
 - **Balanced work.** Every program takes the same number of blocks of the whole batch, counted over the requests one
   after another, whatever their lengths; a request that ends up with several programs is merged by a second launch.  With
   a fixed number of splits per request a ragged batch waits for its longest request.
@@ -20,13 +20,14 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.attention_backend.triton_draft import query_stride
 from sglang_sparsespec.attention_backend.triton_verify import HINT_CLAMP_LOG2, LOG2E, VerifyConfig
 
-# Row sums of exp2(s - hint) outside these bounds (log2) mean that the hint was no usable reference.  float16
-# probabilities have a narrow range, bfloat16 ones that of float32.
-SAFE_LOG2 = {torch.float16: (-4.0, 15.0), torch.bfloat16: (-80.0, 100.0), torch.float32: (-80.0, 100.0)}
-# Added to the logits (log2) so that small probabilities stay normal numbers in float16.
-SHIFT_LOG2 = {torch.float16: 8.0, torch.bfloat16: 0.0, torch.float32: 0.0}
+# Added to the logits (log2).  The usual hint is a little below the truth, but parts of a request can lie far below it:
+# bfloat16 and float32 probabilities get most of their range on that side.  float16 has little range at all.
+SHIFT_LOG2 = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0}
+# Row sums of exp2(s - hint + shift) outside these bounds (log2) mean that the hint was no usable reference.
+SAFE_LOG2 = {torch.float16: (-4.0, 15.0), torch.bfloat16: (-110.0, 110.0), torch.float32: (-110.0, 110.0)}
 SCORE_LIMIT = {torch.float16: 6e4}
 
 
@@ -178,6 +179,7 @@ def _balanced_verify_kernel(
     low_log2,
     high_log2,
     batch,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_v_slot,
@@ -235,7 +237,8 @@ def _balanced_verify_kernel(
 
         # Row r of the packed tile is query head h*G + r%G of window row r//G.
         q_rows = (b * W + win).to(tl.int64) * (HKV * G) + h * G + offs_m % G
-        q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+        q_offsets = (b * W + win).to(tl.int64) * stride_q_tok + (h * G + offs_m % G) * D
+        q = tl.load(q_ptr + q_offsets[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
         hint2 = tl.load(hint_ptr + q_rows, mask=mask_m, other=float("inf")) * 1.4426950408889634
         ref = hint2 - shift_log2
         # Exclusive causal bound per row; the segment's end is folded in so that one compare masks both.
@@ -445,6 +448,7 @@ class BalancedVerify:
             low,
             high,
             batch,
+            query_stride(q),
             k_cache.stride(0),
             k_cache.stride(1),
             v_cache.stride(0),
@@ -486,6 +490,7 @@ def _scores_from_lse_kernel(
     scores_ptr,
     scale_log2,
     lse_to_log2,
+    stride_q_tok,
     stride_k_slot,
     stride_k_head,
     stride_r2t,
@@ -516,7 +521,8 @@ def _scores_from_lse_kernel(
     offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < R
     q_rows = (b * W + offs_m // G).to(tl.int64) * (HKV * G) + h * G + offs_m % G
-    q = tl.load(q_ptr + q_rows[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    q_offsets = (b * W + offs_m // G).to(tl.int64) * stride_q_tok + (h * G + offs_m % G) * D
+    q = tl.load(q_ptr + q_offsets[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
     # Rows of padding have an infinite log-sum-exp, so they add nothing.
     lse2 = tl.load(lse_ptr + q_rows, mask=mask_m, other=float("inf")) * lse_to_log2
     r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
@@ -571,6 +577,7 @@ def scores_from_lse(
         scores,
         scaling * LOG2E,
         1.0 if base2 else LOG2E,
+        query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
         req_to_token.stride(0),

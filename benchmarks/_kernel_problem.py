@@ -57,7 +57,7 @@ TINY = {
     "tiny-g4": Shape("tiny-g4", 8, 2, 64, 2),
     "tiny-g6": Shape("tiny-g6", 6, 1, 64, 2),
 }
-LAYOUTS = ("runs", "random")
+LAYOUTS = ("runs", "random", "ragged")
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class Unit:
     """One batch: ``batch`` requests of ``context`` committed tokens each.
 
     ``layout``: ``runs``, every request's slots are consecutive, as SGLang's allocator gives a prompt's; ``random``,
-    every slot is anywhere in the pool, the worst that page size 1 allows.
+    every slot is anywhere in the pool, the worst that page size 1 allows; ``ragged``, as ``runs`` with lengths spread
+    evenly from a quarter of ``context`` to all of it.
     """
 
     shape: Shape
@@ -78,23 +79,31 @@ class Unit:
         """Unique name, used in records."""
         return f"{self.shape.name}/b{self.batch}/c{self.context}/{self.layout}"
 
+    def lengths(self) -> list[int]:
+        """Committed tokens of each request; the first and the last one are the longest and a short one if ragged."""
+        if self.layout != "ragged" or self.batch == 1:
+            return [self.context] * self.batch
+        lengths = [self.context - 3 * self.context * i // (4 * (self.batch - 1)) for i in range(self.batch)]
+        # Interleaved, so that neighbours differ; the order is the same in every run.
+        return lengths[0::2] + lengths[1::2]
 
-def budget_counts(context: int, ratio: float = RATIO, min_budget: int = MIN_BUDGET, window: int = WINDOW) -> int:
-    """Positions selected per KV head for a request of ``context`` tokens."""
+
+def budget_counts(lengths: list[int], ratio: float = RATIO, min_budget: int = MIN_BUDGET) -> list[int]:
+    """Positions selected per KV head for requests of ``lengths`` tokens."""
     import torch
 
-    capacity = SelectionTable.capacity_for(context + PAD, ratio, min_budget)
-    return int(num_selected(torch.tensor([context]), ratio, min_budget, window, capacity)[0])
+    capacity = SelectionTable.capacity_for(max(lengths) + PAD, ratio, min_budget)
+    return num_selected(torch.tensor(lengths), ratio, min_budget, WINDOW, capacity).tolist()
 
 
 def decode_bytes(unit: Unit) -> int:
     """KV bytes that one plain decoding step reads in one layer."""
-    return unit.batch * unit.context * unit.shape.token_bytes()
+    return sum(unit.lengths()) * unit.shape.token_bytes()
 
 
 def verify_bytes(unit: Unit, window: int = WINDOW) -> int:
     """KV bytes that one verification reads in one layer."""
-    return unit.batch * (unit.context + window) * unit.shape.token_bytes()
+    return sum(length + window for length in unit.lengths()) * unit.shape.token_bytes()
 
 
 def draft_bytes(unit: Unit, tail: int = TAIL) -> tuple[int, int]:
@@ -102,10 +111,9 @@ def draft_bytes(unit: Unit, tail: int = TAIL) -> tuple[int, int]:
 
     The index bytes are an int32 position per selected entry and an int32 slot per attended entry, per KV head.
     """
-    count = budget_counts(unit.context)
-    entries = unit.batch * (count + tail)
-    lists = unit.batch * unit.shape.num_kv_heads
-    return entries * unit.shape.token_bytes(), lists * 4 * (count + count + tail)
+    selected = sum(budget_counts(unit.lengths()))
+    attended = selected + unit.batch * tail
+    return attended * unit.shape.token_bytes(), 4 * unit.shape.num_kv_heads * (selected + attended)
 
 
 def ideal_round(unit: Unit) -> float:
@@ -160,6 +168,7 @@ class Problem:
         k, v: caches, [slots, Hkv, D].
         req_to_token: int32 [rows, context + PAD].
         requests: one int64 [batch] of ``req_to_token`` rows per set.
+        lengths, selected: committed tokens and selected positions of each request, on the host.
         positions: int32 [selections, rows, Hkv, capacity], random ascending subsets, one selection per layer that a
             timed graph walks through.
         hint: float32 [batch, window, Hq], close to the log-sum-exp of the rows, on average a little below.
@@ -172,7 +181,6 @@ class Problem:
         shape, batch, context = unit.shape, unit.batch, unit.context
         self.dtype = pool.k.dtype
         self.scaling = shape.head_dim**-0.5
-        self.window = WINDOW
         gen = torch.Generator(device=device)
         gen.manual_seed(seed)
         self.gen = gen
@@ -182,32 +190,35 @@ class Problem:
         owners = self.sets * batch
         slots = owners * width
         if unit.layout == "random":
-            owned = torch.randperm(slots, generator=gen, device=device) + 1
-            table = owned.view(owners, width)
+            table = (torch.randperm(slots, generator=gen, device=device) + 1).view(owners, width)
         else:
             table = (torch.arange(slots, device=device) + 1).view(owners, width)
             table = table[torch.randperm(owners, generator=gen, device=device)]
         self.req_to_token = torch.zeros((owners + 1, width), dtype=torch.int32, device=device)
         self.req_to_token[1:] = table.to(torch.int32)
+        del table
         rows = torch.randperm(owners, generator=gen, device=device) + 1
         self.requests = list(rows.to(torch.int64).view(self.sets, batch).unbind(0))
 
-        self.count = budget_counts(context)
+        self.lengths = unit.lengths()
+        self.selected = budget_counts(self.lengths)
+        self.lens = torch.tensor(self.lengths, dtype=torch.int64, device=device)
+        self.draft_lens = self.lens + TAIL
+        self.counts = torch.tensor(self.selected, dtype=torch.int32, device=device)
+        self.num_selected = torch.zeros(owners + 1, dtype=torch.int32, device=device)
+        self.tail_start = torch.zeros(owners + 1, dtype=torch.int32, device=device)
+        for request_set in self.requests:
+            self.num_selected[request_set] = self.counts
+            self.tail_start[request_set] = self.lens.to(torch.int32)
         self.capacity = SelectionTable.capacity_for(width, RATIO, MIN_BUDGET)
-        bytes_each, self.index_bytes = draft_bytes(unit)
-        self.draft_bytes = bytes_each
-        wanted = math.ceil(LEAST_TRAFFIC / bytes_each / self.sets)
+        self.draft_bytes, self.index_bytes = draft_bytes(unit)
+        wanted = math.ceil(LEAST_TRAFFIC / self.draft_bytes / self.sets)
         selections = max(1, min(MOST_SELECTIONS, wanted))
         self.positions = torch.zeros(
             (selections, owners + 1, shape.num_kv_heads, self.capacity), dtype=torch.int32, device=device
         )
         for selection in range(selections):
             self._draw_selection(self.positions[selection])
-        self.num_selected = torch.full((owners + 1,), self.count, dtype=torch.int32, device=device)
-        self.tail_start = torch.full((owners + 1,), context, dtype=torch.int32, device=device)
-        self.draft_lens = torch.full((batch,), context + TAIL, dtype=torch.int64, device=device)
-        self.lens = torch.full((batch,), context, dtype=torch.int64, device=device)
-        self.counts = torch.full((batch,), self.count, dtype=torch.int32, device=device)
 
         def randn(*size: int) -> torch.Tensor:
             return torch.randn(*size, generator=gen, device=device, dtype=torch.float32).to(self.dtype)
@@ -216,21 +227,26 @@ class Problem:
         self.qw = randn(batch * WINDOW, shape.num_q_heads, shape.head_dim)
         # Logits of random rows are standard normal, so their log-sum-exp is close to log(length) + 1/2.
         noise = torch.randn(batch, WINDOW, shape.num_q_heads, generator=gen, device=device)
-        self.hint = math.log(context + WINDOW) + 0.5 + 0.3 * noise - 0.2
+        self.hint = (self.lens + WINDOW).float().log().view(-1, 1, 1) + 0.3 + 0.3 * noise
         self._cache: dict[str, Any] = {}
 
     def _draw_selection(self, positions: torch.Tensor) -> None:
-        """Fill int32 [rows, Hkv, capacity] with random ascending subsets of [0, context)."""
+        """Fill int32 [rows, Hkv, capacity] with random ascending subsets of each row's [0, length)."""
         import torch
 
         rows, heads, _ = positions.shape
-        context = self.unit.context
+        most, context = max(self.selected), self.unit.context
+        place = torch.arange(context, device=self.device)
         step = max(1, (1 << 26) // (heads * context))
         for begin in range(0, rows, step):
-            part = positions[begin : begin + step]
-            keys = torch.rand((part.shape[0] * heads, context), generator=self.gen, device=self.device)
-            chosen = keys.topk(self.count, dim=-1, sorted=False).indices.sort(dim=-1).values
-            part[..., : self.count] = chosen.view(part.shape[0], heads, self.count).to(torch.int32)
+            part = slice(begin, begin + step)
+            lengths = self.tail_start[part].repeat_interleave(heads)
+            counts = self.num_selected[part].repeat_interleave(heads)
+            keys = torch.rand((len(lengths), context), generator=self.gen, device=self.device)
+            keys.masked_fill_(place >= lengths[:, None], -1.0)
+            chosen = keys.topk(most, dim=-1).indices.to(torch.int32)
+            chosen.masked_fill_(place[:most] >= counts[:, None], 1 << 30)
+            positions[part, :, :most] = chosen.sort(dim=-1).values.view(-1, heads, most)
 
     def make_kernels(self, **configs: Any) -> Any:
         """The plugin's CUDA kernels, sized as a server with this batch and context would size them."""
@@ -249,13 +265,25 @@ class Problem:
             **configs,
         )
 
-    def indices(self, request_set: int, length: int) -> torch.Tensor:
-        """int32 [batch * length]: the slots of the first ``length`` positions of a set's requests."""
-        return self.req_to_token[self.requests[request_set], :length].reshape(-1).contiguous()
+    def indices(self, request_set: int, beyond: int = 0) -> torch.Tensor:
+        """int32: the slots of every request's committed tokens and ``beyond`` more, request after request."""
+        import torch
+
+        table = self.req_to_token[self.requests[request_set]]
+        place = torch.arange(table.shape[1], device=self.device)
+        return table[place < (self.lens + beyond)[:, None]].contiguous()
+
+    def indptr(self, beyond: int = 0) -> torch.Tensor:
+        """int32 [batch + 1] on the host: where each request begins in ``indices``."""
+        import torch
+
+        ends = torch.tensor([0, *(length + beyond for length in self.lengths)], dtype=torch.int64).cumsum(0)
+        return ends.to(torch.int32)
 
     # -------------------------------------------------------------- references
 
-    def _sample(self) -> list[int]:
+    def sample(self) -> list[int]:
+        """The requests that are checked: the first and the last."""
         return sorted({0, self.unit.batch - 1})
 
     def cached(self, key: str, compute: Any) -> Any:
@@ -264,33 +292,38 @@ class Problem:
             self._cache[key] = compute()
         return self._cache[key]
 
-    def reference(self, kind: str) -> Any:
-        """float32 results for the first and last request of set 0, by the torch oracle.
+    def forget(self) -> None:
+        """Drop what ``cached`` holds."""
+        self._cache.clear()
 
-        ``decode``: outputs [n, Hq, D].  ``draft``: (outputs [n, Hq, D], lse [n, Hq]).  ``verify``: (outputs
-        [n, window, Hq, D], exact scores [n, Hkv, context], scores relative to the hint).
+    def reference(self, kind: str) -> list[Any]:
+        """float32 results of the sampled requests of set 0, by the torch oracle.
+
+        ``decode``: outputs [Hq, D].  ``draft``: (output [Hq, D], lse [Hq]).  ``verify``: (outputs [window, Hq, D],
+        exact scores [Hkv, length], scores relative to the hint).
         """
-        return self.cached(f"reference/{kind}", {"decode": self._decode, "draft": self._draft, "verify": self._verify}[kind])
+        compute = {"decode": self._decode, "draft": self._draft, "verify": self._verify}[kind]
+        return self.cached(f"reference/{kind}", compute)
 
-    def _decode(self) -> torch.Tensor:
+    def _decode(self) -> list[torch.Tensor]:
         import torch
 
         from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 
-        index = torch.tensor(self._sample(), device=self.device)
+        index = torch.tensor(self.sample(), device=self.device)
         q = self.q1[index].float()
         out = torch.zeros_like(q)
         TorchPillarKernels().verify_attention(
             q, self.k, self.v, self.req_to_token, self.requests[0][index], self.lens[index] - 1, 1, self.scaling, out
         )
-        return out
+        return list(out)
 
-    def _draft(self) -> tuple[torch.Tensor, torch.Tensor]:
+    def _draft(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         import torch
 
         from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 
-        index = torch.tensor(self._sample(), device=self.device)
+        index = torch.tensor(self.sample(), device=self.device)
         q = self.q1[index].float()
         out = torch.zeros_like(q)
         lse = torch.zeros(q.shape[:2], device=self.device)
@@ -308,30 +341,31 @@ class Problem:
             out,
             lse,
         )
-        return out, lse
+        return list(zip(out, lse, strict=True))
 
-    def _verify(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def _verify(self) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         import torch
 
         from sglang_sparsespec.attention_backend.torch_kernels import _probabilities, _weighted_values
 
-        shape, context = self.unit.shape, self.unit.context
-        total = context + WINDOW
-        position = torch.arange(total, device=self.device)
-        mask = position[None, :] <= position[context:, None]
-        outs, exact, hinted = [], [], []
-        for b in self._sample():
+        shape = self.unit.shape
+        found = []
+        for b in self.sample():
+            length = self.lengths[b]
+            total = length + WINDOW
+            position = torch.arange(total, device=self.device)
+            mask = position[None, :] <= position[length:, None]
             slots = self.req_to_token[self.requests[0][b], :total].long()
             q = self.qw.view(-1, WINDOW, shape.num_q_heads, shape.head_dim)[b]
             prob, lse = _probabilities(q.float(), self.k[slots], self.scaling, mask)
-            outs.append(_weighted_values(prob, self.v[slots]))
-            exact.append(prob[..., :context].mean(dim=(1, 2)))
             hint = self.hint[b].view(WINDOW, shape.num_kv_heads, shape.group).permute(1, 2, 0)
-            hinted.append((prob[..., :context] * torch.exp(lse - hint).unsqueeze(-1)).mean(dim=(1, 2)))
-        return torch.stack(outs), torch.stack(exact), torch.stack(hinted)
+            exact = prob[..., :length].mean(dim=(1, 2))
+            hinted = (prob[..., :length] * torch.exp(lse - hint).unsqueeze(-1)).mean(dim=(1, 2))
+            found.append((_weighted_values(prob, self.v[slots]), exact, hinted))
+        return found
 
-    def error(self, out: torch.Tensor, ref: torch.Tensor) -> float:
-        """||out - ref|| / ||ref||, where ``out`` still holds all requests along its first axis."""
-        sample = out[self._sample()].double()
-        ref = ref.double()
-        return float((sample - ref).norm() / ref.norm())
+
+def relative_error(out: torch.Tensor, ref: torch.Tensor) -> float:
+    """||out - ref|| / ||ref||; NaN if ``out`` holds one."""
+    out, ref = out.double(), ref.double()
+    return float((out - ref).norm() / ref.norm())

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from _kernel_problem import WINDOW, Problem, decode_bytes, verify_bytes
+from _kernel_problem import TAIL, WINDOW, Problem, decode_bytes, relative_error, verify_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +26,10 @@ COPY_ELEMENTS = 1 << 30
 
 class NotReady(RuntimeError):
     """A FlashInfer module is still compiling; try this provider again later."""
+
+
+class NotCompiled(RuntimeError):
+    """A FlashInfer module does not compile here."""
 
 
 @dataclass
@@ -53,6 +57,7 @@ class Provider:
         kind: ``copy``, ``decode``, ``draft``, ``verify``, ``select`` or ``verify+select``.
         needs: FlashInfer modules that must be compiled.
         gpu: whether it runs on a GPU only.
+        groups: query heads per KV head that it was compiled for; None: any.
     """
 
     kind: str
@@ -60,6 +65,7 @@ class Provider:
     make: Callable[[Problem], Prepared]
     needs: tuple[str, ...] = ()
     gpu: bool = True
+    groups: tuple[int, ...] | None = None
 
     @property
     def key(self) -> str:
@@ -104,7 +110,7 @@ def require_flashinfer(names: tuple[str, ...], folder: Path | None, wait_s: floa
 
     Raises:
         NotReady: one is still compiling after ``wait_s``.
-        RuntimeError: one failed to compile.
+        NotCompiled: one failed to compile.
     """
     until = time.monotonic() + wait_s
     for name in names:
@@ -117,7 +123,7 @@ def require_flashinfer(names: tuple[str, ...], folder: Path | None, wait_s: floa
             time.sleep(0.2)
         text = mark.read_text()
         if not text.startswith("ok"):
-            raise RuntimeError(f"FlashInfer's {name} module did not compile: {text}")
+            raise NotCompiled(f"FlashInfer's {name} module did not compile: {text}")
 
 
 _workspace: list[Any] = []
@@ -162,10 +168,26 @@ def copy_same_bytes(p: Problem) -> Prepared:
 # ---------------------------------------------------------------------- decode
 
 
+def worst(p: Problem, out: torch.Tensor, references: list[torch.Tensor]) -> float:
+    """Largest relative error of the sampled requests; ``out`` has all requests along its first axis."""
+    errors = [relative_error(out[b], ref) for b, ref in zip(p.sample(), references, strict=True)]
+    # max() would lose a NaN.
+    return float("nan") if any(e != e for e in errors) else max(errors)
+
+
 def _decode_out(p: Problem) -> tuple[torch.Tensor, Callable[[], dict[str, float]]]:
     shape = p.unit.shape
     out = nan_like(p, p.unit.batch, shape.num_q_heads, shape.head_dim)
-    return out, lambda: {"out": p.error(out, p.reference("decode"))}
+    return out, lambda: {"out": worst(p, out, p.reference("decode"))}
+
+
+def draft_errors(p: Problem, out: torch.Tensor, lse: torch.Tensor | None) -> dict[str, float]:
+    """Errors of a draft step's outputs and log-sum-exps against the reference."""
+    reference = p.reference("draft")
+    errors = {"out": worst(p, out, [ref for ref, _ in reference])}
+    if lse is not None:
+        errors["lse"] = worst(p, lse, [ref for _, ref in reference])
+    return errors
 
 
 def flashinfer_decode(tensor_cores: bool) -> Callable[[Problem], Prepared]:
@@ -175,15 +197,15 @@ def flashinfer_decode(tensor_cores: bool) -> Callable[[Problem], Prepared]:
         import torch
         from flashinfer import BatchDecodeWithPagedKVCacheWrapper
 
-        shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+        shape, batch = p.unit.shape, p.unit.batch
         out, check = _decode_out(p)
         pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
         calls: list[Callable[[], Any]] = []
         for s in range(p.sets):
             wrapper = BatchDecodeWithPagedKVCacheWrapper(workspace(p.device), "NHD", use_tensor_cores=tensor_cores)
             wrapper.plan(
-                torch.arange(batch + 1, dtype=torch.int32) * context,
-                p.indices(s, context),
+                p.indptr(),
+                p.indices(s),
                 torch.ones(batch, dtype=torch.int32),
                 shape.num_q_heads,
                 shape.num_kv_heads,
@@ -206,7 +228,7 @@ def sglang_triton_decode(p: Problem) -> Prepared:
     from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
     from sglang.kernels.ops.attention.metadata import get_num_kv_splits_triton
 
-    shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+    shape, batch = p.unit.shape, p.unit.batch
     out, check = _decode_out(p)
     most_splits = 8  # SGLang's default, --triton-attention-num-kv-splits
     on_gpu = p.device.type == "cuda"
@@ -225,10 +247,10 @@ def sglang_triton_decode(p: Problem) -> Prepared:
         cores,
         MAX_NUM_SEQ=256 if batch < 256 else triton.next_power_of_2(batch),
     )
-    indptr = (torch.arange(batch + 1, device=p.device) * context).to(torch.int32)
+    indptr = p.indptr().to(p.device)
     calls: list[Callable[[], Any]] = []
     for s in range(p.sets):
-        indices = p.indices(s, context).to(torch.int64)
+        indices = p.indices(s).to(torch.int64)
 
         def call(indices: torch.Tensor = indices) -> None:
             decode_attention_fwd(
@@ -247,18 +269,18 @@ def fa3(window: int) -> Callable[[Problem], Prepared]:
         import torch
         from sgl_kernel.flash_attn import flash_attn_with_kvcache
 
-        shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+        shape, batch = p.unit.shape, p.unit.batch
         verify = window > 1
-        total = context + window if verify else context
+        beyond = window if verify else 0
         q = p.qw if verify else p.q1
         pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
-        lengths = torch.full((batch,), total, dtype=torch.int32, device=p.device)
+        lengths = (p.lens + beyond).to(torch.int32)
         cu_q = (torch.arange(batch + 1, device=p.device) * window).to(torch.int32)
-        cu_k = (torch.arange(batch + 1, device=p.device) * total).to(torch.int32)
+        cu_k = p.indptr(beyond).to(p.device)
         results: list[Any] = []
         calls: list[Callable[[], Any]] = []
         for s in range(p.sets):
-            table = p.req_to_token[p.requests[s], :total].contiguous()
+            table = p.req_to_token[p.requests[s], : p.unit.context + beyond].contiguous()
 
             def call(table: torch.Tensor = table) -> None:
                 results[:] = [
@@ -280,7 +302,9 @@ def fa3(window: int) -> Callable[[Problem], Prepared]:
 
         def check() -> dict[str, float]:
             out = results[0].view(batch, window, shape.num_q_heads, shape.head_dim)
-            return {"out": p.error(out, p.reference("verify")[0]) if verify else p.error(out[:, 0], p.reference("decode"))}
+            if verify:
+                return {"out": worst(p, out, [ref for ref, *_ in p.reference("verify")])}
+            return {"out": worst(p, out[:, 0], p.reference("decode"))}
 
         return Prepared(calls, check, verify_bytes(p.unit) if verify else decode_bytes(p.unit))
 
@@ -294,11 +318,11 @@ def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem],
     """The plugin's draft attention, with log-sum-exps, as a draft step calls it."""
 
     def make(p: Problem) -> Prepared:
+        import torch
+
         shape, batch = p.unit.shape, p.unit.batch
         kernels = p.make_kernels(**({"draft_config": config()} if config else {}))
         out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
-        import torch
-
         lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
 
         def call(selection: int, s: int) -> Callable[[], Any]:
@@ -318,8 +342,7 @@ def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem],
             )
 
         def check() -> dict[str, float]:
-            ref, ref_lse = p.reference("draft")
-            errors = {"out": p.error(out, ref), "lse": p.error(lse, ref_lse)}
+            errors = draft_errors(p, out, lse)
             if config is not None:
                 errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
             return errors
@@ -331,6 +354,55 @@ def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem],
     return make
 
 
+def pipelined_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
+    """The draft attention of ``triton_draft_alt``, called as the plugin's."""
+
+    def make(p: Problem) -> Prepared:
+        import torch
+
+        from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraft
+
+        shape, batch = p.unit.shape, p.unit.batch
+        draft = PipelinedDraft(
+            batch,
+            shape.num_q_heads,
+            shape.num_kv_heads,
+            shape.head_dim,
+            p.capacity + 2 * WINDOW,
+            p.make_kernels().num_sms,
+            p.device,
+            config() if config else None,
+        )
+        out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
+        lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
+
+        def call(selection: int, s: int) -> Callable[[], Any]:
+            return lambda: draft.draft_attention(
+                p.q1,
+                p.k,
+                p.v,
+                p.positions[selection],
+                p.num_selected,
+                p.tail_start,
+                p.req_to_token,
+                p.requests[s],
+                p.draft_lens,
+                p.scaling,
+                out,
+                lse,
+            )
+
+        def check() -> dict[str, float]:
+            errors = draft_errors(p, out, lse)
+            errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
+            return errors
+
+        calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        return Prepared(calls, check, p.draft_bytes, {"index_bytes": p.index_bytes, "splits": draft.splits(batch)})
+
+    return make
+
+
 def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
     """FlashInfer's decoding over per-head page lists; ``with_lists`` counts building the lists in."""
 
@@ -338,9 +410,9 @@ def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
         from sglang_sparsespec.attention_backend.flashinfer_draft import FlashInferDraft
 
         shape, batch = p.unit.shape, p.unit.batch
-        entries = p.count + int(p.draft_lens[0]) - p.unit.context
+        entries = [count + TAIL for count in p.selected]
         draft = FlashInferDraft(
-            batch * shape.num_kv_heads * entries,
+            shape.num_kv_heads * sum(entries),
             shape.num_q_heads,
             shape.num_kv_heads,
             shape.head_dim,
@@ -348,7 +420,7 @@ def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
             p.device,
             workspace(p.device),
         )
-        draft.plan([entries] * batch, p.scaling)
+        draft.plan(entries, p.scaling)
         out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
 
         def lists(selection: int, s: int) -> None:
@@ -363,14 +435,14 @@ def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
 
             return run
 
-        check = lambda: {"out": p.error(out, p.reference("draft")[0])}  # noqa: E731
         if with_lists:
             calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
         else:
             # One list, run again and again: at most batches of tens of MB, so the L2 cache helps it.
             lists(0, 0)
             calls = [lambda: draft.run(p.q1, p.k, p.v, out)]
-        return Prepared(calls, check, p.draft_bytes, {"index_bytes": p.index_bytes, "cached": not with_lists})
+        extra = {"index_bytes": p.index_bytes, "cached": not with_lists}
+        return Prepared(calls, lambda: draft_errors(p, out, None), p.draft_bytes, extra)
 
     return make
 
@@ -391,10 +463,14 @@ def _verify_buffers(p: Problem, scored: bool) -> tuple[torch.Tensor, torch.Tenso
 
 def verify_errors(p: Problem, out: torch.Tensor, scores: torch.Tensor | None, exact: bool) -> dict[str, float]:
     """Errors of attention and scores against the reference."""
-    ref, ref_exact, ref_hinted = p.reference("verify")
-    errors = {"out": p.error(out.view(p.unit.batch, WINDOW, *out.shape[1:]), ref)}
+    reference = p.reference("verify")
+    errors = {"out": worst(p, out.view(p.unit.batch, WINDOW, *out.shape[1:]), [ref for ref, *_ in reference])}
     if scores is not None:
-        errors["scores"] = p.error(scores[..., : p.unit.context], ref_exact if exact else ref_hinted)
+        found = [
+            relative_error(scores[b, :, : p.lengths[b]], ref_exact if exact else ref_hinted)
+            for b, (_, ref_exact, ref_hinted) in zip(p.sample(), reference, strict=True)
+        ]
+        errors["scores"] = float("nan") if any(e != e for e in found) else max(found)
     return errors
 
 
@@ -487,7 +563,6 @@ def flashinfer_verify(backend: str, rescore: bool = False) -> Callable[[Problem]
         from sglang_sparsespec.attention_backend.triton_verify_alt import scores_from_lse
 
         shape, batch = p.unit.shape, p.unit.batch
-        total = p.unit.context + WINDOW
         out, scores = _verify_buffers(p, rescore)
         lse = nan_like(p, batch * WINDOW, shape.num_q_heads, dtype=torch.float32)
         pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
@@ -497,8 +572,8 @@ def flashinfer_verify(backend: str, rescore: bool = False) -> Callable[[Problem]
             wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace(p.device), "NHD", backend=backend)
             wrapper.plan(
                 torch.arange(batch + 1, dtype=torch.int32) * WINDOW,
-                torch.arange(batch + 1, dtype=torch.int32) * total,
-                p.indices(s, total),
+                p.indptr(WINDOW),
+                p.indices(s, WINDOW),
                 torch.ones(batch, dtype=torch.int32),
                 shape.num_q_heads,
                 shape.num_kv_heads,
@@ -534,16 +609,17 @@ def sglang_triton_verify(p: Problem) -> Prepared:
     import torch
     from sglang.kernels.ops.attention.extend_attention import extend_attention_fwd
 
-    shape, batch, context = p.unit.shape, p.unit.batch, p.unit.context
+    shape, batch = p.unit.shape, p.unit.batch
     out, _ = _verify_buffers(p, False)
     qo_indptr = (torch.arange(batch + 1, device=p.device) * WINDOW).to(torch.int32)
-    kv_indptr = (torch.arange(batch + 1, device=p.device) * context).to(torch.int32)
-    mask_indptr = (torch.arange(batch + 1, device=p.device) * WINDOW * (context + WINDOW)).to(torch.int64)
+    kv_indptr = p.indptr().to(p.device)
+    mask_indptr = p.indptr(WINDOW).to(p.device, torch.int64) * WINDOW
+    window = p.lens[:, None] + torch.arange(WINDOW, device=p.device)
     calls: list[Callable[[], Any]] = []
     for s in range(p.sets):
-        prefix = p.indices(s, context).to(torch.int64)
-        window = p.req_to_token[p.requests[s], context : context + WINDOW].reshape(-1).long()
-        k, v = p.k[window].contiguous(), p.v[window].contiguous()
+        prefix = p.indices(s).to(torch.int64)
+        slots = p.req_to_token[p.requests[s]].gather(1, window).reshape(-1).long()
+        k, v = p.k[slots].contiguous(), p.v[slots].contiguous()
         assert k.shape == (batch * WINDOW, shape.num_kv_heads, shape.head_dim)
 
         def call(prefix: torch.Tensor = prefix, k: torch.Tensor = k, v: torch.Tensor = v) -> None:
@@ -562,14 +638,14 @@ def sglang_triton_verify(p: Problem) -> Prepared:
 def selection_errors(p: Problem, scores: torch.Tensor, positions: torch.Tensor) -> dict[str, float]:
     """How far the selected scores' sum is from torch's top-k; 1 if a list is not ascending."""
     wrong = 0.0
-    for b in p._sample():
-        row = int(p.requests[0][b])
-        chosen = positions[row, :, : p.count].long()
-        if not bool((chosen[:, 1:] > chosen[:, :-1]).all()) or int(chosen.min()) < 0:
+    for b in p.sample():
+        count, length = p.selected[b], p.lengths[b]
+        chosen = positions[p.requests[0][b], :, :count].long()
+        if not bool((chosen[:, 1:] > chosen[:, :-1]).all()) or int(chosen.min()) < 0 or int(chosen.max()) >= length:
             return {"out": 1.0}
-        own = scores[b, :, : p.unit.context].float()
-        best = own.topk(p.count, dim=-1).values.sum(-1)
-        got = own.gather(1, chosen.clamp(max=p.unit.context - 1)).sum(-1)
+        own = scores[b, :, :length].float()
+        best = own.topk(count, dim=-1).values.sum(-1)
+        got = own.gather(1, chosen).sum(-1)
         wrong = max(wrong, float(((best - got).abs() / best.abs()).max()))
     return {"out": wrong}
 
@@ -590,22 +666,22 @@ def pillar_select(config: Callable[[], Any] | None = None) -> Callable[[Problem]
         def run() -> None:
             kernels.select(scores, p.lens, p.requests[0], p.counts, positions)
 
-        bytes_each = p.unit.batch * p.unit.shape.num_kv_heads * p.unit.context * scores.element_size()
+        bytes_each = sum(p.lengths) * p.unit.shape.num_kv_heads * scores.element_size()
         return Prepared([run], lambda: selection_errors(p, scores, positions), bytes_each)
 
     return make
 
 
 def torch_select(p: Problem) -> Prepared:
-    """torch's top-k and sort of the same scores, for comparison."""
+    """torch's top-k and sort of as many scores, for comparison; it takes no ragged lengths, so all are full."""
     verify = p.cached("scored", lambda: pillar_verify(True)(p))
     verify.calls[0]()
     scores = verify.extra["outputs"][1]
     assert scores is not None
-    view = scores[:, :, : p.unit.context]
+    view = scores[:, :, : p.unit.context].nan_to_num(0.0)
 
     def run() -> None:
-        view.topk(p.count, dim=-1, sorted=False).indices.sort(dim=-1)
+        view.topk(max(p.selected), dim=-1, sorted=False).indices.sort(dim=-1)
 
     bytes_each = p.unit.batch * p.unit.shape.num_kv_heads * p.unit.context * scores.element_size()
     return Prepared([run], lambda: {"out": 0.0}, bytes_each)
@@ -642,6 +718,7 @@ def default_providers() -> list[Provider]:
     return [
         Provider("copy", "torch", copy_same_bytes, gpu=True),
         Provider("draft", "pillar", pillar_draft(), gpu=False),
+        Provider("draft", "pipelined", pipelined_draft(), gpu=False),
         Provider("verify", "pillar", pillar_verify(True), gpu=False),
         Provider("verify", "pillar, no scores", pillar_verify(False), gpu=False),
         Provider("verify", "pillar, exact scores", pillar_verify(True, exact=True), gpu=False),
@@ -652,7 +729,7 @@ def default_providers() -> list[Provider]:
         Provider("verify+select", "pillar", verify_and_select(False), gpu=False),
         Provider("verify+select", "balanced", verify_and_select(True), gpu=False),
         Provider("decode", "flashinfer, tensor cores", flashinfer_decode(True), needs=("fa2",)),
-        Provider("decode", "flashinfer, CUDA cores", flashinfer_decode(False), needs=("decode",)),
+        Provider("decode", "flashinfer, CUDA cores", flashinfer_decode(False), needs=("decode",), groups=(1, 2, 3, 4, 8)),
         Provider("decode", "sglang triton", sglang_triton_decode, gpu=False),
         Provider("decode", "fa3", fa3(1)),
         Provider("draft", "flashinfer", flashinfer_draft(True), needs=("fa2",)),

@@ -8,68 +8,76 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from _kernel_problem import Problem
-from _kernel_providers import Provider, balanced_verify, pillar_draft, pillar_select, pillar_verify
+from _kernel_providers import Provider, balanced_verify, pillar_draft, pillar_select, pillar_verify, pipelined_draft
 
 # (block_n, num_warps, stages, target, min_chunk, pdl)
 DRAFT = [
-    (64, 4, 2, 6.0, 64, False),
     (64, 4, 3, 3.0, 64, False),
-    (64, 4, 3, 6.0, 64, False),
-    (64, 2, 2, 4.0, 64, False),
     (64, 2, 2, 8.0, 64, False),
-    (64, 2, 3, 3.0, 64, False),
-    (64, 2, 3, 6.0, 64, False),
-    (32, 1, 2, 4.0, 32, False),
     (32, 1, 2, 9.0, 32, False),
-    (32, 1, 2, 9.0, 64, False),
-    (32, 1, 2, 16.0, 32, False),
-    (32, 1, 3, 4.0, 32, False),
-    (32, 1, 3, 6.0, 32, False),
-    (32, 1, 3, 6.0, 64, False),
-    (32, 1, 3, 12.0, 32, False),
     (32, 1, 3, 12.0, 64, False),
-    (32, 1, 4, 4.0, 64, False),
-    (32, 2, 2, 5.0, 64, False),
-    (32, 2, 3, 5.0, 64, False),
-    (32, 2, 3, 10.0, 64, False),
-    (32, 4, 3, 4.0, 64, False),
-    (16, 1, 3, 9.0, 32, False),
-    (16, 1, 4, 7.0, 32, False),
-    (16, 2, 3, 8.0, 32, False),
-    (32, 1, 3, 6.0, 32, True),
+    (32, 2, 2, 10.0, 64, False),
+    (32, 4, 2, 10.0, 64, False),
+    (16, 1, 2, 18.0, 32, False),
+    (32, 1, 2, 9.0, 32, True),
+]
+# (block_n, num_warps, stages, target, min_chunk, merge)
+PIPELINED = [
+    (32, 1, 3, 6.0, 64, True),
+    (32, 1, 3, 6.0, 64, False),
+    (32, 1, 3, 4.0, 64, True),
+    (32, 1, 3, 12.0, 64, True),
     (32, 1, 3, 12.0, 32, True),
+    (32, 1, 3, 24.0, 32, True),
+    (32, 1, 2, 10.0, 64, True),
+    (32, 1, 2, 10.0, 32, True),
+    (32, 1, 2, 20.0, 32, True),
+    (32, 1, 4, 4.0, 64, True),
+    (32, 1, 4, 8.0, 64, True),
+    (32, 2, 2, 8.0, 64, True),
+    (32, 2, 3, 6.0, 64, True),
+    (32, 2, 3, 12.0, 64, True),
+    (64, 2, 2, 5.0, 64, True),
+    (64, 2, 3, 3.0, 64, True),
+    (64, 2, 3, 6.0, 64, True),
+    (64, 2, 3, 12.0, 64, True),
+    (64, 2, 3, 12.0, 64, False),
+    (64, 4, 2, 4.0, 64, True),
+    (64, 4, 3, 3.0, 64, True),
+    (64, 4, 3, 6.0, 64, True),
+    (16, 1, 3, 10.0, 32, True),
+    (16, 1, 4, 7.0, 32, True),
+    (16, 1, 4, 14.0, 32, True),
 ]
 # (block_n, num_warps, stages, target, min_chunk, prefetch)
 VERIFY = [
-    (64, 4, 3, 4.0, 256, False),
     (64, 4, 3, 8.0, 256, False),
     (64, 4, 2, 4.0, 256, False),
     (64, 4, 2, 4.0, 256, True),
-    (64, 4, 2, 8.0, 256, True),
     (64, 4, 3, 4.0, 256, True),
-    (32, 4, 2, 6.0, 256, False),
+    (64, 4, 3, 8.0, 256, True),
     (32, 4, 3, 6.0, 256, False),
+    (32, 4, 5, 6.0, 256, False),
     (32, 4, 3, 6.0, 256, True),
     (32, 4, 3, 9.0, 256, True),
     (32, 4, 4, 4.0, 256, True),
-    (128, 4, 2, 4.0, 256, False),
     (64, 8, 3, 4.0, 256, True),
 ]
 # (block_n, num_warps, stages, programs_per_sm, min_blocks, prefetch)
 BALANCED = [
-    (64, 4, 3, 2, 4, True),
     (64, 4, 2, 2, 4, True),
     (64, 4, 3, 2, 4, False),
-    (64, 4, 2, 2, 4, False),
     (64, 4, 3, 1, 4, True),
     (64, 4, 4, 1, 4, True),
     (64, 4, 2, 6, 4, True),
-    (64, 4, 3, 6, 4, True),
+    (64, 4, 3, 4, 4, True),
+    (64, 4, 3, 8, 4, True),
     (32, 4, 3, 2, 8, True),
     (32, 4, 4, 2, 8, True),
-    (32, 4, 3, 2, 8, False),
+    (32, 4, 2, 2, 8, True),
     (32, 4, 3, 6, 8, True),
     (128, 4, 2, 1, 2, True),
+    (128, 4, 3, 1, 2, True),
 ]
 # (block, num_warps, stages)
 SELECT = [
@@ -92,6 +100,15 @@ def _draft(values: tuple[Any, ...]) -> Callable[[], Any]:
         from sglang_sparsespec.attention_backend.triton_draft import DraftConfig
 
         return DraftConfig(*values)
+
+    return config
+
+
+def _pipelined(values: tuple[Any, ...]) -> Callable[[], Any]:
+    def config() -> Any:
+        from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraftConfig
+
+        return PipelinedDraftConfig(*values)
 
     return config
 
@@ -140,6 +157,10 @@ def sweep_providers() -> list[Provider]:
     names: tuple[str, ...] = ("block_n", "warps", "stages", "target", "min_chunk", "pdl")
     providers += [
         Provider("draft", _label("pillar", names, v), pillar_draft(_draft(v)), gpu=False) for v in DRAFT
+    ]
+    names = ("block_n", "warps", "stages", "target", "min_chunk", "merge")
+    providers += [
+        Provider("draft", _label("pipelined", names, v), pipelined_draft(_pipelined(v)), gpu=False) for v in PIPELINED
     ]
     names = ("block_n", "warps", "stages", "target", "min_chunk", "prefetch")
     providers += [

@@ -78,11 +78,13 @@ def run_context(engine: Any, prompts: list[list[int]], args: argparse.Namespace)
         "max_new_tokens": args.new_tokens,
         "ignore_eos": True,
     }
-    rows: list[dict[str, Any]] = [{"first_round": None} for _ in prompts]
+    rows: list[dict[str, Any]] = [{"first_round": None, "tokens": []} for _ in prompts]
     for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
         row, meta = rows[chunk["index"]], chunk["meta_info"]
-        if meta.get("spec_verify_ct") == 1 and row["first_round"] is None:
-            row["first_round"] = meta["completion_tokens"] - 1
+        row["tokens"].append(meta["completion_tokens"])
+        # Chunks may be merged on their way; the first round is known if the first two were not.
+        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= args.k + 1:
+            row["first_round"] = row["tokens"][1] - 1
         row["output_ids"] = chunk["output_ids"]
         row["accept_length"] = meta.get("spec_accept_length")
         row["histogram"] = meta.get("spec_accept_histogram")

@@ -60,7 +60,10 @@ def plan_units(
     layouts: Sequence[str],
     tiny: bool = False,
 ) -> list[Unit]:
-    """Units to measure, the telling ones first in case time runs out: batch 64, then larger, then smaller."""
+    """Units to measure, the telling ones first in case time runs out: batch 64, then larger, then smaller.
+
+    Ragged lengths are measured at the first batch size only.
+    """
     known = TINY if tiny else SHAPES
     order = sorted(batches, key=lambda b: (b != 64, b < 64, b))
     return [
@@ -69,6 +72,7 @@ def plan_units(
         for layout in layouts
         for context in contexts
         for shape in shapes
+        if layout != "ragged" or batch == order[0]
     ]
 
 
@@ -86,6 +90,7 @@ class Worker:
         self.jit = Path(self.plan["jit"]) if self.plan["jit"] else None
         self.deferred: list[tuple[Unit, str]] = []
         self.patience = FIRST_WAIT
+        self.absent: set[str] = set()
 
     def emit(self, kind: str, **fields: Any) -> None:
         """Send one record to the parent."""
@@ -166,11 +171,13 @@ class Worker:
             self.emit("finished", section=key)
             return result
         except Exception as error:  # noqa: BLE001 - the point of this function
-            from _kernel_providers import NotReady
+            from _kernel_providers import NotCompiled, NotReady
 
             if isinstance(error, NotReady):
                 raise
             self.emit("failed", section=key, error=f"{type(error).__name__}: {str(error)[-600:]}")
+            if isinstance(error, (ImportError, NotCompiled)):
+                self.absent.add(key)
             if self.device.type == "cuda":
                 try:
                     self.torch.cuda.synchronize()
@@ -222,7 +229,11 @@ class Worker:
         providers = [
             p
             for p in self.providers()
-            if f"{unit.key}/{p.key}" not in self.finished and (only is None or p.key in only)
+            if f"{unit.key}/{p.key}" not in self.finished
+            and (only is None or p.key in only)
+            and (p.groups is None or unit.shape.group in p.groups)
+            # What cannot be imported or compiled once is reported once.
+            and not any(key.endswith(f"/{p.key}") for key in self.absent)
         ]
         if not providers:
             return
@@ -244,8 +255,8 @@ class Worker:
             if key in self.finished:
                 continue
             if self.remaining() < 1.5:
-                self.emit("skipped", section=key, reason="the time limit was reached")
-                continue
+                self.emit("skipped", section=f"{unit.key}, from {provider.key} on", reason="the time limit was reached")
+                break
             try:
                 self.guarded(key, self.options.section_limit, lambda p=provider: self.time_one(problem, p, last))
             except Exception as error:  # noqa: BLE001 - NotReady
@@ -253,7 +264,7 @@ class Worker:
                     self.emit("failed", section=key, error=str(error))
                 else:
                     self.deferred.append((unit, provider.key))
-        problem._cache.clear()
+        problem.forget()
 
     def time_one(self, problem: Any, provider: Any, last: bool) -> None:
         """Check and time one provider on one problem."""
@@ -460,12 +471,13 @@ def legend() -> str:
     """What the columns of the main table are."""
     return (
         f"One layer, bf16, page size 1, budget {RATIO:g} of the context, k = {DRAFT_TOKENS}, {TAIL} tail tokens per "
-        "draft step. slots: a request's token slots are consecutive (runs) or anywhere (random). of copy: K and V "
-        "bytes of the selected tokens per second over the copy bandwidth (index lists not counted). vs decode: time "
-        "of full decode attention by the fastest SGLang backend over draft attention. vs full: verification with "
-        "scores over the fastest full attention of an SGLang backend for the same rows. select: selection over "
-        f"verification. round: attention of {ACCEPTED + 1:.2f} plain decoding steps over that of {DRAFT_TOKENS} draft "
-        "steps, verification and selection. balanced, its round: vs full and round with the kernel of "
+        "draft step. slots: a request's token slots are consecutive (runs), anywhere (random), or consecutive with "
+        "lengths from a quarter of the context to all of it (ragged). of copy: K and V bytes of the selected tokens "
+        "per second over the copy bandwidth (index lists not counted). vs decode: time of full decode attention by "
+        "the fastest SGLang backend over draft attention. vs full: verification with scores over the fastest full "
+        "attention of an SGLang backend for the same rows. select: selection over verification. "
+        f"round: attention of {ACCEPTED + 1:.2f} plain decoding steps over that of {DRAFT_TOKENS} draft steps, "
+        "verification and selection. alt: draft, vs full and round with the kernels of triton_draft_alt and "
         "triton_verify_alt."
     )
 

@@ -11,6 +11,18 @@ def _metrics_of(scheduler: Any) -> Any:
     return getattr(scheduler.draft_worker, "sparsespec_metrics", None)
 
 
+def count_verifications(result: Any, processor: Any, round_result: Any, batch: Any, *args: Any) -> None:
+    """``SchedulerBatchResultProcessor._resolve_spec_v2_tokens``: SGLang settles a round's acceptance.
+
+    Under overlap scheduling a request that has ended takes part in one more round, whose result is
+    dropped; ``BaseSpecWorker.on_verify_complete_cpu`` would count that round too.
+    """
+    metrics = getattr(processor.model_worker, "sparsespec_metrics", None)
+    if metrics is not None:
+        drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
+        metrics.count([count for req, count in drafts if not (req.is_retracted or req.finished())])
+
+
 def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:
     """``SchedulerMetricsReporter.report_decode_stats``: SGLang logs a decode line at intervals."""
     metrics = _metrics_of(reporter.scheduler)
@@ -35,6 +47,12 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
 
 def register_metrics_hooks() -> None:
     """Register the hooks of this module."""
+    add_hook(
+        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
+        "._resolve_spec_v2_tokens",
+        count_verifications,
+        "after",
+    )
     add_hook(
         "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats",
         report_draft_metrics,

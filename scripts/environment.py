@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -133,21 +134,53 @@ def ensure_environment() -> Path:
 def install_lock(python: Path) -> None:
     """Install requirements.lock with uv, or with pip where uv does not work."""
     packages = sum("==" in line for line in LOCK.read_text().splitlines())
-    pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
+    interpreter, lock = os.fspath(python), os.fspath(LOCK)
+    pip = [interpreter, "-m", "pip", "install", "--disable-pip-version-check"]
     what = f"installing {packages} packages from {LOCK.name}"
     # --no-deps: the lock file is complete, so there is nothing to resolve.
     try:
         run_shown([*pip, "--quiet", UV], "installing uv")
-        uv = [python, "-m", "uv", "pip", "install", "--python", python, "--no-deps", "-r", LOCK]
+        uv = [interpreter, "-m", "uv", "pip", "install", "--python", interpreter, "--no-deps", "-r", lock]
         run_shown(uv, f"{what} with uv", env={**os.environ, "UV_HTTP_TIMEOUT": "180"})
     except SetupError as error:
         say(f"uv did not work, falling back to pip (slower): {error}")
-        run_shown([*pip, "--progress-bar", "off", "--no-deps", "-r", LOCK], f"{what} with pip")
+        run_shown([*pip, "--progress-bar", "off", "--no-deps", "-r", lock], f"{what} with pip")
+
+
+def fetch_model(python: Path, name: str, dtype: str) -> Path:
+    """Run fetch_model.py in the environment; return the checkpoint folder of the model ``name``.
+
+    Raises:
+        SetupError: the model could not be fetched.
+    """
+    command = [os.fspath(python), os.fspath(REPO / "scripts" / "fetch_model.py"), name, "--dtype", dtype]
+    # A session of its own, so that its downloads can be stopped together with it.
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, env=child_environment(), start_new_session=True
+    )
+    assert process.stdout is not None
+    line = ""
+    try:
+        for line in process.stdout:  # progress; the last line is the folder
+            if line.startswith("["):
+                print(line, end="", flush=True)
+        process.wait()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGTERM)
+        process.wait()
+        raise
+    if process.returncode:
+        raise SetupError(f"the model {name} could not be fetched (see above).")
+    return Path(line.strip())
 
 
 def child_environment() -> dict[str, str]:
     """Variables for programs started here: no hub, no tokenizer threads before forks, unbuffered output."""
     return {
+        # OpenMP's threads spin while they wait for each other. Where another program runs on the
+        # same cores, they wait for one that is not running, and small matrix products take 20 times
+        # as long.
+        "OMP_WAIT_POLICY": "PASSIVE",
         **os.environ,
         "HF_HUB_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",

@@ -374,5 +374,5 @@ def convert(source: Path, output: Path, dtype: str, say: Callable[[str], None], 
     )
     write_tokenizer(gguf, output)
     write_json(output / "config.json", config)
-    special = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
+    special: dict[str, Any] = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if key in config}
     write_json(output / "generation_config.json", special)

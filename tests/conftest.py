@@ -10,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Threads that wait actively keep other processes of a small machine from their work.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 #: A checkpoint folder to test with instead of SmolLM2-135M.
 MODEL_ENV = "SPARSESPEC_TEST_MODEL"
@@ -41,6 +43,18 @@ def plugin() -> None:
 
     load_plugins()
     assert_hooks_applied()
+
+
+@pytest.fixture(autouse=True)
+def _no_inherited_bridge() -> Iterator[None]:
+    """Resolving SPARSESPEC's arguments for CPU sets a variable for child processes; not beyond a test."""
+    from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+
+    before = os.environ.get(CPU_BRIDGE_ENV)
+    yield
+    os.environ.pop(CPU_BRIDGE_ENV, None)
+    if before is not None:
+        os.environ[CPU_BRIDGE_ENV] = before
 
 
 @pytest.fixture

@@ -4,7 +4,8 @@ An engine whose scheduler fails kills the process that made it; here that is a c
 the test gets the child's log instead.
 
 Run as a program, it makes an engine from the JSON object in ``argv[1]``, then answers each
-line of stdin (JSON, keyword arguments of ``Engine.generate``) with one line of JSON.
+line of stdin (JSON, keyword arguments of ``Engine.generate``) with one line of JSON: the
+list of outputs, or a string, the message of a refused request.
 """
 
 from __future__ import annotations
@@ -64,6 +65,7 @@ class EngineProcess:
         """``Engine.generate`` with ``kwargs``; one output per request.
 
         Raises:
+            ValueError: the engine refused a request.
             RuntimeError: the engine failed; with the end of its log.
         """
         assert self._child.stdin is not None and self._child.stdout is not None
@@ -75,6 +77,8 @@ class EngineProcess:
         for line in self._child.stdout:
             if line.startswith(MARK):
                 answer = json.loads(line.removeprefix(MARK))
+                if isinstance(answer, str):
+                    raise ValueError(answer)
                 return answer if isinstance(answer, list) else [answer]
         time.sleep(1)  # let the dying processes finish their tracebacks
         self._log.seek(0)
@@ -88,7 +92,11 @@ def main() -> None:
     engine = sglang.Engine(**json.loads(sys.argv[1]))
     try:
         for line in sys.stdin:
-            print(MARK + json.dumps(engine.generate(**json.loads(line))), flush=True)
+            try:
+                answer: Any = engine.generate(**json.loads(line))
+            except ValueError as error:
+                answer = str(error)
+            print(MARK + json.dumps(answer), flush=True)
     finally:
         engine.shutdown()
 

@@ -77,11 +77,11 @@ def test_log_probabilities_come_for_every_token(client: openai.OpenAI) -> None:
 
 def test_a_frontend_program_generates_and_selects(port: int) -> None:
     @sglang.function
-    def capital(state: sglang.lang.interpreter.ProgramState, country: str) -> None:
-        state += f"The capital of {country} is"
-        state += sglang.gen("city", max_tokens=12, temperature=0)
-        state += " It lies in"
-        state += sglang.select("continent", choices=[" Europe", " Asia"])
+    def capital(s: sglang.lang.interpreter.ProgramState, country: str) -> None:
+        s += f"The capital of {country} is"
+        s += sglang.gen("city", max_tokens=12, temperature=0)
+        s += " It lies in"
+        s += sglang.select("continent", choices=[" Europe", " Asia"])
 
     sglang.set_default_backend(sglang.RuntimeEndpoint(f"http://127.0.0.1:{port}"))
     states = capital.run_batch([{"country": country} for country in ("France", "Japan", "Italy")])

@@ -1,0 +1,142 @@
+"""The attention backend ``sparsespec`` on a small random KV pool, without a model or a server."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.layers.radix_attention import RadixAttention
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+
+from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.config import SparseSpecConfig
+
+NUM_LAYERS = 2
+NUM_Q_HEADS = 4
+NUM_KV_HEADS = 2
+HEAD_DIM = 8
+WINDOW = 3
+ROWS = 5
+CONTEXT = 80
+
+
+class SmallPool:
+    """Stands in for SGLang's KV pool: float32 [slots, Hkv, D] per layer."""
+
+    def __init__(self, generator: torch.Generator) -> None:
+        shape = (NUM_LAYERS, ROWS * CONTEXT, NUM_KV_HEADS, HEAD_DIM)
+        self.k = torch.randn(shape, generator=generator)
+        self.v = torch.randn(shape, generator=generator)
+
+    def get_key_buffer(self, layer_id: int) -> torch.Tensor:
+        return self.k[layer_id]
+
+    def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.k[layer_id], self.v[layer_id]
+
+    def set_kv_buffer(self, layer: RadixAttention, where: Any, k: torch.Tensor, v: torch.Tensor) -> None:
+        self.k[layer.layer_id][where.loc] = k
+        self.v[layer.layer_id][where.loc] = v
+
+
+class BaseBackend:
+    """Stands in for the SGLang backend that runs prefill; its output is not looked at."""
+
+    def init_forward_metadata(self, forward_batch: Any) -> None:
+        pass
+
+    def forward_extend(self, q: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        return torch.zeros_like(q)
+
+
+class SmallServer:
+    """The backend with its pool, and the three kinds of forward.
+
+    Attributes:
+        req_to_token: int32 [ROWS, CONTEXT], every position of every row has a slot.
+    """
+
+    def __init__(self, **config: Any) -> None:
+        self.generator = torch.Generator().manual_seed(0)
+        self.pool = SmallPool(self.generator)
+        slots = torch.randperm(ROWS * CONTEXT, generator=self.generator)
+        self.req_to_token = slots.int().view(ROWS, CONTEXT)
+        self.layers = [
+            RadixAttention(
+                num_heads=NUM_Q_HEADS,
+                head_dim=HEAD_DIM,
+                scaling=HEAD_DIM**-0.5,
+                num_kv_heads=NUM_KV_HEADS,
+                layer_id=i,
+            )
+            for i in range(NUM_LAYERS)
+        ]
+        settings = {"budget_ratio": 0.01, "min_budget": 8, **config}
+        runner: Any = SimpleNamespace(
+            server_args=SimpleNamespace(
+                speculative_num_draft_tokens=WINDOW, sparsespec_config=SparseSpecConfig(**settings)
+            ),
+            req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
+            token_to_kv_pool=self.pool,
+            device="cpu",
+            model=torch.nn.ModuleList(self.layers),
+        )
+        base: Any = BaseBackend()
+        self.backend = SparseSpecAttnBackend(runner, base)
+
+    def random(self, tokens: int, heads: int) -> torch.Tensor:
+        return torch.randn(tokens, heads * HEAD_DIM, generator=self.generator)
+
+    def _run(self, batch: Any, tokens: int, q: torch.Tensor | None = None) -> torch.Tensor:
+        """Output of the last layer, [tokens, Hq * D]; ``q`` is used in every layer."""
+        self.backend.init_forward_metadata(batch)
+        for layer in self.layers:
+            queries = q if q is not None else self.random(tokens, NUM_Q_HEADS)
+            k, v = self.random(tokens, NUM_KV_HEADS), self.random(tokens, NUM_KV_HEADS)
+            forward = (
+                self.backend.forward_decode if batch.forward_mode.is_decode() else self.backend.forward_extend
+            )
+            output = forward(queries, k, v, layer, batch)
+        return output
+
+    def prefill(self, rows: list[int], totals: list[int], extends: list[int]) -> None:
+        """Chunks of ``extends`` tokens that end at lengths ``totals``."""
+        lens = torch.tensor(extends)
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.EXTEND,
+            batch_size=len(rows),
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=torch.tensor(totals),
+            extend_seq_lens=lens,
+            extend_start_loc=lens.cumsum(0) - lens,
+        )
+        self._run(batch, sum(extends))
+
+    def draft(self, rows: list[int], lengths: list[int], q: torch.Tensor | None = None) -> torch.Tensor:
+        """One draft step; ``lengths`` include the current token."""
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=len(rows),
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=torch.tensor(lengths),
+            out_cache_loc=self.req_to_token[rows, [n - 1 for n in lengths]].long(),
+        )
+        return self._run(batch, len(rows), q)
+
+    def verify(self, rows: list[int], lengths: list[int], q: torch.Tensor | None = None) -> torch.Tensor:
+        """One verification; ``lengths`` are the committed tokens."""
+        slots = [self.req_to_token[row, n : n + WINDOW] for row, n in zip(rows, lengths, strict=True)]
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.TARGET_VERIFY,
+            batch_size=len(rows),
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=torch.tensor(lengths),
+            out_cache_loc=torch.cat(slots).long(),
+        )
+        return self._run(batch, len(rows) * WINDOW, q)
+
+    def selected(self, row: int, layer: int = 0, kv_head: int = 0) -> list[int]:
+        """Positions that drafts of ``row`` attend to, besides the tail."""
+        table = self.backend.table
+        return table.positions[layer, row, kv_head, : int(table.num_selected[row])].tolist()

@@ -1,0 +1,512 @@
+"""Flags, their defaults, and what start-up refuses."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.config import (
+    DEFAULT_NUM_DRAFT_STEPS,
+    DRAFT_POLICIES,
+    SparseSpecConfig,
+    get_config,
+)
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+#: A value other than the default for each setting.
+OTHER_VALUES: dict[str, Any] = {
+    "budget_ratio": 0.125,
+    "min_budget": 96,
+    "draft_policy": "streaming",
+    "num_sinks": 7,
+    "base_attention_backend": "torch_native",
+    "kernels": "torch",
+}
+
+LLAMA: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 64,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "rms_norm_eps": 1e-5,
+    "hidden_act": "silu",
+    "dtype": "float32",
+}
+
+MLA_DIMS = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+
+#: What is wrong with each model, and its config.json as changes to a Llama's.
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "deepseek_v2": (
+        "multi-head latent attention",
+        {
+            **MLA_DIMS,
+            "architectures": ["DeepseekV2ForCausalLM"],
+            "model_type": "deepseek_v2",
+            "n_routed_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+        },
+    ),
+    "qwen2_with_sliding_window": (
+        "sliding-window",
+        {
+            "architectures": ["Qwen2ForCausalLM"],
+            "model_type": "qwen2",
+            "use_sliding_window": True,
+            "sliding_window": 64,
+            "max_window_layers": 2,
+        },
+    ),
+    "gemma2": (
+        "sliding-window",
+        {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 64, "head_dim": 16},
+    ),
+    "gemma3": (
+        "sliding-window",
+        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 64, "head_dim": 16},
+    ),
+    "olmo3": (
+        "sliding-window",
+        {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 64},
+    ),
+    "whisper": (
+        "encoder-decoder",
+        {
+            "architectures": ["WhisperForConditionalGeneration"],
+            "model_type": "whisper",
+            "d_model": 64,
+            "encoder_layers": 2,
+            "decoder_layers": 2,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+        },
+    ),
+    "qwen2_vl": (
+        "multimodal",
+        {
+            "architectures": ["Qwen2VLForConditionalGeneration"],
+            "model_type": "qwen2_vl",
+            "vision_config": {"depth": 1, "embed_dim": 32, "num_heads": 2, "hidden_size": 64},
+            "rope_scaling": {"type": "mrope", "mrope_section": [2, 3, 3]},
+        },
+    ),
+    "lfm2": (
+        "recurrent",
+        {
+            "architectures": ["Lfm2ForCausalLM"],
+            "model_type": "lfm2",
+            "layer_types": ["conv", "full_attention"] * 2,
+            "conv_L_cache": 3,
+        },
+    ),
+    "nemotron_h": (
+        "recurrent",
+        {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-*M"},
+    ),
+    "qwen3_next": (
+        "recurrent",
+        {
+            "architectures": ["Qwen3NextForCausalLM"],
+            "model_type": "qwen3_next",
+            "head_dim": 16,
+            "num_experts": 2,
+            "num_experts_per_tok": 1,
+            "moe_intermediate_size": 16,
+            "shared_expert_intermediate_size": 16,
+            "full_attention_interval": 4,
+        },
+    ),
+    "jet_nemotron": (
+        "recurrent",
+        {"architectures": ["JetNemotronForCausalLM"], "model_type": "jet_nemotron"},
+    ),
+}
+
+
+def write_model(folder: Path, changes: dict[str, Any]) -> str:
+    """A folder with nothing but a config.json; start-up reads no more before it refuses."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps({**LLAMA, **changes}))
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return write_model(tmp_path_factory.mktemp("models") / "llama", {})
+
+
+@pytest.fixture
+def resolve(llama: str) -> Callable[..., Any]:
+    """``ServerArgs`` that ask for SPARSESPEC on CPU; keyword arguments are added."""
+    from sglang.srt.server_args import ServerArgs
+
+    def make(**kwargs: Any) -> Any:
+        return ServerArgs(**{"model_path": llama, "device": "cpu", "speculative_algorithm": ALGORITHM, **kwargs})
+
+    return make
+
+
+def parse(*arguments: str) -> Any:
+    """``ServerArgs`` of a command line."""
+    from sglang.srt.server_args import prepare_server_args
+
+    return prepare_server_args(list(arguments))
+
+
+def flag(setting: str) -> str:
+    return "--sparsespec-" + setting.replace("_", "-")
+
+
+# --------------------------------------------------------------------------- flags
+
+
+def test_every_setting_is_a_flag_in_help() -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    parser = argparse.ArgumentParser()
+    ServerArgs.add_cli_args(parser)
+    text = " ".join(parser.format_help().split())
+    described = text[text.index("Sparse self-speculative decoding") :]
+    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(SparseSpecConfig)}
+    for setting in OTHER_VALUES:
+        assert re.search(rf"{flag(setting)} \S+ [A-Z]", described), f"{flag(setting)} has no help"
+    for policy in DRAFT_POLICIES:
+        assert f"'{policy}'" in described
+
+
+@pytest.mark.parametrize("setting", OTHER_VALUES)
+def test_a_setting_is_accepted_on_the_command_line(setting: str, llama: str) -> None:
+    asked = ["--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM]
+    config = get_config(parse(*asked, flag(setting), str(OTHER_VALUES[setting])))
+    assert getattr(config, setting) == OTHER_VALUES[setting]
+    expected = dataclasses.replace(get_config(parse(*asked)), **{setting: OTHER_VALUES[setting]})
+    assert config == expected, "another setting changed with it"
+
+
+@pytest.mark.parametrize("setting", OTHER_VALUES)
+def test_a_setting_is_accepted_as_a_keyword(setting: str, resolve: Callable[..., Any]) -> None:
+    config = get_config(resolve(**{f"sparsespec_{setting}": OTHER_VALUES[setting]}))
+    assert getattr(config, setting) == OTHER_VALUES[setting]
+    assert config == dataclasses.replace(get_config(resolve()), **{setting: OTHER_VALUES[setting]})
+
+
+def test_settings_are_accepted_by_the_engine(llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``sglang.Engine`` hands its keywords to ``ServerArgs``; no process is started here."""
+    import sglang
+
+    class Launched(Exception):
+        pass
+
+    def launch(engine: Any, server_args: Any, **kwargs: Any) -> None:
+        found.append(server_args)
+        raise Launched
+
+    from sglang.srt.entrypoints.engine import Engine
+
+    found: list[Any] = []
+    monkeypatch.setattr("atexit.register", lambda function: None)  # the engine's own shutdown
+    monkeypatch.setattr(Engine, "_launch_subprocesses", launch)
+    settings = {f"sparsespec_{name}": value for name, value in OTHER_VALUES.items()}
+    with pytest.raises(Launched):
+        sglang.Engine(model_path=llama, device="cpu", speculative_algorithm=ALGORITHM, **settings)
+    assert get_config(found[0]) == SparseSpecConfig(**OTHER_VALUES)
+
+
+def test_settings_of_a_command_line_do_not_leak_into_the_next_arguments(
+    llama: str, resolve: Callable[..., Any]
+) -> None:
+    parse("--model-path", llama, "--device", "cpu", "--sparsespec-min-budget", "77")
+    assert get_config(resolve()).min_budget == SparseSpecConfig.min_budget
+
+
+def test_settings_travel_to_another_process(resolve: Callable[..., Any]) -> None:
+    """The scheduler process gets a pickled copy."""
+    import copy
+    import pickle
+
+    args = resolve(sparsespec_min_budget=77)
+    assert get_config(pickle.loads(pickle.dumps(args))).min_budget == 77
+    assert get_config(copy.deepcopy(args)).min_budget == 77
+
+
+def test_an_unknown_setting_is_an_error(resolve: Callable[..., Any]) -> None:
+    with pytest.raises(TypeError, match="sparsespec_min_budgets"):
+        resolve(sparsespec_min_budgets=1)
+
+
+def test_settings_without_the_algorithm_are_named(
+    resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    resolve(speculative_algorithm=None, sparsespec_min_budget=64)
+    assert "no effect without speculative_algorithm='SPARSESPEC'" in caplog.text
+
+
+# ------------------------------------------------------------------------ defaults
+
+
+def test_defaults(resolve: Callable[..., Any]) -> None:
+    args = resolve()
+    assert DEFAULT_NUM_DRAFT_STEPS == 8
+    assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (8, 9, 1)
+    assert get_config(args) == SparseSpecConfig(0.05, 128, "pillar", 4, "torch_native", "auto")
+    assert args.attention_backend == ATTENTION_BACKEND
+    assert args.disable_overlap_schedule is False
+    assert args.page_size == 1
+
+
+def test_prefill_runs_on_flashinfer_on_cuda(resolve: Callable[..., Any]) -> None:
+    assert get_config(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "flashinfer"
+
+
+@pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
+def test_either_flag_of_the_draft_length_sets_the_other(given: dict[str, int], resolve: Callable[..., Any]) -> None:
+    args = resolve(**given)
+    assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (3, 4)
+
+
+def test_the_algorithms_name_is_case_insensitive(resolve: Callable[..., Any]) -> None:
+    args = resolve(speculative_algorithm="SparseSpec")
+    assert args.speculative_algorithm == ALGORITHM and args.attention_backend == ATTENTION_BACKEND
+
+
+def test_the_users_attention_backend_runs_prefill(resolve: Callable[..., Any]) -> None:
+    args = resolve(attention_backend="triton")
+    assert args.attention_backend == ATTENTION_BACKEND
+    assert get_config(args).base_attention_backend == "triton"
+
+
+def test_graphs_are_off_on_cpu_and_overlap_scheduling_stays(resolve: Callable[..., Any]) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    args = resolve()
+    assert args.disable_cuda_graph
+    assert args.cuda_graph_config.decode.backend == args.cuda_graph_config.prefill.backend == Backend.DISABLED
+
+
+def test_only_the_prefill_graph_is_off_on_cuda(resolve: Callable[..., Any]) -> None:
+    from sglang.srt.model_executor.cuda_graph_config import Backend
+
+    args = resolve(device="cuda", mem_fraction_static=0.8)
+    assert args.cuda_graph_config.prefill.backend == Backend.DISABLED
+    assert args.cuda_graph_config.decode.backend != Backend.DISABLED
+
+
+def test_the_users_request_limit_is_kept(resolve: Callable[..., Any]) -> None:
+    assert resolve(max_running_requests=5).max_running_requests == 5
+
+
+def test_mixed_chunks_are_turned_off_with_a_warning(
+    resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
+    assert resolve(enable_mixed_chunk=True).enable_mixed_chunk is False
+    assert "--enable-mixed-chunk is turned off" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("length", "budget"), [(0, 0), (100, 100), (128, 128), (2560, 128), (2561, 129), (10_000, 500)]
+)
+def test_budget(length: int, budget: int) -> None:
+    assert SparseSpecConfig().budget(length) == budget
+
+
+# ------------------------------------------------------------------------ refusals
+
+#: Arguments ("LLAMA" stands for a model folder), and what the message must name: flag and remedy.
+REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "budget ratio 0": ({"sparsespec_budget_ratio": 0.0}, "--sparsespec-budget-ratio", "0.05 is the default"),
+    "budget ratio 2": ({"sparsespec_budget_ratio": 2.0}, "--sparsespec-budget-ratio", r"in \(0, 1\]"),
+    "min budget 0": ({"sparsespec_min_budget": 0}, "--sparsespec-min-budget", "128 is the default"),
+    "min budget below the window": (
+        {"sparsespec_min_budget": 8},
+        "--sparsespec-min-budget 8",
+        "verify window of 9 tokens; use --sparsespec-min-budget 128",
+    ),
+    "window above the min budget": (
+        {"sparsespec_min_budget": 64, "speculative_num_steps": 200},
+        "--sparsespec-min-budget 64",
+        "use --sparsespec-min-budget 201 or fewer --speculative-num-steps",
+    ),
+    "draft policy": ({"sparsespec_draft_policy": "x"}, "--sparsespec-draft-policy", "pillar, window, streaming"),
+    "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
+    "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
+    "cuda kernels on cpu": ({"sparsespec_kernels": "cuda"}, "--sparsespec-kernels cuda", "--sparsespec-kernels auto"),
+    "draft model": ({"speculative_draft_model_path": "LLAMA"}, "--speculative-draft-model-path", "remove it"),
+    "eagle topk": ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk", "remove it"),
+    "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive", "remove it"),
+    "threshold single": (
+        {"speculative_accept_threshold_single": 0.5},
+        "--speculative-accept-threshold-single",
+        "output distribution; remove it",
+    ),
+    "threshold acc": (
+        {"speculative_accept_threshold_acc": 0.5},
+        "--speculative-accept-threshold-single/-acc",
+        "output distribution; remove it",
+    ),
+    "prefill server": ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill", "without disaggregation"),
+    "decode server": ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode", "without disaggregation"),
+    "dp attention": (
+        {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
+        "--enable-dp-attention",
+        "use --dp-size replicas",
+    ),
+    "pipeline": ({"pp_size": 2}, "--pp-size", "use --tp-size"),
+    "decode context parallelism": ({"dcp_size": 2, "tp_size": 2}, "--dcp-size", "use --tp-size"),
+    "attention context parallelism": ({"attn_cp_size": 2, "tp_size": 2}, "--attn-cp-size", "use --tp-size"),
+    "lora": ({"enable_lora": True}, "--enable-lora", "merge the adapter"),
+    "lora paths": ({"lora_paths": ["a=x"]}, "--enable-lora", "merge the adapter"),
+    "two batch overlap": ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap", "remove it"),
+    "pdmux": ({"enable_pdmux": True}, "--enable-pdmux", "remove it"),
+    "hisparse": ({"enable_hisparse": True}, "--enable-hisparse", "remove one of them"),
+    "diffusion": ({"dllm_algorithm": "LowConfidence"}, "--dllm-algorithm", "remove it"),
+    "torch compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
+    "embedding": ({"is_embedding": True}, "--is-embedding", "remove --speculative-algorithm"),
+    "fp8 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2", "use --kv-cache-dtype auto"),
+    "page size": ({"page_size": 16}, "--page-size 16", "use --page-size 1"),
+    "tokenizer workers": ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num", "use one tokenizer worker"),
+    "no steps": ({"speculative_num_steps": 0}, "--speculative-num-steps", "8 is the default"),
+    "one draft token": ({"speculative_num_draft_tokens": 1}, "--speculative-num-draft-tokens", "9 is the default"),
+    "steps and tokens equal": (
+        {"speculative_num_steps": 3, "speculative_num_draft_tokens": 3},
+        "--speculative-num-draft-tokens 3",
+        "--speculative-num-steps 3 plus 1.*give one of the two",
+    ),
+    "more tokens than steps": (
+        {"speculative_num_steps": 3, "speculative_num_draft_tokens": 8},
+        "--speculative-num-draft-tokens 8",
+        "give one of the two",
+    ),
+    "prefill backend": (
+        {"prefill_attention_backend": "triton"},
+        "--prefill-attention-backend triton",
+        "use --sparsespec-base-attention-backend triton",
+    ),
+    "decode backend": (
+        {"decode_attention_backend": "triton"},
+        "--decode-attention-backend triton",
+        "use --sparsespec-base-attention-backend triton",
+    ),
+    "two prefill backends": (
+        {"attention_backend": "torch_native", "sparsespec_base_attention_backend": "triton"},
+        "--attention-backend torch_native and --sparsespec-base-attention-backend triton",
+        "give one of them",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_an_unsupported_combination_is_refused_with_flag_and_remedy(
+    case: str, llama: str, resolve: Callable[..., Any]
+) -> None:
+    arguments, named, remedy = REFUSED[case]
+    arguments = {name: llama if value == "LLAMA" else value for name, value in arguments.items()}
+    with pytest.raises(ValueError, match=f"{re.escape(named)}.*{remedy}"):
+        resolve(**arguments)
+
+
+def test_another_device_is_refused(resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    # SGLang asks the missing device for its memory before anything is validated.
+    monkeypatch.setattr("sglang.srt.server_args.get_device_memory_capacity", lambda device: None)
+    with pytest.raises(ValueError, match="--device musa.*use --device cuda or cpu"):
+        resolve(device="musa")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_model_without_plain_grouped_query_attention_is_refused(
+    model: str, tmp_path: Path, resolve: Callable[..., Any]
+) -> None:
+    what, changes = MODELS[model]
+    path = write_model(tmp_path / model, changes)
+    with pytest.raises(ValueError, match=rf"--model-path {path}: .*{what}.*serve it without --speculative-algorithm"):
+        # SGLang stops hybrid models earlier, on a machine without a GPU, unless the cache is off.
+        resolve(model_path=path, disable_radix_cache=True)
+
+
+def test_a_model_with_plain_attention_is_accepted(resolve: Callable[..., Any], tmp_path: Path) -> None:
+    """Qwen2 names a sliding window in its config without using it."""
+    changes = {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "use_sliding_window": False,
+        "sliding_window": 64,
+    }
+    resolve(model_path=write_model(tmp_path / "qwen2", changes))
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"sliding_window_size": 64}, "a sliding window of 64 tokens"),
+        ({"logit_cap": 50.0}, "a logit soft cap of 50"),
+        ({"is_cross_attention": True}, "cross attention"),
+        ({"attn_type": "encoder_only"}, "cross attention"),
+        ({"v_head_dim": 8}, "head dims 16 and 8"),
+        ({"num_kv_heads": 3}, "4 query heads for 3 KV heads"),
+    ],
+)
+def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(change: dict[str, Any], what: str) -> None:
+    """The last check, on the loaded model itself."""
+    import torch
+    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+
+    from sglang_sparsespec.attention_backend.backend import attention_layers
+
+    def layer(layer_id: int, **changes: Any) -> RadixAttention:
+        if "attn_type" in changes:
+            changes["attn_type"] = AttentionType(changes["attn_type"])
+        values = {"num_heads": 4, "head_dim": 16, "scaling": 1.0, "num_kv_heads": 2, "layer_id": layer_id, **changes}
+        return RadixAttention(**values)
+
+    plain = torch.nn.ModuleList([layer(1), layer(0)])
+    assert [found.layer_id for found in attention_layers(plain)] == [0, 1]
+    with pytest.raises(ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"):
+        attention_layers(torch.nn.ModuleList([layer(0), layer(1, **change)]))
+    with pytest.raises(ValueError, match="no attention layers"):
+        attention_layers(torch.nn.Linear(2, 2))
+
+
+@pytest.fixture
+def create_backend() -> Callable[..., Any]:
+    """SGLang's factory of the backend ``sparsespec``, given a model runner's algorithm and arguments."""
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    def create(spec_algorithm: Any, server_args: Any) -> Any:
+        runner = SimpleNamespace(spec_algorithm=spec_algorithm, server_args=server_args)
+        return ATTENTION_BACKENDS[ATTENTION_BACKEND](runner)
+
+    return create
+
+
+def test_the_attention_backend_alone_is_refused(create_backend: Callable[..., Any], resolve: Callable[..., Any]) -> None:
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    args = resolve(speculative_algorithm=None, attention_backend=ATTENTION_BACKEND)
+    with pytest.raises(ValueError, match=f"--attention-backend {ATTENTION_BACKEND}.*give both or neither"):
+        create_backend(SpeculativeAlgorithm.NONE, args)
+
+
+@pytest.mark.parametrize("name", ["nonsense", ATTENTION_BACKEND])
+def test_an_unknown_prefill_backend_is_refused(
+    name: str, create_backend: Callable[..., Any], resolve: Callable[..., Any]
+) -> None:
+    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+    args = resolve(sparsespec_base_attention_backend=name)
+    with pytest.raises(ValueError, match=f"--sparsespec-base-attention-backend {name}.*leave it out"):
+        create_backend(SpeculativeAlgorithm.from_string(ALGORITHM), args)

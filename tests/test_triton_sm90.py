@@ -1,0 +1,131 @@
+"""What Triton makes of the kernels on an H100, compiled for it on a machine without a GPU.
+
+A kernel whose loads Triton does not pipeline is right and slow, which no test of its results would show. So its inner
+loop is looked at: with two tiles in flight, the loop waits for loads with two younger ones still outstanding.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+
+# Shared memory of an H100's multiprocessor, and what each program reserves beside its own.
+SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
+SHAPES = {"qwen3-8b": (32, 8), "qwen2.5-coder-1.5b": (12, 2)}
+
+
+def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
+    """Name of each kernel that launches: (TTGIR, bytes of shared memory)."""
+    os.environ["TRITON_CACHE_DIR"] = cache
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.backends.driver import DriverBase
+    from triton.runtime.jit import JITFunction
+
+    class Driver(DriverBase):
+        """Stands in for the CUDA driver: says that there is an H100, launches nothing."""
+
+        @classmethod
+        def is_active(cls) -> bool:
+            return True
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", 90, 32)
+
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_active_torch_device(self) -> torch.device:
+            return torch.device("cpu")
+
+        def map_python_to_cpp_type(self, ty: str) -> str:
+            return ty
+
+        def get_benchmarker(self):
+            raise NotImplementedError
+
+    triton.runtime.driver.set_active(Driver())
+    found: dict[str, tuple[str, int]] = {}
+
+    def compile_only(kernel, grid):
+        def run(*args, **kwargs) -> None:
+            compiled = kernel.run(*args, grid=grid, warmup=True, **kwargs)
+            found[kernel.__name__] = (compiled.asm["ttgir"], compiled.metadata.shared)
+
+        return run
+
+    JITFunction.__getitem__ = compile_only
+    from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraft
+    from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedVerify
+
+    hq, hkv = SHAPES[shape]
+    batch, context, dim, window, bf16 = 8, 8192, 128, 9, torch.bfloat16
+    cache_rows = torch.empty(16, hkv, dim, dtype=bf16)
+    table = torch.empty(batch + 1, context + 64, dtype=torch.int32)
+    rows = torch.arange(batch)
+    counts = torch.zeros(batch + 1, dtype=torch.int32)
+    q1 = torch.empty(batch, hq, dim, dtype=bf16)
+    positions = torch.empty(batch + 1, hkv, 410, dtype=torch.int32)
+    draft = PipelinedDraft(batch, hq, hkv, dim, 428, 132, "cpu")
+    lse = torch.empty(batch, hq)
+    draft.draft_attention(
+        q1, cache_rows, cache_rows, positions, counts, counts, table, rows, rows, dim**-0.5, q1.clone(), lse
+    )
+    qw = torch.empty(batch * window, hq, dim, dtype=bf16)
+    scores = torch.empty(batch, hkv, context + 64, dtype=torch.float16)
+    hint = torch.empty(batch, window, hq)
+    verify = BalancedVerify(hq, hkv, dim, window, 132, "cpu")
+    verify.verify_attention(
+        qw, cache_rows, cache_rows, table, rows, rows, window, dim**-0.5, qw.clone(), scores, hint
+    )
+    return found
+
+
+def inner_loop(ttgir: str) -> str:
+    """The loop body with the first matrix product, from its ``scf.for`` on."""
+    text = re.sub(r"loc\(.*", "", ttgir)
+    product = re.search(r"tt\.dot|warp_group_dot", text)
+    assert product, "no matrix product"
+    begin = text.rindex("\n", 0, text.rindex("scf.for", 0, product.start())) + 1
+    indent = re.match(r" *", text[begin:])
+    assert indent
+    return text[begin : text.index(f"\n{indent.group()}}}", begin)]
+
+
+@pytest.fixture(scope="module", params=list(SHAPES))
+def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    # In a process of its own: it replaces Triton's driver.
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
+    env.pop("TRITON_INTERPRET", None)
+    command = [sys.executable, os.path.abspath(__file__), request.param, str(tmp_path_factory.mktemp("triton"))]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("kernel", ["_pipelined_draft_kernel", "_balanced_verify_kernel"])
+def test_two_tiles_of_kv_are_in_flight(kernel: str, compiled: dict[str, tuple[str, int]]) -> None:
+    body = inner_loop(compiled[kernel][0])
+    assert body.count("async_copy_global_to_local") == 2, "K and V do not go to shared memory asynchronously"
+    waits = [int(n) for n in re.findall(r"async_wait[^{]*\{num = (\d+)", body)]
+    assert waits and min(waits) >= 2, f"the loop waits for its own loads: {waits} outstanding"
+
+
+@pytest.mark.parametrize(
+    "kernel,programs", [("_pipelined_draft_kernel", 6), ("_balanced_verify_kernel", 2)]
+)
+def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: dict[str, tuple[str, int]]) -> None:
+    assert programs * (compiled[kernel][1] + RESERVED_BYTES) <= SHARED_BYTES
+
+
+if __name__ == "__main__":
+    print(json.dumps(compile_for_h100(*sys.argv[1:])))
