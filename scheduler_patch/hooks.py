@@ -85,6 +85,20 @@ def no_kv_move_kernel(original: Callable[..., Any], pool: Any) -> None:
     original(pool)
 
 
+def row_room_for_reserve(result: int, server_args: Any = None, *args: Any, **kwargs: Any) -> int | None:
+    """``allocation_sizing.get_req_to_token_extra_context_len``: SGLang widens rows by W + 4 tokens.
+
+    A decoding request is given slots for up to 2W tokens past its committed ones. At page size 1
+    SGLang does not count that in; with W above 4, a request near the context limit would write
+    its slots into the row of another.
+    """
+    if server_args is None or str(server_args.speculative_algorithm).upper() != ALGORITHM:
+        return None  # None keeps the original result
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    return max(result, get_alloc_reserve_per_decode(server_args))
+
+
 def _serving_sparsespec_on_cpu() -> bool:
     from sglang.srt.runtime_context import get_server_args
 
@@ -186,6 +200,11 @@ def register_hooks() -> None:
         "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
         no_kv_move_kernel,
         "around",
+    )
+    add_hook(
+        "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",
+        row_room_for_reserve,
+        "after",
     )
     add_hook("sglang.srt.utils.common.support_triton", no_triton_on_cpu, "after")
     add_hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots_on_cpu, "around")

@@ -24,6 +24,8 @@ MODEL_VARIABLE = "SPARSESPEC_TEST_MODEL"
 MODEL, MODEL_DTYPE = "smollm2-135m", "float32"
 LINTED = ("sglang_sparsespec", "attention_backend", "scheduler_patch", "scripts", "tests", "benchmarks")
 PACKAGE = "sglang_sparsespec"
+#: Test files that run at a time (pytest-xdist); an engine needs about 4 GB.
+WORKERS = 2
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
@@ -108,9 +110,13 @@ def check_style(python: Path) -> bool:
 def run_pytest(python: Path, model: Path, arguments: Sequence[str]) -> int:
     """Run pytest with each test's name on the screen as it starts; return its exit status."""
     say("pytest ...")
-    env = {**child_environment(), MODEL_VARIABLE: os.fspath(model)}
-    command = [os.fspath(python), "-m", "pytest", "-v", "--durations=10", *arguments]
-    process = subprocess.Popen(command, cwd=REPO, env=env)
+    threads = max(1, len(os.sched_getaffinity(0)) // WORKERS)
+    env = {"OMP_NUM_THREADS": str(threads), **child_environment(), MODEL_VARIABLE: os.fspath(model)}
+    command = [os.fspath(python), "-m", "pytest", "-v", "--durations=10"]
+    if not any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in arguments):
+        # Most of the time goes into starting engines, which keeps one core busy each.
+        command += ["-n", str(WORKERS), "--dist", "loadfile"]
+    process = subprocess.Popen([*command, *arguments], cwd=REPO, env=env)
     try:
         return process.wait()
     except BaseException:

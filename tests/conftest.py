@@ -31,7 +31,9 @@ def model_path() -> str:
     try:
         return str(ensure_model("smollm2-135m", "float32"))
     except SetupError as error:
-        pytest.fail(f"The test model could not be fetched: {error} Set {MODEL_ENV} to a checkpoint folder instead.")
+        pytest.fail(
+            f"The test model could not be fetched: {error} Set {MODEL_ENV} to a checkpoint folder instead."
+        )
 
 
 @pytest.fixture(scope="session")

@@ -48,7 +48,13 @@ LLAMA: dict[str, Any] = {
     "dtype": "float32",
 }
 
-MLA_DIMS = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+MLA_DIMS = {
+    "kv_lora_rank": 16,
+    "q_lora_rank": None,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
 
 #: What is wrong with each model, and its config.json as changes to a Llama's.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -75,11 +81,21 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma2": (
         "sliding-window",
-        {"architectures": ["Gemma2ForCausalLM"], "model_type": "gemma2", "sliding_window": 64, "head_dim": 16},
+        {
+            "architectures": ["Gemma2ForCausalLM"],
+            "model_type": "gemma2",
+            "sliding_window": 64,
+            "head_dim": 16,
+        },
     ),
     "gemma3": (
         "sliding-window",
-        {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "sliding_window": 64, "head_dim": 16},
+        {
+            "architectures": ["Gemma3ForCausalLM"],
+            "model_type": "gemma3_text",
+            "sliding_window": 64,
+            "head_dim": 16,
+        },
     ),
     "olmo3": (
         "sliding-window",
@@ -117,7 +133,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nemotron_h": (
         "recurrent",
-        {"architectures": ["NemotronHForCausalLM"], "model_type": "nemotron_h", "hybrid_override_pattern": "M-*M"},
+        {
+            "architectures": ["NemotronHForCausalLM"],
+            "model_type": "nemotron_h",
+            "hybrid_override_pattern": "M-*M",
+        },
     ),
     "qwen3_next": (
         "recurrent",
@@ -157,7 +177,9 @@ def resolve(llama: str) -> Callable[..., Any]:
     from sglang.srt.server_args import ServerArgs
 
     def make(**kwargs: Any) -> Any:
-        return ServerArgs(**{"model_path": llama, "device": "cpu", "speculative_algorithm": ALGORITHM, **kwargs})
+        return ServerArgs(
+            **{"model_path": llama, "device": "cpu", "speculative_algorithm": ALGORITHM, **kwargs}
+        )
 
     return make
 
@@ -263,7 +285,11 @@ def test_settings_without_the_algorithm_are_named(
 def test_defaults(resolve: Callable[..., Any]) -> None:
     args = resolve()
     assert DEFAULT_NUM_DRAFT_STEPS == 8
-    assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (8, 9, 1)
+    assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (
+        8,
+        9,
+        1,
+    )
     assert get_config(args) == SparseSpecConfig(0.05, 128, "pillar", 4, "torch_native", "auto")
     assert args.attention_backend == ATTENTION_BACKEND
     assert args.disable_overlap_schedule is False
@@ -275,7 +301,9 @@ def test_prefill_runs_on_flashinfer_on_cuda(resolve: Callable[..., Any]) -> None
 
 
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
-def test_either_flag_of_the_draft_length_sets_the_other(given: dict[str, int], resolve: Callable[..., Any]) -> None:
+def test_either_flag_of_the_draft_length_sets_the_other(
+    given: dict[str, int], resolve: Callable[..., Any]
+) -> None:
     args = resolve(**given)
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (3, 4)
 
@@ -342,10 +370,18 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-min-budget 64",
         "use --sparsespec-min-budget 201 or fewer --speculative-num-steps",
     ),
-    "draft policy": ({"sparsespec_draft_policy": "x"}, "--sparsespec-draft-policy", "pillar, window, streaming"),
+    "draft policy": (
+        {"sparsespec_draft_policy": "x"},
+        "--sparsespec-draft-policy",
+        "pillar, window, streaming",
+    ),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
-    "cuda kernels on cpu": ({"sparsespec_kernels": "cuda"}, "--sparsespec-kernels cuda", "--sparsespec-kernels auto"),
+    "cuda kernels on cpu": (
+        {"sparsespec_kernels": "cuda"},
+        "--sparsespec-kernels cuda",
+        "--sparsespec-kernels auto",
+    ),
     "draft model": ({"speculative_draft_model_path": "LLAMA"}, "--speculative-draft-model-path", "remove it"),
     "eagle topk": ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk", "remove it"),
     "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive", "remove it"),
@@ -359,8 +395,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--speculative-accept-threshold-single/-acc",
         "output distribution; remove it",
     ),
-    "prefill server": ({"disaggregation_mode": "prefill"}, "--disaggregation-mode prefill", "without disaggregation"),
-    "decode server": ({"disaggregation_mode": "decode"}, "--disaggregation-mode decode", "without disaggregation"),
+    "prefill server": (
+        {"disaggregation_mode": "prefill"},
+        "--disaggregation-mode prefill",
+        "without disaggregation",
+    ),
+    "decode server": (
+        {"disaggregation_mode": "decode"},
+        "--disaggregation-mode decode",
+        "without disaggregation",
+    ),
     "dp attention": (
         {"enable_dp_attention": True, "dp_size": 2, "tp_size": 2},
         "--enable-dp-attention",
@@ -381,7 +425,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "page size": ({"page_size": 16}, "--page-size 16", "use --page-size 1"),
     "tokenizer workers": ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num", "use one tokenizer worker"),
     "no steps": ({"speculative_num_steps": 0}, "--speculative-num-steps", "8 is the default"),
-    "one draft token": ({"speculative_num_draft_tokens": 1}, "--speculative-num-draft-tokens", "9 is the default"),
+    "one draft token": (
+        {"speculative_num_draft_tokens": 1},
+        "--speculative-num-draft-tokens",
+        "9 is the default",
+    ),
     "steps and tokens equal": (
         {"speculative_num_steps": 3, "speculative_num_draft_tokens": 3},
         "--speculative-num-draft-tokens 3",
@@ -433,7 +481,9 @@ def test_a_model_without_plain_grouped_query_attention_is_refused(
 ) -> None:
     what, changes = MODELS[model]
     path = write_model(tmp_path / model, changes)
-    with pytest.raises(ValueError, match=rf"--model-path {path}: .*{what}.*serve it without --speculative-algorithm"):
+    with pytest.raises(
+        ValueError, match=rf"--model-path {path}: .*{what}.*serve it without --speculative-algorithm"
+    ):
         # SGLang stops hybrid models earlier, on a machine without a GPU, unless the cache is off.
         resolve(model_path=path, disable_radix_cache=True)
 
@@ -460,7 +510,9 @@ def test_a_model_with_plain_attention_is_accepted(resolve: Callable[..., Any], t
         ({"num_kv_heads": 3}, "4 query heads for 3 KV heads"),
     ],
 )
-def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(change: dict[str, Any], what: str) -> None:
+def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
+    change: dict[str, Any], what: str
+) -> None:
     """The last check, on the loaded model itself."""
     import torch
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -470,12 +522,21 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(change: di
     def layer(layer_id: int, **changes: Any) -> RadixAttention:
         if "attn_type" in changes:
             changes["attn_type"] = AttentionType(changes["attn_type"])
-        values = {"num_heads": 4, "head_dim": 16, "scaling": 1.0, "num_kv_heads": 2, "layer_id": layer_id, **changes}
+        values = {
+            "num_heads": 4,
+            "head_dim": 16,
+            "scaling": 1.0,
+            "num_kv_heads": 2,
+            "layer_id": layer_id,
+            **changes,
+        }
         return RadixAttention(**values)
 
     plain = torch.nn.ModuleList([layer(1), layer(0)])
     assert [found.layer_id for found in attention_layers(plain)] == [0, 1]
-    with pytest.raises(ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"):
+    with pytest.raises(
+        ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"
+    ):
         attention_layers(torch.nn.ModuleList([layer(0), layer(1, **change)]))
     with pytest.raises(ValueError, match="no attention layers"):
         attention_layers(torch.nn.Linear(2, 2))
@@ -493,7 +554,9 @@ def create_backend() -> Callable[..., Any]:
     return create
 
 
-def test_the_attention_backend_alone_is_refused(create_backend: Callable[..., Any], resolve: Callable[..., Any]) -> None:
+def test_the_attention_backend_alone_is_refused(
+    create_backend: Callable[..., Any], resolve: Callable[..., Any]
+) -> None:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     args = resolve(speculative_algorithm=None, attention_backend=ATTENTION_BACKEND)

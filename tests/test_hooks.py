@@ -83,7 +83,7 @@ def test_the_algorithm_relays_only_tokens_and_lengths(algorithm: Any) -> None:
 
 
 def relay_a_round(relay: Any) -> tuple[Any, Any]:
-    """Publish rows 3, 5, 2 as a round does, and read rows 2, 3 as the next one does: batch and draft input."""
+    """Publish rows 3, 5, 2 as a round does, read rows 2, 3 as the next one does: batch, draft input."""
     from sglang.srt.managers.overlap_utils import RelayPayload
 
     from sglang_sparsespec.spec_input import SparseSpecDraftInput
@@ -165,7 +165,10 @@ def verify_graph_runner(width: int, algorithm: Any = None) -> Any:
         max_bs=8,
         capture_hidden_mode=None,
         model_runner=SimpleNamespace(
-            spec_algorithm=algorithm, device_timer=None, is_draft_worker=False, war_fastpath_read_done_event=None
+            spec_algorithm=algorithm,
+            device_timer=None,
+            is_draft_worker=False,
+            war_fastpath_read_done_event=None,
         ),
     )
     return runner
@@ -199,7 +202,7 @@ def test_sglang_replays_the_verify_graph_for_one_token_batches(algorithm: Any) -
 
 
 def test_sglang_calls_tables_read_when_a_decode_graph_starts(algorithm: Any) -> None:
-    """Replayed for a draft step, it would let the scheduler write to ``req_to_token`` before the verification."""
+    """After a draft step, the scheduler could then write to ``req_to_token`` before the verification."""
     runner = verify_graph_runner(9, algorithm)
     events: list[str] = []
     runner.__dict__.update(
@@ -208,7 +211,9 @@ def test_sglang_calls_tables_read_when_a_decode_graph_starts(algorithm: Any) -> 
         ),
         load_batch=lambda *args: events.append("loaded"),
         attn_backend=SimpleNamespace(use_captured_forward_metadata_for_breakable_cuda_graph=False),
-        device_module=SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: events.append("read done"))),
+        device_module=SimpleNamespace(
+            Event=lambda: SimpleNamespace(record=lambda: events.append("read done"))
+        ),
         _replay_graph_key=None,
     )
     with pytest.raises(pytest.fail.Exception, match="not reached"):
@@ -378,7 +383,9 @@ def test_two_windows_are_reserved_per_request(steps: int, make_args: Callable[..
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
-def test_a_request_at_the_context_limit_has_room_for_its_reserve(steps: int, make_args: Callable[..., Any]) -> None:
+def test_a_request_at_the_context_limit_has_room_for_its_reserve(
+    steps: int, make_args: Callable[..., Any]
+) -> None:
     """SGLang widens the rows of ``req_to_token`` by W + 4 entries, but a decode fills up to 2W."""
     from sglang.srt.mem_cache.allocation_sizing import (
         get_alloc_reserve_per_decode,
@@ -411,9 +418,7 @@ def test_sglang_takes_the_backend_for_one_with_triton(serving: Any) -> None:
     assert support_triton(ATTENTION_BACKEND) is False
 
 
-def test_triton_is_used_on_cuda(
-    serving_args: Callable[[Any], None], make_args: Callable[..., Any]
-) -> None:
+def test_triton_is_used_on_cuda(serving_args: Callable[[Any], None], make_args: Callable[..., Any]) -> None:
     from sglang.srt.utils.common import support_triton
 
     serving_args(make_args(device="cuda", mem_fraction_static=0.8))
@@ -459,7 +464,9 @@ def test_a_row_that_is_used_again_forgets_its_last_requests_selection(policy: st
     server = SmallServer(draft_policy=policy)
     server.prefill([2, 3], [60, 50], [60, 50])
     assert len(server.selected(2)) == 8 - WINDOW
-    neighbour = [server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)]
+    neighbour = [
+        server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)
+    ]
 
     server.prefill([2], [9], [9])  # a new request of 9 tokens, 6 of them before the last window
     assert int(server.backend.table.tail_start[2]) == 9 - WINDOW
@@ -602,7 +609,9 @@ def test_a_draft_input_is_one() -> None:
 # -------------------------------------------------------------------------- requests
 
 
-def validate(request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM) -> None:
+def validate(
+    request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM
+) -> None:
     """Pass a request through SGLang's own check, as the tokenizer process does."""
     from sglang.srt.managers.io_struct import GenerateReqInput
     from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -642,7 +651,9 @@ PENALTIES = [
 def test_penalties_are_refused(params: dict[str, float]) -> None:
     """SGLang adds one round's penalties to all its positions, which changes the distribution."""
     name = next(iter(params))
-    with pytest.raises(ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"):
+    with pytest.raises(
+        ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"
+    ):
         validate({"sampling_params": {"temperature": 0.5, **params}})
     validate({"sampling_params": params}, algorithm=None)
 

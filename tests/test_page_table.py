@@ -12,7 +12,9 @@ from sglang_sparsespec.config import SparseSpecConfig
 LENGTHS = torch.arange(0, 5000)
 
 
-def count(length: int, ratio: float = 0.05, min_budget: int = 128, window: int = 9, capacity: int = 10**6) -> int:
+def count(
+    length: int, ratio: float = 0.05, min_budget: int = 128, window: int = 9, capacity: int = 10**6
+) -> int:
     return int(num_selected(torch.tensor([length]), ratio, min_budget, window, capacity)[0])
 
 

@@ -158,7 +158,9 @@ def test_loading_registers_algorithm_backend_and_hooks(plugin: None) -> None:
 # ----------------------------------------------------------------------------- loud
 
 
-def test_a_wrong_sglang_version_stops_a_server_that_asks_for_the_algorithm(children: dict[str, Child]) -> None:
+def test_a_wrong_sglang_version_stops_a_server_that_asks_for_the_algorithm(
+    children: dict[str, Child],
+) -> None:
     status, _, err = children["command line"].result()
     assert status == 1
     assert err.strip().splitlines()[-1].startswith(SENTENCE)
@@ -351,7 +353,10 @@ def test_other_algorithms_draft_kv_pool_is_found(plugin: None) -> None:
     args: Any = SimpleNamespace(enable_multi_layer_eagle=False)
     eagle = SpeculativeAlgorithm.EAGLE
     assert get_draft_kv_pool(draft_worker=worker, spec_algorithm=eagle, server_args=args) is pool
-    assert get_draft_kv_pool(draft_worker=None, spec_algorithm=SpeculativeAlgorithm.NONE, server_args=args) is None
+    assert (
+        get_draft_kv_pool(draft_worker=None, spec_algorithm=SpeculativeAlgorithm.NONE, server_args=args)
+        is None
+    )
 
 
 def test_other_algorithms_capture_their_own_verify_input(plugin: None) -> None:
@@ -394,9 +399,9 @@ def test_slots_are_assigned_by_sglang(serving_plain: None) -> None:
     from sglang_sparsespec.scheduler_patch.hooks import assign_slots_on_cpu
 
     calls: list[tuple[object, ...]] = []
-    arguments = tuple(torch.tensor([i]) for i in range(5))
-    assign_slots_on_cpu(lambda *args: calls.append(args), *arguments, 1)
-    assert calls == [(*arguments, 1)]
+    a, b, c, d, e = (torch.tensor([i]) for i in range(5))
+    assign_slots_on_cpu(lambda *args: calls.append(args), a, b, c, d, e, 1)
+    assert calls == [(a, b, c, d, e, 1)]
 
 
 def test_penalties_are_accepted_without_the_algorithm(plugin: None) -> None:
@@ -429,7 +434,10 @@ def test_the_cpu_bridge_is_not_installed() -> None:
     )
     for value, installed in (("0", "False"), ("1", "True")):
         done = subprocess.run(
-            [sys.executable, "-c", code], env={**os.environ, CPU_BRIDGE_ENV: value}, capture_output=True, text=True
+            [sys.executable, "-c", code],
+            env={**os.environ, CPU_BRIDGE_ENV: value},
+            capture_output=True,
+            text=True,
         )
         assert done.stdout.strip() == installed, done.stderr
 
@@ -437,5 +445,7 @@ def test_the_cpu_bridge_is_not_installed() -> None:
 def test_importing_the_package_imports_no_sglang() -> None:
     """So that a wrong SGLang version can be reported instead of failing on import."""
     code = "import sys, sglang_sparsespec.plugin; print([m for m in sys.modules if m.startswith('sglang.')])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent
+    )
     assert done.stdout.strip() == "[]", done.stderr

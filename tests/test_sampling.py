@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -37,9 +41,13 @@ REQUESTS = {
 def batch_info(requests: list[Sampling], seeds: list[int] | None = None) -> SamplingBatchInfo:
     """SGLang's sampling parameters of a batch, normalised as ``SamplingParams`` does (greedy is top-k 1)."""
     greedy = [r.temperature == 0 for r in requests]
-    top_ks = [1 if g else TOP_K_ALL if r.top_k == -1 else r.top_k for r, g in zip(requests, greedy, strict=True)]
+    top_ks = [
+        1 if g else TOP_K_ALL if r.top_k == -1 else r.top_k for r, g in zip(requests, greedy, strict=True)
+    ]
     return SamplingBatchInfo(
-        temperatures=torch.tensor([[1.0 if g else r.temperature] for r, g in zip(requests, greedy, strict=True)]),
+        temperatures=torch.tensor(
+            [[1.0 if g else r.temperature] for r, g in zip(requests, greedy, strict=True)]
+        ),
         top_ps=torch.tensor([r.top_p for r in requests]),
         top_ks=torch.tensor(top_ks, dtype=torch.int32),
         min_ps=torch.tensor([r.min_p for r in requests]),
@@ -76,7 +84,9 @@ def sglang_distribution(
     for index in range(VOCAB):
         drawn: dict[str, torch.Tensor] = {}
 
-        def multinomial(weights: torch.Tensor, num_samples: int, index: int = index, drawn: Any = drawn) -> Any:
+        def multinomial(
+            weights: torch.Tensor, num_samples: int, index: int = index, drawn: Any = drawn
+        ) -> Any:
             drawn["weights"] = weights.double()[:, index]
             return torch.full((len(weights), 1), index)
 
@@ -121,7 +131,9 @@ def test_logits_are_left_unchanged() -> None:
 def test_parameters_are_repeated_for_each_row_of_a_window() -> None:
     requests = REQUESTS["mixed"]
     logits = random_logits(3 * len(requests))
-    repeated = sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(requests), repeats=3))
+    repeated = sampling.target_probabilities(
+        logits, sampling.SamplingRows.of(batch_info(requests), repeats=3)
+    )
     one_by_one = [request for request in requests for _ in range(3)]
     expected = sampling.target_probabilities(logits, sampling.SamplingRows.of(batch_info(one_by_one)))
     assert torch.equal(repeated, expected)
@@ -161,7 +173,12 @@ def test_drafts_are_drawn_from_the_distribution_that_is_returned() -> None:
     kept = probs[0] > 0
     counts = torch.bincount(tokens, minlength=VOCAB)
     assert int(kept.sum()) == 6 and (counts[~kept] == 0).all()
-    assert chisquare(counts[kept].numpy(), (probs[0, kept].double() / probs[0, kept].double().sum() * draws)).pvalue > 1e-3
+    assert (
+        chisquare(
+            counts[kept].numpy(), (probs[0, kept].double() / probs[0, kept].double().sum() * draws)
+        ).pvalue
+        > 1e-3
+    )
 
 
 # -------------------------------------------------------------------------- acceptance
@@ -185,7 +202,11 @@ def test_matching_accepts_the_common_prefix_and_one_token_of_the_target(
 
 
 def reject(
-    target: torch.Tensor, draft: torch.Tensor, drafts: list[int], coins: torch.Tensor, final_coins: torch.Tensor
+    target: torch.Tensor,
+    draft: torch.Tensor,
+    drafts: list[int],
+    coins: torch.Tensor,
+    final_coins: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``accept_by_rejection`` of the same drafts for each row of coins ([n, k] and [n])."""
     rows = len(coins)
@@ -271,14 +292,18 @@ def test_equal_distributions_accept_every_draft() -> None:
 
 @pytest.mark.parametrize("seed", range(2))
 def test_drafting_and_acceptance_together_give_the_target_distribution(seed: int) -> None:
-    """First and second output token, over random drafts, against the target (p-value above 1e-3, fixed seed)."""
+    """First and second output token over random drafts (p-value above 1e-3, fixed seed)."""
     torch.manual_seed(seed)
     rounds = 100_000
     target, draft = random_distributions(3, seed), random_distributions(2, seed + 50)
     drafts = torch.stack([torch.multinomial(draft[0, i], rounds, replacement=True) for i in range(2)], dim=1)
     candidates = torch.cat([torch.zeros(rounds, 1, dtype=torch.int64), drafts], dim=1)
     tokens, accept_lens = sampling.accept_by_rejection(
-        candidates, target.expand(rounds, -1, -1), draft.expand(rounds, -1, -1), torch.rand(rounds, 2), torch.rand(rounds)
+        candidates,
+        target.expand(rounds, -1, -1),
+        draft.expand(rounds, -1, -1),
+        torch.rand(rounds, 2),
+        torch.rand(rounds),
     )
     for position in (0, 1):
         reached = accept_lens > position
@@ -372,10 +397,18 @@ def test_a_seeded_request_gets_the_tokens_of_sglangs_seeded_sampler(name: str, s
             one = batch_info([request], [seeds[b]])
             probs = torch.softmax(logits[row : row + 1] / one.temperatures, -1)
             if name == "plain":
-                drawn = seeded_sampler.sampling_from_probs_torch(probs, one.sampling_seed, positions[row : row + 1])
+                drawn = seeded_sampler.sampling_from_probs_torch(
+                    probs, one.sampling_seed, positions[row : row + 1]
+                )
             else:
                 drawn = seeded_sampler.top_k_top_p_min_p_sampling_from_probs_torch(
-                    probs, one.top_ks, one.top_ps, one.min_ps, False, one.sampling_seed, positions[row : row + 1]
+                    probs,
+                    one.top_ks,
+                    one.top_ps,
+                    one.min_ps,
+                    False,
+                    one.sampling_seed,
+                    positions[row : row + 1],
                 )
             expected[b, i] = drawn[0]
     for matching in range(width):
@@ -404,3 +437,64 @@ def test_seeded_drafts_use_the_noise_of_their_position(seeded_sampler: Any) -> N
         for i in range(30)
     ]
     assert any(changed), "the seed must matter"
+
+
+# ---------------------------------------------------------------------- the CUDA rule
+
+#: Compares SGLang's Triton kernel, in Triton's interpreter, with the torch rule; prints one JSON object.
+COMPARE_RULES = """
+import json
+import torch
+from sglang_sparsespec import sampling
+torch.manual_seed(0)
+
+def problem(batch, width, vocab):
+    target = torch.softmax(2 * torch.randn(batch, width, vocab), -1)
+    draft = torch.softmax(torch.log(target[:, :-1]) + torch.randn(batch, width - 1, vocab), -1)
+    drafts = torch.stack([torch.multinomial(draft[:, i], 1).squeeze(1) for i in range(width - 1)], 1)
+    return torch.cat([torch.zeros(batch, 1, dtype=torch.int64), drafts], 1), target, draft
+
+candidates, target, draft = problem(96, 4, 12)
+coins, final_coins = torch.rand(96, 3), torch.rand(96)
+ours = sampling.accept_by_rejection(candidates, target, draft, coins, final_coins)
+theirs = sampling.accept_by_rejection_sglang(candidates, target, draft, coins, final_coins)
+
+def lists(result):
+    tokens, lens = result
+    return [row[:n] for row, n in zip(tokens.tolist(), lens.tolist())]
+
+candidates, target, draft = problem(60, 2, 20_000)
+target[..., -1] = 0  # the last token of the vocabulary is impossible
+target /= target.sum(-1, keepdim=True)
+last_coin = torch.full((60,), 1 - 2**-24)  # the largest that torch.rand gives
+coins = last_coin.unsqueeze(1)
+tokens, lens = sampling.accept_by_rejection_sglang(candidates, target, draft, coins, last_coin)
+row, last = torch.arange(60), (lens - 1).long()
+print("ANSWER " + json.dumps({
+    "ours": lists(ours), "theirs": lists(theirs),
+    "mass": target[row, last, tokens[row, last]].tolist(),
+}))
+"""
+
+
+@pytest.fixture(scope="module")
+def compared_rules() -> dict[str, Any]:
+    """In a process of its own: ``TRITON_INTERPRET`` must be set before Triton is imported."""
+    done = subprocess.run(
+        [sys.executable, "-c", COMPARE_RULES],
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout[done.stdout.index("ANSWER ") + len("ANSWER ") :])
+
+
+def test_sglangs_kernel_accepts_as_the_torch_rule(compared_rules: dict[str, Any]) -> None:
+    assert compared_rules["theirs"] == compared_rules["ours"]
+    assert {len(tokens) for tokens in compared_rules["ours"]} == {1, 2, 3, 4}
+
+
+def test_sglangs_kernel_gives_no_impossible_token(compared_rules: dict[str, Any]) -> None:
+    """By itself it answers the last token of the vocabulary when rounding carries a coin past the sum."""
+    assert min(compared_rules["mass"]) > 0

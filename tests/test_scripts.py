@@ -482,7 +482,11 @@ def test_pytest_is_told_where_the_model_is(
     python.write_text(f'#!/bin/sh\necho "${run_tests.MODEL_VARIABLE} $@"\nexit 6\n')
     python.chmod(0o755)
     assert run_tests.run_pytest(python, Path("/models/m"), ["-k", "name"]) == 6
-    assert "/models/m -m pytest -v --durations=10 -k name" in capfd.readouterr().out
+    shown = capfd.readouterr().out
+    assert "/models/m -m pytest -v --durations=10" in shown
+    assert "-n 2 --dist loadfile -k name" in shown
+    run_tests.run_pytest(python, Path("/models/m"), ["-n0"])
+    assert "--dist" not in capfd.readouterr().out
 
 
 def test_given_test_model_is_used_and_must_be_a_checkpoint(

@@ -49,7 +49,8 @@ class Problem:
         kv_head = head // self.group
         logits = torch.tensor(
             [
-                SCALING * sum(
+                SCALING
+                * sum(
                     a * b
                     for a, b in zip(
                         query[head].double().tolist(),
@@ -87,14 +88,18 @@ def problem(request: pytest.FixtureRequest) -> Problem:
 def verify(problem: Problem, q: torch.Tensor, scores: torch.Tensor | None = None) -> torch.Tensor:
     out = torch.full_like(q, float("nan"))
     KERNELS.verify_attention(
-        q, problem.k_cache, problem.v_cache, problem.req_to_token, problem.rows, problem.lengths, WINDOW, SCALING, out,
-        scores,
+        q, problem.k_cache, problem.v_cache, problem.req_to_token, problem.rows, problem.lengths, WINDOW,
+        SCALING, out, scores,
     )  # fmt: skip
     return out
 
 
 def draft(
-    problem: Problem, q: torch.Tensor, table: SelectionTable, lengths: torch.Tensor, lse: torch.Tensor | None = None
+    problem: Problem,
+    q: torch.Tensor,
+    table: SelectionTable,
+    lengths: torch.Tensor,
+    lse: torch.Tensor | None = None,
 ) -> torch.Tensor:
     out = torch.full_like(q, float("nan"))
     KERNELS.draft_attention(

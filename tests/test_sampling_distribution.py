@@ -1,0 +1,270 @@
+"""Sampled sequences follow the target's distribution, end to end.
+
+An engine with SPARSESPEC samples thousands of short sequences from a tiny random Llama; the
+target's exact sequence probabilities are computed by transformers from the same weights.
+Budgets are so small that drafts often miss (the accept length is checked).
+
+The check is Pearson's chi-square over sequences, rare ones merged until each cell expects
+10 or more. It passes at a p-value of at least ``BOUND``. The engine's random seed is fixed,
+but the order in which requests arrive is not, so this bound is what keeps the tests from
+failing by chance: once in 10^6 runs of a check. Broken acceptance rules, put into the same
+engine by a plugin of this test, must fail the same check.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_process import EngineProcess
+from scipy.stats import chi2
+from tiny_model import VOCAB, Sampling, sequence_probabilities, write_tiny_llama
+from transformers import LlamaForCausalLM
+
+BOUND = 1e-6
+#: What a broken rule must reach: far below the bound, so that it fails it on every run.
+BROKEN = 1e-12
+NUM_STEPS = 3
+LENGTH = 4
+RULE_ENV = "SPARSESPEC_TEST_RULE_FILE"
+
+#: Sampling parameters and prompt length of each kind of request.
+KINDS: dict[str, tuple[Sampling, int]] = {
+    "temperature 1": (Sampling(), 60),
+    "top_p": (Sampling(top_p=0.8), 45),
+    "top_k": (Sampling(temperature=1.3, top_k=3), 33),
+    "min_p": (Sampling(temperature=0.9, min_p=0.1), 52),
+    "all filters": (Sampling(temperature=1.2, top_k=5, top_p=0.9, min_p=0.02), 41),
+    "greedy": (Sampling(temperature=0.0), 57),
+}
+
+#: A plugin that wraps the acceptance rule; the file named by the variable says how to break it.
+BROKEN_RULE_PLUGIN = f'''
+import os
+
+import torch
+
+
+def register():
+    from sglang_sparsespec import sampling
+
+    original = sampling.accept_by_rejection
+
+    def accept(candidates, target_probs, draft_probs, coins, final_coins):
+        rule = open(os.environ["{RULE_ENV}"]).read()
+        if rule == "accept every draft":
+            coins = torch.zeros_like(coins)
+            possible = target_probs[:, :-1].clamp(min=1e-30)
+            target_probs = torch.cat([possible, target_probs[:, -1:]], dim=1)
+        elif rule == "accept by argmax":
+            one_hot = torch.zeros_like(target_probs)
+            target_probs = one_hot.scatter_(-1, target_probs.argmax(-1, keepdim=True), 1.0)
+        tokens, accept_lens = original(candidates, target_probs, draft_probs, coins, final_coins)
+        if rule == "sample the target after a rejection":
+            last = (accept_lens - 1).long().unsqueeze(1)
+            rows = torch.arange(len(tokens))
+            fresh = torch.multinomial(target_probs[rows, last.squeeze(1)], 1)
+            tokens = tokens.scatter(1, last, fresh)
+        return tokens, accept_lens
+
+    sampling.accept_by_rejection = accept
+'''
+
+
+def prompt_of(kind: str) -> list[int]:
+    """A fixed random prompt of the kind's length."""
+    generator = torch.Generator().manual_seed(list(KINDS).index(kind))
+    return torch.randint(0, VOCAB, (KINDS[kind][1],), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> dict[str, dict[tuple[int, ...], float]]:
+    """Sequence probabilities of each kind of request under the target."""
+    return {
+        kind: sequence_probabilities(checkpoint, prompt_of(kind), LENGTH, sampling)
+        for kind, (sampling, _) in KINDS.items()
+    }
+
+
+class Sampler:
+    """An engine and its rule file, if it has one."""
+
+    def __init__(self, engine: EngineProcess, rule_file: Path | None) -> None:
+        self.engine = engine
+        self.rule_file = rule_file
+        self.accepted: Counter[int] = Counter()  # verifications by accepted drafts
+
+    def sample(self, counts: dict[str, int]) -> dict[str, Counter[tuple[int, ...]]]:
+        """Sequences of the given number of requests of each kind, all kinds in the same batches."""
+        kinds = [kind for kind, count in counts.items() for _ in range(count)]
+        order = torch.randperm(len(kinds), generator=torch.Generator().manual_seed(0)).tolist()
+        kinds = [kinds[i] for i in order]
+        outputs = self.engine.generate(
+            input_ids=[prompt_of(kind) for kind in kinds],
+            sampling_params=[KINDS[kind][0].as_request(LENGTH) for kind in kinds],
+        )
+        found: dict[str, Counter[tuple[int, ...]]] = {kind: Counter() for kind in counts}
+        for kind, output in zip(kinds, outputs, strict=True):
+            found[kind][tuple(output["output_ids"])] += 1
+            for accepted, times in enumerate(output["meta_info"]["spec_correct_drafts_histogram"]):
+                self.accepted[accepted] += times
+        return found
+
+
+def engine_args(checkpoint: Path, **more: Any) -> dict[str, Any]:
+    return {
+        "model_path": str(checkpoint),
+        "device": "cpu",
+        "dtype": "float32",  # "auto" would make it half precision
+        "skip_tokenizer_init": True,
+        "speculative_algorithm": "SPARSESPEC",
+        "speculative_num_steps": NUM_STEPS,
+        # One selected token and the tail: far less than the prompts.
+        "sparsespec_min_budget": NUM_STEPS + 2,
+        "sparsespec_budget_ratio": 0.01,
+        "random_seed": 1,
+        "max_running_requests": 256,
+        "max_total_tokens": 40_000,
+        "log_level": "error",
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sampler]]:
+    """Two engines that start at the same time: as it is, and with a rule that can be broken."""
+    site = tmp_path_factory.mktemp("site")
+    (site / "broken_rule.py").write_text(BROKEN_RULE_PLUGIN)
+    info = site / "broken_rule-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_rule\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken_rule = broken_rule:register\n")
+    rule_file = tmp_path_factory.mktemp("rule") / "rule"
+    rule_file.write_text("as it is")
+    env = {RULE_ENV: str(rule_file), "PYTHONPATH": str(site)}
+    with (
+        EngineProcess(**engine_args(checkpoint, port=31160)) as plain,
+        EngineProcess(env, **engine_args(checkpoint, port=31170, disable_overlap_schedule=True)) as breakable,
+    ):
+        yield {"overlap": Sampler(plain, None), "no overlap": Sampler(breakable, rule_file)}
+
+
+def p_value(found: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -> float:
+    """Chi-square p-value of sequence counts; 0 if an impossible sequence occurred."""
+    if not set(found) <= set(exact):
+        return 0.0
+    total = sum(found.values())
+    cells: list[list[float]] = [[0.0, 0.0]]  # expected, observed
+    for sequence in sorted(exact, key=lambda s: -exact[s]):
+        if cells[-1][0] >= 10:
+            cells.append([0.0, 0.0])
+        cells[-1][0] += exact[sequence] * total
+        cells[-1][1] += found[sequence]
+    if cells[-1][0] < 10:
+        expected, observed = cells.pop()
+        cells[-1][0] += expected
+        cells[-1][1] += observed
+    assert len(cells) > 10, "too few samples to tell distributions apart"
+    statistic = sum((observed - expected) ** 2 / expected for expected, observed in cells)
+    return float(chi2.sf(statistic, len(cells) - 1))
+
+
+MIXED = {
+    "temperature 1": 2000,
+    "top_p": 1500,
+    "top_k": 1500,
+    "min_p": 1500,
+    "all filters": 1500,
+    "greedy": 100,
+}
+UNFILTERED = {"temperature 1": 2000}
+
+
+@pytest.fixture(scope="module")
+def mixed_sequences(engines: dict[str, Sampler]) -> dict[str, Counter[tuple[int, ...]]]:
+    """Greedy requests and all kinds of sampled ones, served together."""
+    return engines["overlap"].sample(MIXED)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "greedy"])
+def test_sequences_of_a_mixed_batch_follow_the_target(
+    kind: str,
+    mixed_sequences: dict[str, Counter[tuple[int, ...]]],
+    exact: dict[str, dict[tuple[int, ...], float]],
+) -> None:
+    assert sum(mixed_sequences[kind].values()) == MIXED[kind]
+    assert p_value(mixed_sequences[kind], exact[kind]) >= BOUND
+
+
+def test_greedy_requests_of_a_mixed_batch_are_exact(
+    mixed_sequences: dict[str, Counter[tuple[int, ...]]], exact: dict[str, dict[tuple[int, ...], float]]
+) -> None:
+    (best,) = exact["greedy"]
+    assert mixed_sequences["greedy"] == {best: MIXED["greedy"]}
+
+
+def test_drafts_are_neither_all_accepted_nor_all_rejected(
+    engines: dict[str, Sampler], mixed_sequences: dict[str, Counter[tuple[int, ...]]]
+) -> None:
+    """Otherwise the checks would say nothing about acceptance."""
+    accepted = engines["overlap"].accepted
+    rounds = sum(accepted.values())
+    assert all(accepted[n] > 0.02 * rounds for n in range(NUM_STEPS + 1)), accepted
+    accept_length = 1 + sum(n * times for n, times in accepted.items()) / rounds
+    assert 1.2 < accept_length < NUM_STEPS + 0.8
+
+
+@pytest.mark.parametrize("schedule", ["overlap", "no overlap"])
+def test_sequences_of_a_batch_without_filters_follow_the_target(
+    schedule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
+) -> None:
+    """Another path of the sampler: no top-k, top-p or min-p in the whole batch."""
+    found = engines[schedule].sample(UNFILTERED)["temperature 1"]
+    assert p_value(found, exact["temperature 1"]) >= BOUND
+
+
+@pytest.mark.parametrize("schedule", ["overlap", "no overlap"])
+def test_served_tokens_have_the_targets_own_probabilities(
+    schedule: str, engines: dict[str, Sampler], checkpoint: Path
+) -> None:
+    """Over several rounds, so nothing that a draft step wrote to the KV cache is left in it."""
+    length, count = 12, 15
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    kinds = [kind for kind in KINDS for _ in range(count)]
+    outputs = engines[schedule].engine.generate(
+        input_ids=[prompt_of(kind) for kind in kinds],
+        sampling_params=[Sampling().as_request(length)] * len(kinds),
+        return_logprob=True,
+    )
+    for kind, output in zip(kinds, outputs, strict=True):
+        prompt, tokens = prompt_of(kind), output["output_ids"]
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+        expected = torch.log_softmax(logits, dim=-1).gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
+        served = torch.tensor([logprob for logprob, *_ in output["meta_info"]["output_token_logprobs"]])
+        torch.testing.assert_close(served, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "rule", ["accept every draft", "sample the target after a rejection", "accept by argmax"]
+)
+def test_a_broken_acceptance_rule_is_found(
+    rule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
+) -> None:
+    sampler = engines["no overlap"]
+    assert sampler.rule_file is not None
+    sampler.rule_file.write_text(rule)
+    try:
+        found = sampler.sample(UNFILTERED)["temperature 1"]
+    finally:
+        sampler.rule_file.write_text("as it is")
+    assert p_value(found, exact["temperature 1"]) < BROKEN

@@ -1,0 +1,96 @@
+"""The Triton kernels inside a serving engine, in Triton's interpreter on CPU.
+
+Kernel tests call the kernels with tensors of their own; here the model, SGLang's KV pool and the
+scheduler do, which catches what those tests assume (strides of the queries, for one).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from engine_process import EngineProcess
+from transformers import LlamaConfig, LlamaForCausalLM
+
+pytestmark = pytest.mark.slow
+
+VOCAB = 64
+PROMPTS = [[5 + (7 * i + j * j) % 50 for j in range(30 + 11 * i)] for i in range(3)]
+SAMPLING = {"temperature": 0.0, "max_new_tokens": 16, "ignore_eos": True}
+KERNELS_PLUGIN = '''
+def register():
+    """Use the Triton kernels, with tiles small enough for the interpreter, whatever the device."""
+    import os
+    import pathlib
+
+    from sglang_sparsespec.attention_backend import backend, triton_draft, triton_verify
+    from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
+
+    def make_kernels(name, device, **sizes):
+        pathlib.Path(os.environ["TRITON_KERNELS_USED"]).touch()
+        return CudaPillarKernels(
+            device=device,
+            draft_config=triton_draft.DraftConfig(block_n=16, min_chunk=16),
+            verify_config=triton_verify.VerifyConfig(block_n=16, min_chunk=16),
+            **sizes,
+        )
+
+    backend.make_kernels = make_kernels
+'''
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A random two-layer Llama with head dim 64, the smallest that the kernels take."""
+    folder = tmp_path_factory.mktemp("checkpoint")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=VOCAB,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=64,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=None,
+        eos_token_id=None,
+        tie_word_embeddings=False,
+        dtype="float32",
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    return str(folder)
+
+
+def outputs(checkpoint: str, env: dict[str, str]) -> list[list[int]]:
+    settings = {
+        "model_path": checkpoint,
+        "device": "cpu",
+        "dtype": "float32",
+        "skip_tokenizer_init": True,
+        "max_total_tokens": 1000,
+        "max_running_requests": 3,
+        "speculative_algorithm": "SPARSESPEC",
+        "speculative_num_steps": 3,
+        "sparsespec_min_budget": 16,
+        "log_level": "warning",
+    }
+    with EngineProcess(env, **settings) as engine:
+        answers = engine.generate(input_ids=PROMPTS, sampling_params=SAMPLING)
+    return [answer["output_ids"] for answer in answers]
+
+
+def test_triton_kernels_serve_the_same_greedy_tokens_as_the_reference(checkpoint: str, tmp_path: Path) -> None:
+    (tmp_path / "triton_on_cpu.py").write_text(KERNELS_PLUGIN)
+    info = tmp_path / "triton_on_cpu-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-on-cpu\nVersion: 0\n")
+    # Plugins load in the order of their names: after the one it changes.
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_triton_on_cpu = triton_on_cpu:register\n")
+    reference = outputs(checkpoint, {})
+    used = tmp_path / "used"
+    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), "TRITON_KERNELS_USED": str(used)}
+    assert outputs(checkpoint, env) == reference
+    assert used.exists()
