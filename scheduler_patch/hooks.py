@@ -174,7 +174,8 @@ def refuse_inexact_request(result: Any, tokenizer_manager: Any, obj: Any, *args:
     """
     if str(tokenizer_manager.server_args.speculative_algorithm).upper() != ALGORITHM:
         return
-    params = obj.sampling_params or {}
+    # SGLang merges the server's preferred parameters into the request's after this check.
+    params = {**(tokenizer_manager.preferred_sampling_params or {}), **(obj.sampling_params or {})}
     for name, neutral in INEXACT_SAMPLING_PARAMS.items():
         value = params.get(name, neutral)
         if value is not None and value != neutral:

@@ -131,7 +131,7 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "--sparsespec-base-attention-backend",
         type=str,
         default=None,
-        help="SGLang attention backend that runs prefill (default: torch_native on CPU, flashinfer on "
+        help="SGLang attention backend that runs prefill (default: torch_native on CPU, triton on "
         "CUDA). --attention-backend NAME together with SPARSESPEC means the same.",
     )
     group.add_argument(
@@ -351,15 +351,17 @@ def _validate_model(server_args: ServerArgs) -> None:
 
     if model.attention_arch == AttentionArch.MLA:
         refuse("multi-head latent attention (MLA) is")
-    if model.is_hybrid_swa or getattr(model.hf_text_config, "use_sliding_window", False):
+    text = model.hf_text_config
+    layer_types = getattr(text, "layer_types", None) or ()
+    if model.is_hybrid_swa or getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
         refuse("sliding-window layers are")
     if model.is_encoder_decoder:
         refuse("encoder-decoder models are")
     if model.is_multimodal:
         refuse("multimodal models are")
-    from sglang.srt.configs.hybrid_arch import linear_attn_model_spec, mamba2_config
+    from sglang.srt.configs.hybrid_arch import linear_attn_model_spec, mambaish_config
 
-    if mamba2_config(model) is not None or linear_attn_model_spec(model) is not None:
+    if mambaish_config(model) is not None or linear_attn_model_spec(model) is not None:
         refuse("models with recurrent layers are")
 
 
@@ -392,7 +394,8 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         logger.warning("--enable-mixed-chunk is turned off: SGLang has no mixed chunks with speculation.")
     config = get_config(server_args)
     if config.base_attention_backend is None:
-        base = "flashinfer" if server_args.device == "cuda" else "torch_native"
+        # Of SGLang's CUDA backends, Triton is the one that prefill was measured and checked with.
+        base = "triton" if server_args.device == "cuda" else "torch_native"
         config = dataclasses.replace(config, base_attention_backend=base)
         object.__setattr__(server_args, _ATTRIBUTE, config)
     if server_args.device == "cpu":

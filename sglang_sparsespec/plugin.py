@@ -15,6 +15,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Any
 
 from sglang_sparsespec import ALGORITHM, SGLANG_VERSION
 
@@ -110,6 +112,18 @@ def _register_unavailable(reason: str) -> None:
     def refuse(server_args: object) -> None:
         raise PluginUnavailableError(reason)
 
+    def refuse_settings(original: Callable[..., None], self: object, *args: Any, **kwargs: Any) -> None:
+        # ``sglang.Engine(sparsespec_min_budget=...)``: SGLang would call the keyword unexpected.
+        if any(name.startswith("sparsespec_") for name in kwargs):
+            raise PluginUnavailableError(reason)
+        original(self, *args, **kwargs)
+
+    try:
+        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+        HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", refuse_settings, HookType.AROUND)
+    except (ImportError, AttributeError):
+        logger.warning("This SGLang has no hooks: sparsespec_* settings will be reported as unexpected.")
     # The registration may be what failed, or may have succeeded before something
     # else failed; in the second case its validator is replaced.
     spec = spec_registry.get_spec(ALGORITHM)

@@ -178,6 +178,29 @@ def accept_matching(candidates: torch.Tensor, target: torch.Tensor) -> tuple[tor
     return target, matches.cumprod(dim=1).sum(dim=1, dtype=torch.int32) + 1
 
 
+def _final_distribution(
+    target_probs: torch.Tensor, draft_probs: torch.Tensor, accepted: torch.Tensor
+) -> torch.Tensor:
+    """What the token after the accepted drafts is drawn from, unnormalised: float32 [batch, vocab].
+
+    Args:
+        target_probs: float32 [batch, W, vocab]. draft_probs: float32 [batch, k, vocab].
+        accepted: int [batch], accepted drafts.
+    """
+    batch, width = target_probs.shape[:2]
+    row = torch.arange(batch, device=target_probs.device)
+    final = target_probs[row, accepted]
+    residual = (final - draft_probs[row, accepted.clamp(max=width - 2)]).clamp(min=0)
+    # p == q up to rounding leaves no residual; then the target itself is the residual.
+    use_residual = (accepted < width - 1) & (residual.sum(dim=-1) > 0)
+    return torch.where(use_residual.unsqueeze(-1), residual, final)
+
+
+def _last_possible(final: torch.Tensor) -> torch.Tensor:
+    """Last token with mass in each row of ``final``: int64 [batch]."""
+    return final.shape[-1] - 1 - (final > 0).flip(-1).to(torch.int8).argmax(dim=-1)
+
+
 def accept_by_rejection(
     candidates: torch.Tensor,
     target_probs: torch.Tensor,
@@ -202,18 +225,11 @@ def accept_by_rejection(
     p = target_probs[:, :-1].gather(-1, drafts).squeeze(-1)
     q = draft_probs.gather(-1, drafts).squeeze(-1)
     accepted = (coins * q < p).to(torch.int32).cumprod(dim=1).sum(dim=1)
-    row = torch.arange(batch, device=candidates.device)
-    final = target_probs[row, accepted]
-    residual = (final - draft_probs[row, accepted.clamp(max=width - 2)]).clamp(min=0)
-    rejected = accepted < width - 1
-    # p == q up to rounding leaves no residual; then the target itself is the residual.
-    use_residual = rejected & (residual.sum(dim=-1) > 0)
-    final = torch.where(use_residual.unsqueeze(-1), residual, final).double()
-    cdf = final.cumsum(dim=-1)
+    final = _final_distribution(target_probs, draft_probs, accepted)
+    cdf = final.double().cumsum(dim=-1)
     bonus = torch.searchsorted(cdf, (final_coins.double() * cdf[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
     # Rounding may carry a coin past the last token with mass.
-    last = final.shape[-1] - 1 - (final > 0).flip(-1).to(torch.int8).argmax(dim=-1)
-    bonus = torch.minimum(bonus, last)
+    bonus = torch.minimum(bonus, _last_possible(final))
     tokens = torch.cat([candidates[:, 1:], candidates[:, :1]], dim=1)
     tokens.scatter_(1, accepted.unsqueeze(-1).long(), bonus.unsqueeze(-1))
     return tokens, accepted.to(torch.int32) + 1
@@ -252,7 +268,15 @@ def accept_by_rejection_sglang(
         threshold_acc=1.0,
         deterministic=True,
     )
-    return predicts.view(batch, width).long(), accepted + 1
+    tokens = predicts.view(batch, width).long()
+    # The kernel answers the vocabulary's last token where rounding carries the coin past the
+    # sum, or where no residual is left: a token that the target may never give.
+    at = accepted.long().unsqueeze(-1)
+    final = _final_distribution(target_probs, draft_probs, accepted.long())
+    bonus = tokens.gather(1, at)
+    possible = final.gather(1, bonus) > 0
+    tokens.scatter_(1, at, torch.where(possible, bonus, _last_possible(final).unsqueeze(-1)))
+    return tokens, accepted + 1
 
 
 def accept(

@@ -296,8 +296,8 @@ def test_defaults(resolve: Callable[..., Any]) -> None:
     assert args.page_size == 1
 
 
-def test_prefill_runs_on_flashinfer_on_cuda(resolve: Callable[..., Any]) -> None:
-    assert get_config(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "flashinfer"
+def test_prefill_runs_on_triton_on_cuda(resolve: Callable[..., Any]) -> None:
+    assert get_config(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "triton"
 
 
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])

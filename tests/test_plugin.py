@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -197,12 +198,15 @@ def test_the_command_line_is_read_as_sglang_reads_it(argv: list[str], asked: boo
 
 @pytest.fixture
 def scratch_registry(plugin: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
-    """SGLang's algorithm registry and arguments, to be changed without leaving traces."""
+    """SGLang's registries and arguments, to be changed without leaving traces."""
+    from sglang.srt.plugins.hook_registry import HookRegistry
     from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative import spec_registry
 
     registry: dict[str, Any] = {}
     monkeypatch.setattr(ServerArgs, "__init__", ServerArgs.__init__)
+    hooks = {target: list(registered) for target, registered in HookRegistry._hooks.items()}
+    monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list, hooks))
     monkeypatch.setattr(spec_registry, "_REGISTRY", registry)
     return registry
 

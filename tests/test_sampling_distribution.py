@@ -25,6 +25,8 @@ from scipy.stats import chi2
 from tiny_model import VOCAB, Sampling, sequence_probabilities, write_tiny_llama
 from transformers import LlamaForCausalLM
 
+pytestmark = pytest.mark.slow
+
 BOUND = 1e-6
 #: What a broken rule must reach: far below the bound, so that it fails it on every run.
 BROKEN = 1e-12
