@@ -48,11 +48,7 @@ def register_backend() -> None:
                 f"{ALGORITHM}; give both or neither."
             )
         name = get_config(model_runner.server_args).base_attention_backend
-        if name not in ATTENTION_BACKENDS or name == ATTENTION_BACKEND:
-            raise ValueError(
-                f"--sparsespec-base-attention-backend {name} is not an SGLang attention backend; "
-                "leave it out for the default of the device."
-            )
+        assert name is not None  # resolved and validated at start-up (config.py)
         return SparseSpecAttnBackend(model_runner, ATTENTION_BACKENDS[name](model_runner))
 
 

@@ -182,7 +182,8 @@ def refuse_inexact_request(result: Any, tokenizer_manager: Any, obj: Any, *args:
             raise ValueError(
                 f"Sampling parameter {name}={value} is not supported with --speculative-algorithm "
                 f"{ALGORITHM}: it depends on the tokens of the same round; leave it at {neutral}, or use a "
-                "server without speculation."
+                "server without speculation. (If the request did not set it, the model's "
+                "generation_config.json did: start the server with --sampling-defaults openai.)"
             )
     if getattr(obj, "custom_logit_processor", None):
         raise ValueError(

@@ -251,6 +251,17 @@ def validate_server_args(server_args: ServerArgs) -> None:
         refuse(f"--device {server_args.device}", "only CPU and CUDA kernels exist", "use --device cuda or cpu")
     if config.kernels == "cuda" and server_args.device != "cuda":
         refuse("--sparsespec-kernels cuda", "the device is not CUDA", "use --sparsespec-kernels auto")
+    from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
+
+    base = config.base_attention_backend
+    if base is not None and (base == ATTENTION_BACKEND or base not in ATTENTION_BACKENDS):
+        refuse(
+            f"--sparsespec-base-attention-backend {base}",
+            "it is not an attention backend of SGLang",
+            "leave it out for the default of the device",
+        )
+    if server_args.enable_deterministic_inference and server_args.device == "cpu":
+        refuse("--enable-deterministic-inference", "SGLang has seeded sampling on GPUs only", "remove it")
     if server_args.speculative_draft_model_path is not None:
         refuse(
             "--speculative-draft-model-path",
@@ -349,11 +360,14 @@ def _validate_model(server_args: ServerArgs) -> None:
             "a model with plain grouped-query attention."
         )
 
+    if not model.is_generation:
+        refuse("models that do not generate text are")
     if model.attention_arch == AttentionArch.MLA:
         refuse("multi-head latent attention (MLA) is")
     text = model.hf_text_config
     layer_types = getattr(text, "layer_types", None) or ()
-    if model.is_hybrid_swa or getattr(text, "use_sliding_window", False) or "sliding_attention" in layer_types:
+    windowed = {"sliding_attention", "chunked_attention"}.intersection(layer_types)
+    if model.is_hybrid_swa or getattr(text, "use_sliding_window", False) or windowed:
         refuse("sliding-window layers are")
     if model.is_encoder_decoder:
         refuse("encoder-decoder models are")

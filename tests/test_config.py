@@ -152,6 +152,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "full_attention_interval": 4,
         },
     ),
+    "bert": ("do not generate", {"architectures": ["BertModel"], "model_type": "bert"}),
     "jet_nemotron": (
         "recurrent",
         {"architectures": ["JetNemotronForCausalLM"], "model_type": "jet_nemotron"},
@@ -357,6 +358,11 @@ def test_budget(length: int, budget: int) -> None:
 
 #: Arguments ("LLAMA" stands for a model folder), and what the message must name: flag and remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "seeded sampling on CPU": (
+        {"enable_deterministic_inference": True},
+        "--enable-deterministic-inference",
+        "GPUs only; remove it",
+    ),
     "budget ratio 0": ({"sparsespec_budget_ratio": 0.0}, "--sparsespec-budget-ratio", "0.05 is the default"),
     "budget ratio 2": ({"sparsespec_budget_ratio": 2.0}, "--sparsespec-budget-ratio", r"in \(0, 1\]"),
     "min budget 0": ({"sparsespec_min_budget": 0}, "--sparsespec-min-budget", "128 is the default"),
@@ -565,11 +571,6 @@ def test_the_attention_backend_alone_is_refused(
 
 
 @pytest.mark.parametrize("name", ["nonsense", ATTENTION_BACKEND])
-def test_an_unknown_prefill_backend_is_refused(
-    name: str, create_backend: Callable[..., Any], resolve: Callable[..., Any]
-) -> None:
-    from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-
-    args = resolve(sparsespec_base_attention_backend=name)
+def test_an_unknown_prefill_backend_is_refused(name: str, resolve: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=f"--sparsespec-base-attention-backend {name}.*leave it out"):
-        create_backend(SpeculativeAlgorithm.from_string(ALGORITHM), args)
+        resolve(sparsespec_base_attention_backend=name)
