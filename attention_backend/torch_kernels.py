@@ -70,11 +70,9 @@ class TorchPillarKernels:
             return
         index = torch.arange(width, device=q.device).unsqueeze(0)
         selected = positions[rows, :, :width].long()
-        tail = (start + index - counts).clamp(min=0).unsqueeze(1).expand(-1, num_kv_heads, -1)
-        position = tail.clone()
-        position[..., : selected.shape[-1]] = torch.where(
-            (index < counts)[:, None, : selected.shape[-1]], selected, tail[..., : selected.shape[-1]]
-        )
+        selected = torch.nn.functional.pad(selected, (0, width - selected.shape[-1]))
+        tail = (start + index - counts).clamp(min=0)
+        position = torch.where((index < counts).unsqueeze(1), selected, tail.unsqueeze(1))
         # Padding reads position 0; its probability is zero.
         visible = (index < attended).unsqueeze(1)
         position = torch.where(visible, position, 0)

@@ -314,6 +314,28 @@ def fa3(window: int) -> Callable[[Problem], Prepared]:
 # ----------------------------------------------------------------------- draft
 
 
+def draft_calls(p: Problem, attention: Callable[..., None], out: Any, lse: Any) -> list[Callable[[], Any]]:
+    """``PillarKernels.draft_attention`` on every selection and set of requests, results in ``out`` and ``lse``."""
+
+    def call(selection: int, s: int) -> Callable[[], Any]:
+        return lambda: attention(
+            p.q1,
+            p.k,
+            p.v,
+            p.positions[selection],
+            p.num_selected,
+            p.tail_start,
+            p.req_to_token,
+            p.requests[s],
+            p.draft_lens,
+            p.scaling,
+            out,
+            lse,
+        )
+
+    return [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+
+
 def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
     """The plugin's draft attention, with log-sum-exps, as a draft step calls it."""
 
@@ -325,29 +347,13 @@ def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem],
         out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
         lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
 
-        def call(selection: int, s: int) -> Callable[[], Any]:
-            return lambda: kernels.draft_attention(
-                p.q1,
-                p.k,
-                p.v,
-                p.positions[selection],
-                p.num_selected,
-                p.tail_start,
-                p.req_to_token,
-                p.requests[s],
-                p.draft_lens,
-                p.scaling,
-                out,
-                lse,
-            )
-
         def check() -> dict[str, float]:
             errors = draft_errors(p, out, lse)
             if config is not None:
                 errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
             return errors
 
-        calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        calls = draft_calls(p, kernels.draft_attention, out, lse)
         extra = {"index_bytes": p.index_bytes, "splits": kernels._draft_splits(batch), "outputs": [out]}
         return Prepared(calls, check, p.draft_bytes, extra)
 
@@ -376,28 +382,12 @@ def pipelined_draft(config: Callable[[], Any] | None = None) -> Callable[[Proble
         out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
         lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
 
-        def call(selection: int, s: int) -> Callable[[], Any]:
-            return lambda: draft.draft_attention(
-                p.q1,
-                p.k,
-                p.v,
-                p.positions[selection],
-                p.num_selected,
-                p.tail_start,
-                p.req_to_token,
-                p.requests[s],
-                p.draft_lens,
-                p.scaling,
-                out,
-                lse,
-            )
-
         def check() -> dict[str, float]:
             errors = draft_errors(p, out, lse)
             errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
             return errors
 
-        calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        calls = draft_calls(p, draft.draft_attention, out, lse)
         return Prepared(calls, check, p.draft_bytes, {"index_bytes": p.index_bytes, "splits": draft.splits(batch)})
 
     return make

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 from typing import Any
 
 from _kernel_problem import Problem
@@ -95,49 +97,20 @@ SELECT = [
 ]
 
 
-def _draft(values: tuple[Any, ...]) -> Callable[[], Any]:
-    def config() -> Any:
-        from sglang_sparsespec.attention_backend.triton_draft import DraftConfig
+def _config(module: str, name: str, values: tuple[Any, ...]) -> Callable[[], Any]:
+    """A launch configuration of one of the kernel modules, made (and its module imported) when it is asked for."""
 
-        return DraftConfig(*values)
+    def make() -> Any:
+        return getattr(import_module(f"sglang_sparsespec.attention_backend.{module}"), name)(*values)
 
-    return config
-
-
-def _pipelined(values: tuple[Any, ...]) -> Callable[[], Any]:
-    def config() -> Any:
-        from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraftConfig
-
-        return PipelinedDraftConfig(*values)
-
-    return config
+    return make
 
 
-def _verify(values: tuple[Any, ...]) -> Callable[[], Any]:
-    def config() -> Any:
-        from sglang_sparsespec.attention_backend.triton_verify import VerifyConfig
-
-        return VerifyConfig(*values)
-
-    return config
-
-
-def _balanced(values: tuple[Any, ...]) -> Callable[[], Any]:
-    def config() -> Any:
-        from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedConfig
-
-        return BalancedConfig(*values)
-
-    return config
-
-
-def _select(values: tuple[Any, ...]) -> Callable[[], Any]:
-    def config() -> Any:
-        from sglang_sparsespec.attention_backend.triton_select import SelectConfig
-
-        return SelectConfig(*values)
-
-    return config
+_draft = partial(_config, "triton_draft", "DraftConfig")
+_pipelined = partial(_config, "triton_draft_alt", "PipelinedDraftConfig")
+_verify = partial(_config, "triton_verify", "VerifyConfig")
+_balanced = partial(_config, "triton_verify_alt", "BalancedConfig")
+_select = partial(_config, "triton_select", "SelectConfig")
 
 
 def _label(prefix: str, names: Sequence[str], values: Sequence[Any]) -> str:

@@ -6,7 +6,6 @@ A small part of what ``benchmarks/parity.py`` runs in full; its results are kept
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +29,7 @@ CONFIGURATIONS = [
 def run(model_path: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, str(PROGRAM), *arguments, "--model-path", model_path, *SIZE]
     command += ["--max-total-tokens", "12000"]
-    return subprocess.run(command, capture_output=True, text=True, timeout=800, env={**os.environ})
+    return subprocess.run(command, capture_output=True, text=True, timeout=800)
 
 
 @pytest.fixture(scope="module")
