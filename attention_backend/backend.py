@@ -101,6 +101,13 @@ def refuse_sinks(kwargs: dict[str, Any]) -> None:
         )
 
 
+def kv_descales(layer: RadixAttention) -> tuple[float, float]:
+    """What the entries of the layer's K and V caches are to be multiplied by (FP8 checkpoints have scales)."""
+    if layer.k_scale is None or layer.v_scale is None:
+        return 1.0, 1.0
+    return float(layer.k_scale_float), float(layer.v_scale_float)
+
+
 def make_kernels(name: str, device: torch.device, **sizes: Any) -> PillarKernels:
     """The kernel implementation ``name`` (``auto``: by device)."""
     if name == "torch" or (name == "auto" and device.type == "cpu"):
@@ -163,11 +170,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.scores = torch.empty(
             (num_rows, self.num_kv_heads, max_context), dtype=score_dtype, device=self.device
         )
-        # Log-sum-exp of the draft steps' queries over their selected sets: close to the
-        # full ones that verification needs, so its scores take no second pass over K.
+        # Log-sum-exp of the draft steps' queries over their selected sets: close to the full
+        # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
         self.lse_step: torch.Tensor | None = None
-        if not reference and self.config.draft_policy == "pillar":
+        if not reference:
             shape = (self.num_layers, num_rows, self.window, self.num_q_heads)
             self.lse_hint = torch.zeros(shape, dtype=torch.float32, device=self.device)
             self.lse_step = torch.zeros(
@@ -277,6 +284,7 @@ class SparseSpecAttnBackend(AttentionBackend):
             return self._forward_verify(q, k, v, layer, forward_batch, save_kv_cache)
         out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
         if self.config.draft_policy == "pillar":
+            k_descale, _ = kv_descales(layer)
             self.kernels.prefill_scores(
                 q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
                 self.token_to_kv_pool.get_key_buffer(layer.layer_id),
@@ -286,7 +294,7 @@ class SparseSpecAttnBackend(AttentionBackend):
                 forward_batch.extend_start_loc,
                 forward_batch.extend_seq_lens,
                 self.window,
-                layer.scaling,
+                layer.scaling * k_descale,
                 self.scores,
             )
             self._select(layer.layer_id, forward_batch)
@@ -308,6 +316,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         batch_size = forward_batch.batch_size
         hint = self.lse_hint[layer.layer_id, :batch_size] if self.lse_hint is not None else None
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        k_descale, v_descale = kv_descales(layer)
         self.kernels.verify_attention(
             q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
             k_cache,
@@ -316,11 +325,13 @@ class SparseSpecAttnBackend(AttentionBackend):
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
             self.window,
-            layer.scaling,
+            layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
             self.scores if pillar else None,
             hint,
         )
+        if v_descale != 1.0:
+            out.mul_(v_descale)
         if pillar:
             self._select(layer.layer_id, forward_batch)
         return out
@@ -352,6 +363,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         out = torch.empty_like(q)
         lse = self.lse_step[layer.layer_id, : forward_batch.batch_size] if self.lse_step is not None else None
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        k_descale, v_descale = kv_descales(layer)
         self.kernels.draft_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k_cache,
@@ -362,10 +374,12 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             forward_batch.req_pool_indices,
             forward_batch.seq_lens,
-            layer.scaling,
+            layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
             lse,
         )
+        if v_descale != 1.0:
+            out.mul_(v_descale)
         return out
 
     def store_lse_hint(self, batch_size: int, step: torch.Tensor) -> None:
@@ -382,6 +396,8 @@ class SparseSpecAttnBackend(AttentionBackend):
             KVWriteLoc(forward_batch.out_cache_loc, None),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_k_head_num, layer.head_dim),
+            layer.k_scale,
+            layer.v_scale,
         )
 
     def support_triton(self) -> bool:

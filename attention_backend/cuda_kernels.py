@@ -1,6 +1,6 @@
 """PillarAttn kernels on CUDA: Triton implementation of :class:`interface.PillarKernels`.
 
-All scratch memory is allocated in the constructor and every launch grid depends only on the batch size, so the
+Scratch memory is allocated in the constructor and every launch grid depends only on the batch size, so the
 methods can be captured in CUDA graphs: they neither synchronise nor read lengths on the host.
 """
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import torch
 
-from sglang_sparsespec.attention_backend import triton_draft, triton_select, triton_verify
+from sglang_sparsespec.attention_backend import triton_draft, triton_prefill_scores, triton_select, triton_verify
+from sglang_sparsespec.attention_backend.triton_common import LN2, MAX_ROWS
 
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 
@@ -23,7 +24,8 @@ class CudaPillarKernels:
         capacity: entries per selection list (last axis of ``SelectionTable.positions``).
         max_context: longest request in tokens (sets how far a request may be split).
         device: where the caches live.
-        draft_config, verify_config, select_config: launch parameters; the defaults were measured on an H100.
+        draft_config, verify_config, select_config, scores_config: launch parameters; the defaults were measured on an
+            H100.
     """
 
     def __init__(
@@ -39,15 +41,16 @@ class CudaPillarKernels:
         draft_config: triton_draft.DraftConfig | None = None,
         verify_config: triton_verify.VerifyConfig | None = None,
         select_config: triton_select.SelectConfig | None = None,
+        scores_config: triton_prefill_scores.ScoresConfig | None = None,
     ) -> None:
         if head_dim not in SUPPORTED_HEAD_DIMS:
             raise ValueError(f"head_dim {head_dim} is not supported; expected one of {SUPPORTED_HEAD_DIMS}")
         if num_q_heads % num_kv_heads != 0:
             raise ValueError(f"{num_q_heads} query heads are not a multiple of {num_kv_heads} KV heads")
         self.group = num_q_heads // num_kv_heads
-        if window * self.group > triton_verify.MAX_ROWS:
+        if window * self.group > MAX_ROWS:
             raise ValueError(
-                f"window {window} x {self.group} query heads per KV head exceeds {triton_verify.MAX_ROWS} packed rows;"
+                f"window {window} x {self.group} query heads per KV head exceeds {MAX_ROWS} packed rows;"
                 " use fewer draft tokens"
             )
         self.num_q_heads = num_q_heads
@@ -60,52 +63,58 @@ class CudaPillarKernels:
         self.draft_config = draft_config or triton_draft.DraftConfig()
         self.verify_config = verify_config or triton_verify.VerifyConfig()
         self.select_config = select_config or triton_select.SelectConfig()
+        self.scores_config = scores_config or triton_prefill_scores.ScoresConfig()
         self.num_sms = 4
         if self.device.type == "cuda":
             self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
-        self._part_o = torch.empty(0, dtype=torch.float32, device=self.device)
-        self._part_lse = torch.empty(0, dtype=torch.float32, device=self.device)
+        self.verify_programs = triton_verify.verify_num_programs(num_kv_heads, self.num_sms, self.verify_config)
+        self._outgrown: list[torch.Tensor] = []
         self._reserve(max_batch)
 
-    def _draft_splits(self, batch: int) -> int:
+    def draft_splits(self, batch: int) -> int:
+        """Programs per (request, KV head) of draft attention."""
         entries = self.capacity + 2 * self.window
-        return triton_draft.draft_num_splits(
-            batch * self.num_kv_heads, entries, self.num_sms, self.draft_config
-        )
+        return triton_draft.draft_num_splits(batch * self.num_kv_heads, entries, self.num_sms, self.draft_config)
 
-    def _verify_splits(self, batch: int) -> int:
-        return triton_verify.verify_num_splits(
-            batch * self.num_kv_heads, self.max_context, self.num_sms, self.verify_config
-        )
+    def scores_splits(self, batch: int) -> int:
+        """Programs per (request, KV head) of the passes over K."""
+        pairs = batch * self.num_kv_heads
+        return triton_prefill_scores.scores_num_splits(pairs, self.max_context, self.num_sms, self.scores_config)
 
     def _reserve(self, max_batch: int) -> None:
-        """Scratch for every batch size up to ``max_batch``: partial outputs and log-sum-exps of the splits."""
-        outputs, rows = 1, 1
+        """Scratch for every batch size up to ``max_batch``, shared by the kernels: they run one after another."""
+        # Verification's parts do not depend on the batch: two for each program.
+        outputs = rows = 2 * self.num_q_heads * self.window * self.verify_programs
         for batch in range(1, max_batch + 1):
-            draft, verify = self._draft_splits(batch), self._verify_splits(batch)
-            draft_rows = batch * self.num_q_heads * draft
-            verify_rows = batch * self.num_q_heads * self.window * verify
-            rows = max(rows, draft_rows, verify_rows)
-            outputs = max(outputs, draft_rows if draft > 1 else 0, verify_rows if verify > 1 else 0)
-        if rows > self._part_lse.numel():
-            self._part_lse = torch.empty(rows, dtype=torch.float32, device=self.device)
-        if outputs * self.head_dim > self._part_o.numel():
-            self._part_o = torch.empty(outputs * self.head_dim, dtype=torch.float32, device=self.device)
+            splits = self.draft_splits(batch)
+            draft_rows = batch * self.num_q_heads * splits if splits > 1 else 0
+            outputs = max(outputs, draft_rows)
+            rows = max(rows, draft_rows, batch * self.num_q_heads * self.window * self.scores_splits(batch))
+        self._part_o = torch.empty(outputs * self.head_dim, dtype=torch.float32, device=self.device)
+        self._part_lse = torch.empty(rows, dtype=torch.float32, device=self.device)
+        # Parts of each (request, KV head) that are done; zero between launches.
+        self._arrived = torch.zeros(max_batch * self.num_kv_heads, dtype=torch.int32, device=self.device)
         self.max_batch = max_batch
 
+    def _scratch(self) -> list[torch.Tensor]:
+        return [self._part_o, self._part_lse, self._arrived]
+
     def _fit(self, batch: int) -> None:
-        # Growing would leave captured graphs with freed scratch, so they must have been captured with max_batch in
-        # mind; a larger eager batch (a prefill) may still come.
+        """Grow the scratch for an eager batch larger than ``max_batch``, such as a prefill.
+
+        Raises:
+            ValueError: a CUDA graph is being captured.
+        """
         if batch > self.max_batch:
             if self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 raise ValueError(f"batch {batch} exceeds max_batch {self.max_batch} during CUDA graph capture")
-            old = (self._part_o, self._part_lse)
+            # Graphs captured before go on using the old buffers.
+            self._outgrown += self._scratch()
             self._reserve(batch)
-            self._kept = [*getattr(self, "_kept", []), *old]
 
     def scratch_bytes(self) -> int:
         """Device memory held by the scratch buffers."""
-        return 4 * (self._part_o.numel() + self._part_lse.numel())
+        return sum(buffer.nbytes for buffer in [*self._scratch(), *self._outgrown])
 
     def draft_attention(
         self,
@@ -140,7 +149,8 @@ class CudaPillarKernels:
             lse,
             self._part_o,
             self._part_lse,
-            self._draft_splits(batch),
+            self._arrived,
+            self.draft_splits(batch),
             self.draft_config,
         )
 
@@ -160,12 +170,13 @@ class CudaPillarKernels:
     ) -> None:
         """See :meth:`interface.PillarKernels.verify_attention`.
 
-        With ``lse_hint`` the scores come out of the one pass over K and V, scaled per row by exp(LSE - hint); without,
-        a second pass over K makes them exact.
+        With ``lse_hint`` attention and scores take one pass over K and V, and the scores are scaled per row by
+        exp(LSE - hint); without, a pass over K finds the exact log-sum-exps first.
         """
         self._check_window(window)
-        batch = seq_lens.shape[0]
-        self._fit(batch)
+        self._fit(seq_lens.shape[0])
+        if lse_hint is None:
+            lse_hint = self._exact_lse(q, k_cache, req_to_token, req_pool_indices, seq_lens, window, scaling)
         triton_verify.verify_attention(
             q,
             k_cache,
@@ -180,9 +191,35 @@ class CudaPillarKernels:
             lse_hint,
             self._part_o,
             self._part_lse,
-            self._verify_splits(batch),
+            self.verify_programs,
             self.verify_config,
         )
+
+    def _exact_lse(
+        self,
+        q: torch.Tensor,
+        k_cache: torch.Tensor,
+        req_to_token: torch.Tensor,
+        req_pool_indices: torch.Tensor,
+        seq_lens: torch.Tensor,
+        window: int,
+        scaling: float,
+    ) -> torch.Tensor:
+        """float32 [B, W, Hq]: natural log-sum-exp of every row of the verify windows."""
+        parts = triton_prefill_scores.window_lse(
+            q,
+            k_cache,
+            req_to_token,
+            req_pool_indices,
+            seq_lens,
+            None,
+            window,
+            scaling,
+            self._part_lse,
+            self.scores_splits(seq_lens.shape[0]),
+            self.scores_config,
+        )
+        return torch.logsumexp(parts * LN2.value, dim=0)
 
     def prefill_scores(
         self,
@@ -201,21 +238,10 @@ class CudaPillarKernels:
         self._check_window(window)
         batch = seq_lens.shape[0]
         self._fit(batch)
-        triton_verify.prefill_scores(
-            q,
-            k_cache,
-            req_to_token,
-            req_pool_indices,
-            seq_lens,
-            extend_start_loc,
-            extend_lens,
-            window,
-            scaling,
-            scores,
-            self._part_lse,
-            self._verify_splits(batch),
-            self.verify_config,
-        )
+        splits, extend = self.scores_splits(batch), (extend_start_loc, extend_lens)
+        args = (q, k_cache, req_to_token, req_pool_indices, seq_lens, extend, window, scaling)
+        parts = triton_prefill_scores.window_lse(*args, self._part_lse, splits, self.scores_config)
+        triton_prefill_scores.window_scores(*args, parts, scores, splits, self.scores_config)
 
     def select(
         self,

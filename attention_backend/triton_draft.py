@@ -1,21 +1,28 @@
 """Draft attention over a per-head selection: split-KV flash decoding in Triton.
 
-A draft step attends, per (request, KV head), to the positions chosen by the last verify plus the contiguous
-tail written since (DESIGN "PillarAttn as we do it"; paper arXiv 2512.01278, sparse draft phase).  Positions are logical;
-the kernel translates them with ``req_to_token`` on the fly, so there is no index-building pass and no host plan.
+A draft step attends, per (request, KV head), to the positions chosen by the last verify plus the contiguous tail
+written since (paper arXiv 2512.01278, sparse draft phase).  Positions are logical; the kernel translates them with
+``req_to_token`` on the fly, so there is no index-building pass and no host plan.  The g = Hq/Hkv query heads of a KV
+head are packed into one tensor-core tile (M padded to 16).
 
-The g = Hq/Hkv query heads of a KV head are packed into one tensor-core tile (M padded to 16).  The launch grid
-depends only on the batch size and on static maxima; lengths are read on the device, so a launch can be captured
-in a CUDA graph.
+- **Prefetch chain.** Position -> slot -> KV row are three dependent loads.  Every iteration loads the KV rows of its
+  block, the slots of the next and the positions of the one after, each from the raw words that the iteration before
+  loaded, so no load waits for another of its iteration.
+- **Merge in place.** The last program of a (request, KV head) to finish merges the parts, which saves a second launch.
+
+The launch grid depends only on the batch size and on static maxima; lengths are read on the device, so a launch can be
+captured in a CUDA graph.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-LOG2E = 1.4426950408889634
+from sglang_sparsespec.attention_backend.triton_common import LN2, LOG2E, is_wide, kv_offsets, num_splits, query_stride
 
 
 @triton.jit
@@ -28,24 +35,27 @@ def _draft_lengths(
     n_sel = tl.minimum(tl.load(num_selected_ptr + row).to(tl.int32), cap)
     tail = tl.load(tail_start_ptr + row).to(tl.int32)
     total = tl.where(seq > 0, n_sel + tl.maximum(seq - tail, 0), 0)
-    # Multiples of 16 keep the splits even; masked lanes of a block load nothing.
+    # Multiples of 16 keep the splits even.
     chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), 16) * 16, MIN_CHUNK)
     return row, seq, n_sel, tail, total, chunk
 
 
 @triton.jit
-def _draft_slots(pos_ptr, r2t_ptr, offs, end, n_sel, tail, seq):
-    """KV slots of the list entries ``offs``: selected positions first, then the contiguous tail."""
-    valid = offs < end
-    pos = tl.load(pos_ptr + offs, mask=valid & (offs < n_sel), other=0)
-    pos = tl.where(offs < n_sel, pos, tail + offs - n_sel)
-    # A stale row must never fault the server: a clamp costs nothing and only touches drafts.
-    pos = tl.minimum(tl.maximum(pos, 0), seq - 1)
-    return tl.load(r2t_ptr + pos, mask=valid, other=0).to(tl.int64)
+def _raw_positions(pos_base, index, n_sel):
+    """List words at ``index``; past the list's end any word of it, which ``_slots_of`` does not use."""
+    return tl.load(pos_base + tl.maximum(tl.minimum(index, n_sel - 1), 0))
 
 
 @triton.jit
-def _draft_split_kernel(
+def _slots_of(raw, index, n_sel, tail, seq, r2t_base):
+    """KV slots of the list entries ``index``: selected positions first, then the contiguous tail."""
+    pos = tl.where(index < n_sel, raw, tail + index - n_sel)
+    # A stale row must never fault the server, and the entries past the end repeat the last token.
+    return tl.load(r2t_base + tl.minimum(tl.maximum(pos, 0), seq - 1))
+
+
+@triton.jit
+def _draft_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -59,6 +69,7 @@ def _draft_split_kernel(
     lse_ptr,
     part_o_ptr,
     part_lse_ptr,
+    arrived_ptr,
     scale_log2,
     cap,
     stride_q_tok,
@@ -73,12 +84,13 @@ def _draft_split_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     SPLITS: tl.constexpr,
+    SPLITS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_LSE: tl.constexpr,
-    PDL: tl.constexpr,
+    WIDE: tl.constexpr,
 ):
     # The KV head is the fastest grid axis: neighbouring programs then touch neighbouring DRAM rows for the tail.
     h = tl.program_id(0)
@@ -87,8 +99,6 @@ def _draft_split_kernel(
     row, seq, n_sel, tail, total, chunk = _draft_lengths(
         num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, SPLITS, MIN_CHUNK
     )
-    if PDL:
-        tl.extra.cuda.gdc_launch_dependents()
     start = split * chunk
     end = tl.minimum(start + chunk, total)
 
@@ -97,8 +107,7 @@ def _draft_split_kernel(
     rows = (b * HKV + h).to(tl.int64) * G + offs_m
     mask_m = offs_m < G
     if end <= start:
-        # Only the first split may own an empty request; other empty splits are skipped by the combine kernel.
-        if (SPLITS == 1) & (total == 0):
+        if (split == 0) & (total == 0):
             zero = tl.zeros([BLOCK_M, D], dtype=tl.float32).to(out_ptr.dtype.element_ty)
             tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], zero, mask=mask_m[:, None])
             if HAS_LSE:
@@ -115,21 +124,17 @@ def _draft_split_kernel(
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    offs_n = tl.arange(0, BLOCK_N)
-    # The next block's slots are fetched by hand one block ahead: the chain position -> slot -> KV row is three dependent
-    # loads, which the compiler's pipeliner alone does not hide.
-    slot = _draft_slots(pos_base, r2t_base, start + offs_n, end, n_sel, tail, seq)
+    index = start + tl.arange(0, BLOCK_N)
+    slot = _slots_of(_raw_positions(pos_base, index, n_sel), index, n_sel, tail, seq, r2t_base)
+    raw = _raw_positions(pos_base, index + BLOCK_N, n_sel)
     for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        valid = s + offs_n < end
-        k = tl.load(
-            k_base + slot[:, None] * stride_k_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        v = tl.load(
-            v_base + slot[:, None] * stride_v_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        slot = _draft_slots(pos_base, r2t_base, s + BLOCK_N + offs_n, end, n_sel, tail, seq)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        qk = tl.where(valid[None, :], qk, float("-inf"))
+        index = s + tl.arange(0, BLOCK_N)
+        k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q_ptr.dtype.element_ty)
+        v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q_ptr.dtype.element_ty)
+        slot = _slots_of(raw, index + BLOCK_N, n_sel, tail, seq, r2t_base)
+        raw = _raw_positions(pos_base, index + 2 * BLOCK_N, n_sel)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        qk = tl.where(index[None, :] < end, qk * scale_log2, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
         alpha = tl.exp2(m_i - m_new)
         p = tl.exp2(qk - m_new[:, None])
@@ -144,104 +149,55 @@ def _draft_split_kernel(
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], out, mask=mask_m[:, None])
         if HAS_LSE:
-            tl.store(lse_ptr + rows, lse2 * 0.6931471805599453, mask=mask_m)
+            tl.store(lse_ptr + rows, lse2 * LN2, mask=mask_m)
     else:
         part = rows * SPLITS + split
         tl.store(part_o_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
         tl.store(part_lse_ptr + part, lse2, mask=mask_m)
+        # All threads' stores come before the release, and the reads below after the acquire.
+        tl.debug_barrier()
+        counter = arrived_ptr + b * HKV + h
+        used = tl.cdiv(total, chunk)
+        before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
+        if before == used - 1:
+            tl.store(counter, 0)  # for the next launch
+            offs_s = tl.arange(0, SPLITS_POW2)
+            live = offs_s < used
+            for g in tl.static_range(G):
+                out_row = (b * HKV + h).to(tl.int64) * G + g
+                place = out_row * SPLITS + offs_s
+                lse2_s = tl.load(part_lse_ptr + place, mask=live, other=float("-inf"))
+                o = tl.load(part_o_ptr + place[:, None] * D + offs_d[None, :], mask=live[:, None], other=0.0)
+                m = tl.max(lse2_s, 0)
+                w = tl.exp2(lse2_s - m)
+                total_w = tl.sum(w, 0)
+                res = tl.sum(o * w[:, None], 0) / total_w
+                tl.store(out_ptr + out_row * D + offs_d, res.to(out_ptr.dtype.element_ty))
+                if HAS_LSE:
+                    tl.store(lse_ptr + out_row, (m + tl.log2(total_w)) * LN2)
 
 
-@triton.jit
-def _draft_combine_kernel(
-    out_ptr,
-    lse_ptr,
-    part_o_ptr,
-    part_lse_ptr,
-    num_selected_ptr,
-    tail_start_ptr,
-    req_ptr,
-    seq_lens_ptr,
-    cap,
-    HQ: tl.constexpr,
-    D: tl.constexpr,
-    SPLITS: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    HAS_LSE: tl.constexpr,
-    PDL: tl.constexpr,
-):
-    hq = tl.program_id(0)
-    b = tl.program_id(1)
-    row, seq, n_sel, tail, total, chunk = _draft_lengths(
-        num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, SPLITS, MIN_CHUNK
-    )
-    if PDL:
-        tl.extra.cuda.gdc_wait()
-    offs_s = tl.arange(0, SPLITS_POW2)
-    offs_d = tl.arange(0, D)
-    out_row = b.to(tl.int64) * HQ + hq
-    used = offs_s * chunk < total
-    part = out_row * SPLITS + offs_s
-    lse2 = tl.load(part_lse_ptr + part, mask=used & (offs_s < SPLITS), other=float("-inf"))
-    # All splits are loaded at once: one memory round trip instead of a serial chain.
-    o = tl.load(
-        part_o_ptr + part[:, None] * D + offs_d[None, :], mask=(used & (offs_s < SPLITS))[:, None], other=0.0
-    )
-    m = tl.max(lse2, 0)
-    m_safe = tl.where(m == float("-inf"), 0.0, m)
-    w = tl.exp2(lse2 - m_safe)
-    total_w = tl.sum(w, 0)
-    res = tl.sum(o * w[:, None], 0) / tl.where(total_w > 0, total_w, 1.0)
-    tl.store(out_ptr + out_row * D + offs_d, res.to(out_ptr.dtype.element_ty))
-    if HAS_LSE:
-        tl.store(lse_ptr + out_row, (m + tl.log2(total_w)) * 0.6931471805599453)
-
-
-def query_stride(q: torch.Tensor) -> int:
-    """Elements from one token's queries to the next of ``q`` [tokens, Hq, D].
-
-    Models hand over a slice of the fused QKV projection, so tokens may lie apart; heads may not.
-
-    Raises:
-        ValueError: the heads of a token are not contiguous.
-    """
-    if q.stride(2) != 1 or q.stride(1) != q.shape[2]:
-        raise ValueError(f"the heads of a token must be contiguous in q, got strides {q.stride()}")
-    return q.stride(0)
-
-
+@dataclass
 class DraftConfig:
-    """Launch parameters of the draft kernel (compile-time constants of the Triton kernels).
+    """Launch parameters of the draft kernel.
 
-    block_n: list entries per inner iteration.  min_chunk: fewest entries per split.  target: programs wanted per
-    multiprocessor before a list is split.
+    Attributes:
+        block_n: list entries per inner iteration.
+        num_warps, stages: warps of a program, KV tiles in its pipeline.
+        target: programs wanted per multiprocessor before a list is split.
+        min_chunk: fewest entries per split.
     """
 
-    def __init__(
-        self,
-        block_n: int = 64,
-        num_warps: int = 4,
-        stages: int = 2,
-        target: float = 6.0,
-        min_chunk: int = 64,
-        pdl: bool = False,
-    ) -> None:
-        self.block_n = block_n
-        self.num_warps = num_warps
-        self.stages = stages
-        self.target = target
-        self.min_chunk = min_chunk
-        self.pdl = pdl
+    block_n: int = 32
+    num_warps: int = 1
+    stages: int = 3
+    target: float = 6.0
+    min_chunk: int = 64
 
 
-def draft_num_splits(pairs: int, max_entries: int, num_sms: int, cfg: DraftConfig, max_splits: int = 32) -> int:
-    """Splits per (request, KV head) so that about ``cfg.target`` programs per multiprocessor run.
-
-    Depends on static values only (``pairs`` = B * Hkv, ``max_entries`` = capacity plus longest tail), so the launch
-    grid is fixed per batch size.
-    """
-    want = max(1, int(cfg.target * num_sms) // max(pairs, 1))
-    return max(1, min(want, max_splits, triton.cdiv(max_entries, cfg.min_chunk)))
+def draft_num_splits(pairs: int, max_entries: int, num_sms: int, cfg: DraftConfig) -> int:
+    """Splits per (request, KV head); ``max_entries``: capacity of a list plus the longest tail."""
+    return num_splits(pairs, max_entries, num_sms, cfg.target, cfg.min_chunk, max_splits=32)
 
 
 def draft_attention(
@@ -259,22 +215,21 @@ def draft_attention(
     lse: torch.Tensor | None,
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
+    arrived: torch.Tensor,
     splits: int,
     cfg: DraftConfig,
 ) -> None:
     """Attention of one query per request over selected positions plus tail; see ``PillarKernels.draft_attention``.
 
     q, out: [B, Hq, D]; k_cache, v_cache: [slots, Hkv, D]; positions: [rows, Hkv, cap] int32; lse: [B, Hq] fp32 natural
-    log or None; part_o: fp32 scratch of at least B*Hq*splits*D elements, part_lse: B*Hq*splits.
+    log or None; part_o: fp32 scratch of at least B*Hq*splits*D elements, part_lse: B*Hq*splits (both unused when splits
+    is 1); arrived: int32, at least B*Hkv elements, zero before every launch and left zero by it.
     """
     batch, hq, d = q.shape
     hkv = k_cache.shape[1]
     if batch == 0:
         return
-    lse_arg = lse if lse is not None else part_lse
-    pdl = cfg.pdl and splits > 1
-    cap = positions.shape[2]
-    _draft_split_kernel[(hkv, splits, batch)](
+    _draft_kernel[(hkv, splits, batch)](
         q,
         k_cache,
         v_cache,
@@ -285,11 +240,12 @@ def draft_attention(
         req_pool_indices,
         seq_lens,
         out,
-        lse_arg,
+        lse if lse is not None else part_lse,
         part_o,
         part_lse,
-        scaling * LOG2E,
-        cap,
+        arrived,
+        scaling * LOG2E.value,
+        positions.shape[2],
         query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -302,33 +258,12 @@ def draft_attention(
         G=hq // hkv,
         D=d,
         SPLITS=splits,
+        SPLITS_POW2=triton.next_power_of_2(splits),
         BLOCK_M=max(16, triton.next_power_of_2(hq // hkv)),
         BLOCK_N=cfg.block_n,
         MIN_CHUNK=cfg.min_chunk,
         STAGES=cfg.stages,
         HAS_LSE=lse is not None,
-        PDL=pdl,
+        WIDE=is_wide(k_cache, v_cache),
         num_warps=cfg.num_warps,
     )
-    if splits > 1:
-        extra = {"launch_pdl": True} if pdl else {}
-        _draft_combine_kernel[(hq, batch)](
-            out,
-            lse_arg,
-            part_o,
-            part_lse,
-            num_selected,
-            tail_start,
-            req_pool_indices,
-            seq_lens,
-            cap,
-            HQ=hq,
-            D=d,
-            SPLITS=splits,
-            SPLITS_POW2=triton.next_power_of_2(splits),
-            MIN_CHUNK=cfg.min_chunk,
-            HAS_LSE=lse is not None,
-            PDL=pdl,
-            num_warps=2 if splits <= 8 else 4,
-            **extra,
-        )

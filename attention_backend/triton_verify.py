@@ -1,49 +1,165 @@
-"""Verify attention with PillarAttn scores, and score-only passes, in Triton.
+"""Verify attention with PillarAttn scores in Triton: a fixed softmax reference and balanced work.
 
 One pass over K and V serves the whole verify window: the W window queries times the g query heads of a KV head are
 packed into one tensor-core tile of R = W*g rows.  While a K tile is in registers the kernel also reduces the softmax
 probabilities over those rows, which is the PillarAttn score of each position (paper arXiv 2512.01278: mean over the
-window rows and the grouped heads of exp(q.k*scale - LSE)).  The reference re-reads K in a second kernel because the true
-log-sum-exp is known only at the end; here a hint of it (the draft steps' own LSE) makes one pass enough.  Without a
-hint the exact scores take a second, K-only kernel.
+window rows and the grouped heads of exp(q.k*scale - LSE)).  The true log-sum-exp is known only at the end; a hint of it
+(the draft steps' own LSE) makes one pass enough.
 
-The launch grid depends only on the batch size and on static maxima (CUDA-graph capturable).
+- **Fixed reference.** The log-sum-exp hint that the scores need is also a safe softmax reference: in float32 and
+  bfloat16, exp(s - hint) keeps its precision from about 118 below the hint (natural log) to 34 above it.  The inner loop
+  then needs no running maximum, no rescaling of the accumulator and no per-row weights, and a score is just a column sum.
+  A program whose row sums leave that range discards its result and runs the usual online softmax instead, so a wrong
+  hint costs time, never exactness.  float16 has too little range for this to be a gain with sharp attention.
+- **Balanced work.** Every program takes the same number of blocks of the whole batch, counted over the requests one
+  after another, whatever their lengths; a request that ends up with several programs is merged by a second launch.  With
+  a fixed number of splits per request a ragged batch waits for its longest request.
+
+The launch grid depends on static sizes only; lengths are read on the device (CUDA-graph capturable).
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.attention_backend.triton_draft import query_stride
-
-LOG2E = 1.4426950408889634
+from sglang_sparsespec.attention_backend.triton_common import LOG2E, is_wide, kv_offsets, query_stride, query_tile
 
 # exp2 of this still fits bf16/fp32 after summing a few hundred rows; larger arguments mean a hint far below the truth.
 HINT_CLAMP_LOG2 = 30.0
+# Added to the logits (log2).  The usual hint is a little below the truth, but parts of a request can lie far below it:
+# bfloat16 and float32 probabilities get most of their range on that side.  float16 has little range at all.
+SHIFT_LOG2 = {torch.float16: 8.0, torch.bfloat16: 60.0, torch.float32: 60.0}
+# Row sums of exp2(s - hint + shift) outside these bounds (log2) mean that the hint was no usable reference.
+SAFE_LOG2 = {torch.float16: (-4.0, 15.0), torch.bfloat16: (-110.0, 110.0), torch.float32: (-110.0, 110.0)}
+SCORE_LIMIT = {torch.float16: 6e4}
 
 
 @triton.jit
-def _window(
-    seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W: tl.constexpr, PREFILL: tl.constexpr
+def _block_counts(seq_lens_ptr, batch, W: tl.constexpr, BLOCK_N: tl.constexpr, BATCH_POW2: tl.constexpr):
+    """(request numbers, blocks of each request, blocks up to and with each request)."""
+    offs_b = tl.arange(0, BATCH_POW2)
+    lens = tl.load(seq_lens_ptr + offs_b, mask=offs_b < batch, other=0).to(tl.int32)
+    blocks = tl.where(offs_b < batch, tl.cdiv(tl.maximum(lens, 0) + W, BLOCK_N), 0)
+    return offs_b, blocks, tl.cumsum(blocks, 0)
+
+
+@triton.jit
+def _fixed_reference(
+    q,
+    k_base,
+    v_base,
+    r2t_base,
+    s_base,
+    ref,
+    bound,
+    start,
+    end,
+    length,
+    scale_log2,
+    stride_k_slot,
+    stride_v_slot,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    STAGES: tl.constexpr,
+    SCORES: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
 ):
-    """(positions before the window, first query row, window rows) of batch entry ``b``."""
-    seq = tl.load(seq_lens_ptr + b).to(tl.int32)
-    if PREFILL:
-        ext = tl.load(extend_len_ptr + b).to(tl.int32)
-        nq = tl.maximum(tl.minimum(tl.minimum(ext, W), seq), 0)
-        first = tl.load(extend_start_ptr + b).to(tl.int64) + ext - nq
-        length = seq - nq
-    else:
-        nq = W
-        first = b.to(tl.int64) * W
-        length = seq
-    return length, first, nq
+    """Sums of exp2(s - ref) and of their products with V over [start, end)."""
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    # Clamped positions instead of masks: a repeated row is read again and then masked out of p.
+    slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
+    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        offs = s + offs_n
+        if not PREFETCH:
+            slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
+        k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
+        if PREFETCH:
+            slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(qk * scale_log2 - ref[:, None])
+        # Only the blocks that reach into the window or past the end need masks.
+        if s + BLOCK_N > tl.minimum(length + 1, end):
+            p = tl.where(offs[None, :] < bound[:, None], p, 0.0)
+        l_i += tl.sum(p, 1)
+        if SCORES:
+            sc = tl.sum(p, 0) * (SCORE_SCALE / R)
+            if SCORE_MAX > 0:
+                sc = tl.minimum(sc, SCORE_MAX)
+            tl.store(s_base + offs, sc.to(s_base.dtype.element_ty), mask=offs < tl.minimum(length, end))
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+    return l_i, acc
 
 
 @triton.jit
-def _verify_split_kernel(
+def _running_maximum(
+    q,
+    k_base,
+    v_base,
+    r2t_base,
+    s_base,
+    hint2,
+    mask_m,
+    bound,
+    start,
+    end,
+    length,
+    scale_log2,
+    clamp_log2,
+    stride_k_slot,
+    stride_v_slot,
+    R: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    SCORES: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
+):
+    """Online softmax over [start, end) for hints that are no reference; short on code, not fast."""
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
+    for s in tl.range(start, end, BLOCK_N, num_stages=1):
+        offs = s + offs_n
+        slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
+        k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        alpha = tl.exp2(m_i - m_safe)
+        p = tl.exp2(qk - m_safe[:, None])
+        l_i = l_i * alpha + tl.sum(p, 1)
+        if SCORES:
+            w = tl.exp2(tl.minimum(m_safe - hint2, clamp_log2)) * (1.0 / R)
+            sc = tl.sum(p * tl.where(mask_m, w, 0.0)[:, None], 0)
+            if SCORE_MAX > 0:
+                sc = tl.minimum(sc, SCORE_MAX)
+            tl.store(s_base + offs, sc.to(s_base.dtype.element_ty), mask=offs < tl.minimum(length, end))
+        acc = acc * alpha[:, None]
+        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
+        m_i = m_new
+    return m_i, l_i, acc
+
+
+@triton.jit
+def _verify_kernel(
     q_ptr,
     k_ptr,
     v_ptr,
@@ -57,6 +173,10 @@ def _verify_split_kernel(
     scores_ptr,
     scale_log2,
     clamp_log2,
+    shift_log2,
+    low_log2,
+    high_log2,
+    batch,
     stride_q_tok,
     stride_k_slot,
     stride_k_head,
@@ -69,92 +189,90 @@ def _verify_split_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BATCH_POW2: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     SCORES: tl.constexpr,
     PREFETCH: tl.constexpr,
+    WIDE: tl.constexpr,
+    SCORE_SCALE: tl.constexpr,
+    SCORE_MAX: tl.constexpr,
 ):
+    # The KV head is the fastest grid axis: the heads of a position lie side by side in memory, and the programs of
+    # different heads with the same share of the batch run side by side.
     h = tl.program_id(0)
-    split = tl.program_id(1)
-    b = tl.program_id(2)
-    length = tl.load(seq_lens_ptr + b).to(tl.int32)
+    c = tl.program_id(1)
+    offs_b, blocks, ends = _block_counts(seq_lens_ptr, batch, W, BLOCK_N, BATCH_POW2)
+    total_blocks = tl.sum(blocks, 0)
+    per = tl.maximum(tl.cdiv(total_blocks, PROGRAMS), MIN_BLOCKS)
+    lo = c * per
+    hi = tl.minimum(lo + per, total_blocks)
+    if lo >= hi:
+        return
+    b_first = tl.sum((ends <= lo).to(tl.int32), 0)
+    b_last = tl.sum((ends < hi).to(tl.int32), 0)
+    first = tl.sum(tl.where(offs_b == b_first, ends - blocks, 0), 0)
+
     R: tl.constexpr = W * G
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D)
-    offs_n = tl.arange(0, BLOCK_N)
     mask_m = offs_m < R
     win = offs_m // G
-    # Row r of the packed tile is query head h*G + r%G of window row r//G.
-    q_rows = (b.to(tl.int64) * W + win) * (HKV * G) + h * G + offs_m % G
-    part = ((b.to(tl.int64) * HKV + h) * SPLITS + split) * R + offs_m
-
-    total = tl.maximum(length, 0) + W
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
-    start = split * chunk
-    end = tl.minimum(start + chunk, total)
-    if end <= start:
-        return
-
-    q_base = q_ptr + (b.to(tl.int64) * W + win) * stride_q_tok + (h * G + offs_m % G) * D
-    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
-    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
     v_base = v_ptr + h.to(tl.int64) * stride_v_head
-    if SCORES:
-        hint2 = tl.load(hint_ptr + q_rows, mask=mask_m, other=0.0) * 1.4426950408889634
-        s_base = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
-    # Exclusive causal bound per row; the split's end is folded in so that one compare masks both.
-    bound = tl.minimum(length + win + 1, end)
 
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    if PREFETCH:
-        slot = tl.load(r2t_base + start + offs_n, mask=start + offs_n < end, other=0).to(tl.int64)
-    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        offs = s + offs_n
-        valid = offs < end
-        if not PREFETCH:
-            slot = tl.load(r2t_base + offs, mask=valid, other=0).to(tl.int64)
-        k = tl.load(
-            k_base + slot[:, None] * stride_k_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        v = tl.load(
-            v_base + slot[:, None] * stride_v_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        if PREFETCH:
-            nxt = s + BLOCK_N + offs_n
-            slot = tl.load(r2t_base + nxt, mask=nxt < end, other=0).to(tl.int64)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(qk, 1))
-        # A split may start inside the window, where early rows see nothing yet.
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        alpha = tl.exp2(m_i - m_safe)
-        p = tl.exp2(qk - m_safe[:, None])
-        l_i = l_i * alpha + tl.sum(p, 1)
-        if SCORES:
-            # p is already exp(s - m); the hint only changes the row's factor, so no second exponential is needed.
-            w = tl.exp2(tl.minimum(m_safe - hint2, clamp_log2)) * (1.0 / R)
-            w = tl.where(mask_m, w, 0.0)
-            sc = tl.sum(p * w[:, None], 0)
-            tl.store(s_base + offs, sc.to(scores_ptr.dtype.element_ty), mask=offs < tl.minimum(length, end))
-        acc = acc * alpha[:, None]
-        acc = tl.dot(p.to(v.dtype), v, acc, input_precision="ieee")
-        m_i = m_new
+    for b in tl.range(b_first, b_last + 1, num_stages=1):
+        length = tl.maximum(tl.load(seq_lens_ptr + b).to(tl.int32), 0)
+        total = length + W
+        n_blocks = tl.cdiv(total, BLOCK_N)
+        from_block = tl.maximum(lo - first, 0)
+        to_block = tl.minimum(hi - first, n_blocks)
+        start = from_block * BLOCK_N
+        end = tl.minimum(to_block * BLOCK_N, total)
 
-    l_safe = tl.where(l_i > 0, l_i, 1.0)
-    acc = acc / l_safe[:, None]
-    lse2 = m_i + tl.log2(l_safe)
-    tl.store(part_lse_ptr + part, lse2, mask=mask_m)
-    if SPLITS == 1:
-        out = acc.to(out_ptr.dtype.element_ty)
-        tl.store(out_ptr + q_rows[:, None] * D + offs_d[None, :], out, mask=mask_m[:, None])
-    else:
-        tl.store(part_o_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
+        # Row r of the packed tile is query head h*G + r%G of window row r//G.
+        q_rows = (b * W + win).to(tl.int64) * (HKV * G) + h * G + offs_m % G
+        q_offsets = (b * W + win).to(tl.int64) * stride_q_tok + (h * G + offs_m % G) * D
+        q = tl.load(q_ptr + q_offsets[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+        hint2 = tl.load(hint_ptr + q_rows, mask=mask_m, other=float("inf")) * LOG2E
+        ref = hint2 - shift_log2
+        # Exclusive causal bound per row; the segment's end is folded in so that one compare masks both.
+        bound = tl.minimum(length + win + 1, end)
+        r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
+        s_base = scores_ptr + (tl.zeros([], tl.int64) + b) * stride_s_b + h.to(tl.int64) * stride_s_h
+
+        l_i, acc = _fixed_reference(
+            q, k_base, v_base, r2t_base, s_base, ref, bound, start, end, length, scale_log2, stride_k_slot,
+            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, SCORES, PREFETCH, WIDE, SCORE_SCALE, SCORE_MAX,
+        )  # fmt: skip
+        # NaN (a hint that is none) fails both comparisons; rows that see nothing here have l_i 0 and are redone too.
+        log_l = tl.log2(l_i)
+        usable = (log_l > low_log2) & (log_l < high_log2)
+        if tl.sum((mask_m & (usable == 0)).to(tl.int32), 0) > 0:
+            m_i, l_i, acc = _running_maximum(
+                q, k_base, v_base, r2t_base, s_base, hint2, mask_m, bound, start, end, length, scale_log2, clamp_log2,
+                stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, SCORES, WIDE, SCORE_MAX,
+            )  # fmt: skip
+            ref = m_i
+            l_i = tl.where(l_i > 0, l_i, 1.0)
+            log_l = tl.log2(l_i)
+
+        acc = acc / tl.where(mask_m, l_i, 1.0)[:, None]
+        if (from_block == 0) & (to_block == n_blocks):
+            tl.store(
+                out_ptr + q_rows[:, None] * D + offs_d[None, :],
+                acc.to(out_ptr.dtype.element_ty),
+                mask=mask_m[:, None],
+            )
+        else:
+            # A program has at most one part that does not begin its request (slot 0) and one that does (slot 1).
+            place = ((h * PROGRAMS + c) * 2 + (from_block == 0).to(tl.int32)).to(tl.int64) * R + offs_m
+            tl.store(part_lse_ptr + place, ref + log_l, mask=mask_m)
+            tl.store(part_o_ptr + place[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
+        first += n_blocks
 
 
 @triton.jit
@@ -163,36 +281,40 @@ def _verify_combine_kernel(
     part_o_ptr,
     part_lse_ptr,
     seq_lens_ptr,
+    batch,
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
-    SPLITS: tl.constexpr,
+    BATCH_POW2: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    MIN_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
+    """Merge the parts of the requests that several programs shared."""
     h = tl.program_id(0)
     rblock = tl.program_id(1)
     b = tl.program_id(2)
-    length = tl.load(seq_lens_ptr + b).to(tl.int32)
+    offs_b, blocks, ends = _block_counts(seq_lens_ptr, batch, W, BLOCK_N, BATCH_POW2)
+    per = tl.maximum(tl.cdiv(tl.sum(blocks, 0), PROGRAMS), MIN_BLOCKS)
+    last_block = tl.sum(tl.where(offs_b == b, ends, 0), 0) - 1
+    first_block = last_block + 1 - tl.sum(tl.where(offs_b == b, blocks, 0), 0)
+    c_first = first_block // per
+    c_last = last_block // per
+    if c_first == c_last:
+        return
     R: tl.constexpr = W * G
     offs_m = rblock * ROWS + tl.arange(0, ROWS)
     offs_d = tl.arange(0, D)
     mask_m = offs_m < R
-    q_rows = (b.to(tl.int64) * W + offs_m // G) * (HKV * G) + h * G + offs_m % G
-    total = tl.maximum(length, 0) + W
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
-    used = tl.minimum(tl.cdiv(total, chunk), SPLITS)
-    base = (b.to(tl.int64) * HKV + h) * SPLITS * R + offs_m
-
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
     l_i = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, D], dtype=tl.float32)
-    for s in range(0, used):
-        part = base + s * R
-        lse2 = tl.load(part_lse_ptr + part, mask=mask_m, other=float("-inf"))
-        o = tl.load(part_o_ptr + part[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    for c in range(c_first, c_last + 1):
+        place = ((h * PROGRAMS + c) * 2 + (c == c_first).to(tl.int32)).to(tl.int64) * R + offs_m
+        lse2 = tl.load(part_lse_ptr + place, mask=mask_m, other=float("-inf"))
+        o = tl.load(part_o_ptr + place[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
         m_new = tl.maximum(m_i, lse2)
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_safe)
@@ -201,194 +323,33 @@ def _verify_combine_kernel(
         l_i = l_i * alpha + w
         m_i = m_new
     res = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
+    q_rows = (b * W + offs_m // G).to(tl.int64) * (HKV * G) + h * G + offs_m % G
     tl.store(out_ptr + q_rows[:, None] * D + offs_d[None, :], res.to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
 
 
-@triton.jit
-def _window_lse_kernel(
-    q_ptr,
-    k_ptr,
-    r2t_ptr,
-    req_ptr,
-    seq_lens_ptr,
-    extend_start_ptr,
-    extend_len_ptr,
-    part_lse_ptr,
-    scale_log2,
-    stride_q_tok,
-    stride_k_slot,
-    stride_k_head,
-    stride_r2t,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFILL: tl.constexpr,
-):
-    """Per-split log2-sum-exp of every window row over its causal prefix (K only)."""
-    h = tl.program_id(0)
-    split = tl.program_id(1)
-    b = tl.program_id(2)
-    length, first, nq = _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W, PREFILL)
-    R: tl.constexpr = W * G
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, D)
-    offs_n = tl.arange(0, BLOCK_N)
-    win = offs_m // G
-    mask_m = win < nq
-    q_base = q_ptr + (first + win) * stride_q_tok + (h * G + offs_m % G) * D
-    part = ((b.to(tl.int64) * HKV + h) * SPLITS + split) * R + offs_m
-    total = tl.maximum(length, 0) + nq
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
-    start = split * chunk
-    end = tl.minimum(start + chunk, total)
-
-    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
-    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
-    k_base = k_ptr + h.to(tl.int64) * stride_k_head
-    bound = tl.minimum(length + win + 1, end)
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        offs = s + offs_n
-        valid = offs < end
-        slot = tl.load(r2t_base + offs, mask=valid, other=0).to(tl.int64)
-        k = tl.load(
-            k_base + slot[:, None] * stride_k_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
-        m_new = tl.maximum(m_i, tl.max(qk, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(qk - m_safe[:, None]), 1)
-        m_i = m_new
-    lse2 = m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0))
-    tl.store(part_lse_ptr + part, lse2, mask=offs_m < R)
-
-
-@triton.jit
-def _window_scores_kernel(
-    q_ptr,
-    k_ptr,
-    r2t_ptr,
-    req_ptr,
-    seq_lens_ptr,
-    extend_start_ptr,
-    extend_len_ptr,
-    part_lse_ptr,
-    scores_ptr,
-    scale_log2,
-    stride_q_tok,
-    stride_k_slot,
-    stride_k_head,
-    stride_r2t,
-    stride_s_b,
-    stride_s_h,
-    HKV: tl.constexpr,
-    G: tl.constexpr,
-    D: tl.constexpr,
-    W: tl.constexpr,
-    LSE_SPLITS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LSE_BLOCK_N: tl.constexpr,
-    MIN_CHUNK: tl.constexpr,
-    STAGES: tl.constexpr,
-    PREFILL: tl.constexpr,
-):
-    """Mean over the window rows of exp(s - LSE) for the positions before the window (K only)."""
-    h = tl.program_id(0)
-    split = tl.program_id(1)
-    b = tl.program_id(2)
-    length, first, nq = _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W, PREFILL)
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
-    start = split * chunk
-    end = tl.minimum(start + chunk, length)
-    if end <= start:
-        return
-    R: tl.constexpr = W * G
-    offs_m = tl.arange(0, BLOCK_M)
-    offs_d = tl.arange(0, D)
-    offs_n = tl.arange(0, BLOCK_N)
-    win = offs_m // G
-    mask_m = win < nq
-    q_base = q_ptr + (first + win) * stride_q_tok + (h * G + offs_m % G) * D
-    # Merge the per-split log2-sum-exps left by the pass before; splits that got no work are not read.
-    total = length + nq
-    lse_chunk = tl.maximum(tl.cdiv(tl.cdiv(total, LSE_SPLITS), LSE_BLOCK_N) * LSE_BLOCK_N, MIN_CHUNK)
-    used = tl.minimum(tl.cdiv(total, lse_chunk), LSE_SPLITS)
-    base = (b.to(tl.int64) * HKV + h) * LSE_SPLITS * R + offs_m
-    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
-    for s in range(0, used):
-        lse2 = tl.load(part_lse_ptr + base + s * R, mask=mask_m, other=float("-inf"))
-        m_new = tl.maximum(m_i, lse2)
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        l_i = l_i * tl.exp2(m_i - m_safe) + tl.exp2(lse2 - m_safe)
-        m_i = m_new
-    lse = m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0))
-
-    q = tl.load(q_base[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
-    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
-    k_base = k_ptr + h.to(tl.int64) * stride_k_head
-    s_base = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
-    inv = 1.0 / (nq * G).to(tl.float32)
-    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
-        offs = s + offs_n
-        valid = offs < end
-        slot = tl.load(r2t_base + offs, mask=valid, other=0).to(tl.int64)
-        k = tl.load(
-            k_base + slot[:, None] * stride_k_slot + offs_d[None, :], mask=valid[:, None], other=0.0
-        ).to(q_ptr.dtype.element_ty)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
-        p = tl.where(mask_m[:, None], tl.exp2(qk - lse[:, None]), 0.0)
-        tl.store(s_base + offs, (tl.sum(p, 0) * inv).to(scores_ptr.dtype.element_ty), mask=valid)
-
-
+@dataclass
 class VerifyConfig:
-    """Launch parameters of the verify and score kernels.
+    """Launch parameters of the verify kernel.
 
-    block_n: positions per inner iteration.  target: programs wanted per multiprocessor before a request is split;
-    min_chunk: fewest positions per split.  prefetch: fetch the next block's slots one block ahead by hand.
+    Attributes:
+        block_n: positions per inner iteration.
+        num_warps, stages: warps of a program, KV tiles in its pipeline (``query_tile`` changes them for many rows).
+        programs_per_sm: programs per multiprocessor, all resident at once.
+        min_blocks: fewest blocks per program.
+        prefetch: fetch the next block's slots one block ahead by hand.
     """
 
-    def __init__(
-        self,
-        block_n: int = 64,
-        num_warps: int = 4,
-        stages: int = 3,
-        target: float = 4.0,
-        min_chunk: int = 256,
-        prefetch: bool = False,
-    ) -> None:
-        self.block_n = block_n
-        self.num_warps = num_warps
-        self.stages = stages
-        self.target = target
-        self.min_chunk = min_chunk
-        self.prefetch = prefetch
-
-    def for_rows(self, rows: int) -> tuple[int, int, int]:
-        """(BLOCK_M, BLOCK_N, num_warps) for ``rows`` packed query rows; wider tiles need more warps for registers."""
-        block_m = max(16, triton.next_power_of_2(rows))
-        if block_m <= 64:
-            return block_m, self.block_n, self.num_warps
-        return block_m, min(self.block_n, 64 if block_m == 128 else 32), 8
+    block_n: int = 64
+    num_warps: int = 4
+    stages: int = 3
+    programs_per_sm: float = 2
+    min_blocks: int = 4
+    prefetch: bool = True
 
 
-MAX_ROWS = 256
-
-
-def verify_num_splits(pairs: int, max_len: int, num_sms: int, cfg: VerifyConfig, max_splits: int = 64) -> int:
-    """Splits per (request, KV head); depends on static values only (see ``draft_num_splits``)."""
-    want = max(1, int(cfg.target * num_sms) // max(pairs, 1))
-    return max(1, min(want, max_splits, triton.cdiv(max_len, cfg.min_chunk)))
+def verify_num_programs(num_kv_heads: int, num_sms: int, cfg: VerifyConfig) -> int:
+    """Programs per KV head, which share the batch."""
+    return max(1, int(cfg.programs_per_sm * num_sms) // num_kv_heads)
 
 
 def verify_attention(
@@ -402,44 +363,56 @@ def verify_attention(
     scaling: float,
     out: torch.Tensor,
     scores: torch.Tensor | None,
-    lse_hint: torch.Tensor | None,
+    lse_hint: torch.Tensor,
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
-    splits: int,
+    programs: int,
     cfg: VerifyConfig,
 ) -> None:
     """Causal attention of a W-row window per request, with scores; see ``PillarKernels.verify_attention``.
 
-    q, out: [B*W, Hq, D]; scores: [B, Hkv, max_len] fp32/bf16/fp16 or None; lse_hint: [B, W, Hq] fp32 natural log or None
-    (then a second pass over K gives exact scores); part_o: fp32 scratch of B*Hkv*splits*W*g*D elements (unused when
-    splits is 1); part_lse: fp32 scratch of B*Hkv*splits*W*g elements.
+    q, out: [B*W, Hq, D]; scores: [B, Hkv, max_len] fp32/bf16/fp16 or None; lse_hint: [B, W, Hq] fp32 natural log;
+    part_o: fp32 scratch of at least 2*Hq*W*programs*D elements, part_lse: 2*Hq*W*programs.
     """
-    rows_total, hq, d = q.shape
     batch = seq_lens.shape[0]
     if batch == 0:
         return
+    hq, d = q.shape[1], q.shape[2]
     hkv = k_cache.shape[1]
     g = hq // hkv
-    rows = window * g
-    block_m, block_n, num_warps = cfg.for_rows(rows)
-    one_pass = scores is not None and lse_hint is not None
+    block_m, block_n, num_warps = query_tile(window * g, cfg.block_n, cfg.num_warps)
     scores_arg = scores if scores is not None else part_lse
-    hint_arg = lse_hint if lse_hint is not None else part_lse
     stride_sb, stride_sh = (scores.stride(0), scores.stride(1)) if scores is not None else (0, 0)
-    _verify_split_kernel[(hkv, splits, batch)](
+    low, high = SAFE_LOG2[q.dtype]
+    shift = SHIFT_LOG2[q.dtype]
+    common = {
+        "HKV": hkv,
+        "G": g,
+        "D": d,
+        "W": window,
+        "BATCH_POW2": max(16, triton.next_power_of_2(batch)),
+        "PROGRAMS": programs,
+        "MIN_BLOCKS": cfg.min_blocks,
+        "BLOCK_N": block_n,
+    }
+    _verify_kernel[(hkv, programs)](
         q,
         k_cache,
         v_cache,
         req_to_token,
         req_pool_indices,
         seq_lens,
-        hint_arg,
+        lse_hint,
         out,
         part_o,
         part_lse,
         scores_arg,
-        scaling * LOG2E,
+        scaling * LOG2E.value,
         HINT_CLAMP_LOG2,
+        shift,
+        low,
+        high,
+        batch,
         query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -448,150 +421,24 @@ def verify_attention(
         req_to_token.stride(0),
         stride_sb,
         stride_sh,
-        HKV=hkv,
-        G=g,
-        D=d,
-        W=window,
-        SPLITS=splits,
         BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        MIN_CHUNK=cfg.min_chunk,
         STAGES=cfg.stages,
-        SCORES=one_pass,
+        SCORES=scores is not None,
         PREFETCH=cfg.prefetch,
+        WIDE=is_wide(k_cache, v_cache),
+        SCORE_SCALE=2.0**-shift,
+        SCORE_MAX=SCORE_LIMIT.get(scores.dtype, 0.0) if scores is not None else 0.0,
         num_warps=num_warps,
+        **common,
     )
-    if splits > 1:
-        combine_rows = 16 if rows > 8 else 8
-        _verify_combine_kernel[(hkv, triton.cdiv(rows, combine_rows), batch)](
-            out,
-            part_o,
-            part_lse,
-            seq_lens,
-            HKV=hkv,
-            G=g,
-            D=d,
-            W=window,
-            SPLITS=splits,
-            BLOCK_N=block_n,
-            MIN_CHUNK=cfg.min_chunk,
-            ROWS=combine_rows,
-            num_warps=4,
-        )
-    if scores is not None and not one_pass:
-        _launch_scores(
-            q, k_cache, req_to_token, req_pool_indices, seq_lens, seq_lens, seq_lens, window, scaling, scores,
-            part_lse, splits, splits, cfg, prefill=False,
-        )
-
-
-def _launch_scores(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    extend_start_loc: torch.Tensor,
-    extend_lens: torch.Tensor,
-    window: int,
-    scaling: float,
-    scores: torch.Tensor,
-    part_lse: torch.Tensor,
-    lse_splits: int,
-    splits: int,
-    cfg: VerifyConfig,
-    prefill: bool,
-) -> None:
-    hq, d = q.shape[1], q.shape[2]
-    hkv = k_cache.shape[1]
-    g = hq // hkv
-    block_m, block_n, num_warps = cfg.for_rows(window * g)
-    _window_scores_kernel[(hkv, splits, seq_lens.shape[0])](
-        q,
-        k_cache,
-        req_to_token,
-        req_pool_indices,
-        seq_lens,
-        extend_start_loc,
-        extend_lens,
+    combine_rows = 16 if window * g > 8 else 8
+    _verify_combine_kernel[(hkv, triton.cdiv(window * g, combine_rows), batch)](
+        out,
+        part_o,
         part_lse,
-        scores,
-        scaling * LOG2E,
-        query_stride(q),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        req_to_token.stride(0),
-        scores.stride(0),
-        scores.stride(1),
-        HKV=hkv,
-        G=g,
-        D=d,
-        W=window,
-        LSE_SPLITS=lse_splits,
-        SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        LSE_BLOCK_N=block_n,
-        MIN_CHUNK=cfg.min_chunk,
-        STAGES=cfg.stages,
-        PREFILL=prefill,
-        num_warps=num_warps,
-    )
-
-
-def prefill_scores(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    req_to_token: torch.Tensor,
-    req_pool_indices: torch.Tensor,
-    seq_lens: torch.Tensor,
-    extend_start_loc: torch.Tensor,
-    extend_lens: torch.Tensor,
-    window: int,
-    scaling: float,
-    scores: torch.Tensor,
-    part_lse: torch.Tensor,
-    splits: int,
-    cfg: VerifyConfig,
-) -> None:
-    """Scores of a prompt's positions from its last min(W, extend_len) query rows; two passes over K.
-
-    See ``PillarKernels.prefill_scores``.  part_lse: fp32 scratch of B*Hkv*splits*W*g elements.
-    """
-    batch = seq_lens.shape[0]
-    if batch == 0:
-        return
-    hq, d = q.shape[1], q.shape[2]
-    hkv = k_cache.shape[1]
-    g = hq // hkv
-    block_m, block_n, num_warps = cfg.for_rows(window * g)
-    _window_lse_kernel[(hkv, splits, batch)](
-        q,
-        k_cache,
-        req_to_token,
-        req_pool_indices,
         seq_lens,
-        extend_start_loc,
-        extend_lens,
-        part_lse,
-        scaling * LOG2E,
-        query_stride(q),
-        k_cache.stride(0),
-        k_cache.stride(1),
-        req_to_token.stride(0),
-        HKV=hkv,
-        G=g,
-        D=d,
-        W=window,
-        SPLITS=splits,
-        BLOCK_M=block_m,
-        BLOCK_N=block_n,
-        MIN_CHUNK=cfg.min_chunk,
-        STAGES=cfg.stages,
-        PREFILL=True,
-        num_warps=num_warps,
-    )
-    _launch_scores(
-        q, k_cache, req_to_token, req_pool_indices, seq_lens, extend_start_loc, extend_lens, window, scaling, scores,
-        part_lse, splits, splits, cfg, prefill=True,
+        batch,
+        ROWS=combine_rows,
+        num_warps=4,
+        **common,
     )

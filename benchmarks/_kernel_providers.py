@@ -314,28 +314,6 @@ def fa3(window: int) -> Callable[[Problem], Prepared]:
 # ----------------------------------------------------------------------- draft
 
 
-def draft_calls(p: Problem, attention: Callable[..., None], out: Any, lse: Any) -> list[Callable[[], Any]]:
-    """``PillarKernels.draft_attention`` on every selection and set of requests, results in ``out`` and ``lse``."""
-
-    def call(selection: int, s: int) -> Callable[[], Any]:
-        return lambda: attention(
-            p.q1,
-            p.k,
-            p.v,
-            p.positions[selection],
-            p.num_selected,
-            p.tail_start,
-            p.req_to_token,
-            p.requests[s],
-            p.draft_lens,
-            p.scaling,
-            out,
-            lse,
-        )
-
-    return [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
-
-
 def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
     """The plugin's draft attention, with log-sum-exps, as a draft step calls it."""
 
@@ -353,42 +331,25 @@ def pillar_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem],
                 errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
             return errors
 
-        calls = draft_calls(p, kernels.draft_attention, out, lse)
-        extra = {"index_bytes": p.index_bytes, "splits": kernels._draft_splits(batch), "outputs": [out]}
+        def call(selection: int, s: int) -> Callable[[], Any]:
+            return lambda: kernels.draft_attention(
+                p.q1,
+                p.k,
+                p.v,
+                p.positions[selection],
+                p.num_selected,
+                p.tail_start,
+                p.req_to_token,
+                p.requests[s],
+                p.draft_lens,
+                p.scaling,
+                out,
+                lse,
+            )
+
+        calls = [call(i, s) for i in range(p.positions.shape[0]) for s in range(p.sets)]
+        extra = {"index_bytes": p.index_bytes, "splits": kernels.draft_splits(batch), "outputs": [out]}
         return Prepared(calls, check, p.draft_bytes, extra)
-
-    return make
-
-
-def pipelined_draft(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
-    """The draft attention of ``triton_draft_alt``, called as the plugin's."""
-
-    def make(p: Problem) -> Prepared:
-        import torch
-
-        from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraft
-
-        shape, batch = p.unit.shape, p.unit.batch
-        draft = PipelinedDraft(
-            batch,
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            p.capacity + 2 * WINDOW,
-            p.make_kernels().num_sms,
-            p.device,
-            config() if config else None,
-        )
-        out = nan_like(p, batch, shape.num_q_heads, shape.head_dim)
-        lse = nan_like(p, batch, shape.num_q_heads, dtype=torch.float32)
-
-        def check() -> dict[str, float]:
-            errors = draft_errors(p, out, lse)
-            errors["against_default"] = against_default(p, "draft", pillar_draft(), out)
-            return errors
-
-        calls = draft_calls(p, draft.draft_attention, out, lse)
-        return Prepared(calls, check, p.draft_bytes, {"index_bytes": p.index_bytes, "splits": draft.splits(batch)})
 
     return make
 
@@ -484,12 +445,12 @@ def against_default(
 def pillar_verify(
     scored: bool, exact: bool = False, config: Callable[[], Any] | None = None
 ) -> Callable[[Problem], Prepared]:
-    """The plugin's verification; ``exact`` gives no hint, so that scores take a second pass over K."""
+    """The plugin's verification; ``exact`` gives no hint, so that a pass over K finds the log-sum-exps first."""
 
     def make(p: Problem) -> Prepared:
         kernels = p.make_kernels(**({"verify_config": config()} if config else {}))
         out, scores = _verify_buffers(p, scored)
-        hint = p.hint if scored and not exact else None
+        hint = None if exact else p.hint
 
         def call(s: int) -> Callable[[], Any]:
             return lambda: kernels.verify_attention(
@@ -502,42 +463,8 @@ def pillar_verify(
                 errors["against_default"] = against_default(p, "verify", pillar_verify(True), out)
             return errors
 
-        extra = {"splits": kernels._verify_splits(p.unit.batch), "outputs": [out, scores]}
-        return Prepared([call(s) for s in range(p.sets)], check, verify_bytes(p.unit), extra)
-
-    return make
-
-
-def balanced_verify(scored: bool, config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
-    """The fixed-reference, balanced verification of ``triton_verify_alt``."""
-
-    def make(p: Problem) -> Prepared:
-        from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedVerify
-
-        shape = p.unit.shape
-        verify = BalancedVerify(
-            shape.num_q_heads,
-            shape.num_kv_heads,
-            shape.head_dim,
-            WINDOW,
-            p.make_kernels().num_sms,
-            p.device,
-            config() if config else None,
-        )
-        out, scores = _verify_buffers(p, scored)
-
-        def call(s: int) -> Callable[[], Any]:
-            return lambda: verify.verify_attention(
-                p.qw, p.k, p.v, p.req_to_token, p.requests[s], p.lens, WINDOW, p.scaling, out, scores, p.hint
-            )
-
-        def check() -> dict[str, float]:
-            errors = verify_errors(p, out, scores, exact=False)
-            if config is not None:
-                errors["against_default"] = against_default(p, "verify", pillar_verify(True), out)
-            return errors
-
-        extra = {"programs": verify.programs * shape.num_kv_heads, "outputs": [out, scores]}
+        programs = kernels.verify_programs * p.unit.shape.num_kv_heads
+        extra = {"programs": programs, "outputs": [out, scores]}
         return Prepared([call(s) for s in range(p.sets)], check, verify_bytes(p.unit), extra)
 
     return make
@@ -550,13 +477,15 @@ def flashinfer_verify(backend: str, rescore: bool = False) -> Callable[[Problem]
         import torch
         from flashinfer import BatchPrefillWithPagedKVCacheWrapper
 
-        from sglang_sparsespec.attention_backend.triton_verify_alt import scores_from_lse
+        from sglang_sparsespec.attention_backend.triton_prefill_scores import window_scores
 
         shape, batch = p.unit.shape, p.unit.batch
         out, scores = _verify_buffers(p, rescore)
         lse = nan_like(p, batch * WINDOW, shape.num_q_heads, dtype=torch.float32)
+        lse2 = lse.view(1, batch, WINDOW, shape.num_q_heads)
         pages = (p.k.unsqueeze(1), p.v.unsqueeze(1))
-        splits = p.make_kernels()._verify_splits(batch)
+        kernels = p.make_kernels()
+        splits, config = kernels.scores_splits(batch), kernels.scores_config
         calls: list[Callable[[], Any]] = []
         for s in range(p.sets):
             wrapper = BatchPrefillWithPagedKVCacheWrapper(workspace(p.device), "NHD", backend=backend)
@@ -581,9 +510,8 @@ def flashinfer_verify(backend: str, rescore: bool = False) -> Callable[[Problem]
                     return
                 w.run(p.qw, pages, out=out, lse=lse, return_lse=True)
                 # FlashInfer's log-sum-exps are to base 2.
-                scores_from_lse(
-                    p.qw, p.k, p.req_to_token, p.requests[s], p.lens, WINDOW, p.scaling, lse, scores, splits,
-                    base2=True,
+                window_scores(
+                    p.qw, p.k, p.req_to_token, p.requests[s], p.lens, None, WINDOW, p.scaling, lse2, scores, splits, config
                 )
 
             calls.append(call)
@@ -677,30 +605,26 @@ def torch_select(p: Problem) -> Prepared:
     return Prepared([run], lambda: {"out": 0.0}, bytes_each)
 
 
-def verify_and_select(balanced: bool) -> Callable[[Problem], Prepared]:
+def verify_and_select(p: Problem) -> Prepared:
     """Verification with scores and the selection after it, as a layer runs them."""
+    import torch
 
-    def make(p: Problem) -> Prepared:
-        import torch
+    verify = pillar_verify(True)(p)
+    _, scores = verify.extra["outputs"]
+    kernels = p.make_kernels()
+    positions = torch.full_like(p.positions[0], 1 << 30)
 
-        verify = (balanced_verify if balanced else pillar_verify)(True)(p)
-        out, scores = verify.extra["outputs"]
-        kernels = p.make_kernels()
-        positions = torch.full_like(p.positions[0], 1 << 30)
+    def call(s: int) -> Callable[[], Any]:
+        def run() -> None:
+            verify.calls[s]()
+            kernels.select(scores, p.lens, p.requests[s], p.counts, positions)
 
-        def call(s: int) -> Callable[[], Any]:
-            def run() -> None:
-                verify.calls[s]()
-                kernels.select(scores, p.lens, p.requests[s], p.counts, positions)
+        return run
 
-            return run
+    def check() -> dict[str, float]:
+        return {**verify.check(), "selection": selection_errors(p, scores, positions)["out"]}
 
-        def check() -> dict[str, float]:
-            return {**verify.check(), "selection": selection_errors(p, scores, positions)["out"]}
-
-        return Prepared([call(s) for s in range(p.sets)], check, verify.bytes)
-
-    return make
+    return Prepared([call(s) for s in range(p.sets)], check, verify.bytes)
 
 
 def default_providers() -> list[Provider]:
@@ -708,16 +632,12 @@ def default_providers() -> list[Provider]:
     return [
         Provider("copy", "torch", copy_same_bytes, gpu=True),
         Provider("draft", "pillar", pillar_draft(), gpu=False),
-        Provider("draft", "pipelined", pipelined_draft(), gpu=False),
         Provider("verify", "pillar", pillar_verify(True), gpu=False),
         Provider("verify", "pillar, no scores", pillar_verify(False), gpu=False),
         Provider("verify", "pillar, exact scores", pillar_verify(True, exact=True), gpu=False),
-        Provider("verify", "balanced", balanced_verify(True), gpu=False),
-        Provider("verify", "balanced, no scores", balanced_verify(False), gpu=False),
         Provider("select", "pillar", pillar_select(), gpu=False),
         Provider("select", "torch", torch_select, gpu=False),
-        Provider("verify+select", "pillar", verify_and_select(False), gpu=False),
-        Provider("verify+select", "balanced", verify_and_select(True), gpu=False),
+        Provider("verify+select", "pillar", verify_and_select, gpu=False),
         Provider("decode", "flashinfer, tensor cores", flashinfer_decode(True), needs=("fa2",)),
         Provider("decode", "flashinfer, CUDA cores", flashinfer_decode(False), needs=("decode",), groups=(1, 2, 3, 4, 8)),
         Provider("decode", "sglang triton", sglang_triton_decode, gpu=False),

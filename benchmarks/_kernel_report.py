@@ -44,14 +44,9 @@ class Summary:
     full_ms: float | None = None
     verify_ms: float | None = None
     verify_ratio: float | None = None
-    balanced_ms: float | None = None
-    balanced_ratio: float | None = None
     select_us: float | None = None
     select_share: float | None = None
     round: float | None = None
-    other_draft_us: float | None = None
-    other_draft_share: float | None = None
-    other_round: float | None = None
 
     def missed(self) -> list[str]:
         """Goals this unit misses, and those that could not be judged (with a question mark)."""
@@ -91,8 +86,7 @@ def summarize_unit(
     decode = best(good, "decode", baselines["decode"])
     full = best(good, "verify", baselines["verify"])
     draft, copy = one("draft", "pillar"), one("copy", "torch")
-    verify, balanced = one("verify", "pillar"), one("verify", "balanced")
-    select = one("select", "pillar")
+    verify, select, both = one("verify", "pillar"), one("select", "pillar"), one("verify+select", "pillar")
     if decode:
         summary.decode_best, summary.decode_ms = decode["name"], decode["ms"]
         if copy_bytes_per_s:
@@ -111,24 +105,12 @@ def summarize_unit(
         summary.verify_ms = verify["ms"]
         if full:
             summary.verify_ratio = verify["ms"] / full["ms"]
-    if balanced:
-        summary.balanced_ms = balanced["ms"]
-        if full:
-            summary.balanced_ratio = balanced["ms"] / full["ms"]
     if select:
         summary.select_us = select["ms"] * 1e3
         if verify:
             summary.select_share = select["ms"] / verify["ms"]
-    pipelined = one("draft", "pipelined")
-    if pipelined:
-        summary.other_draft_us = pipelined["ms"] * 1e3
-        if copy_bytes_per_s:
-            summary.other_draft_share = bandwidth(pipelined) / copy_bytes_per_s
-    both, other = one("verify+select", "pillar"), one("verify+select", "balanced")
     if decode and draft and both:
         summary.round = round_speedup(decode["ms"], draft["ms"], both["ms"])
-    if decode and pipelined and other:
-        summary.other_round = round_speedup(decode["ms"], pipelined["ms"], other["ms"])
     return summary
 
 
@@ -159,7 +141,7 @@ def main_table(found: Sequence[Summary]) -> str:
     """The table that is printed: one line per batch, figures next to the goals."""
     headers = (
         "shape", "context", "slots", "batch", "draft us", "of copy", "vs decode", "verify ms", "vs full", "select",
-        "round", "goals missed", "alt draft us", "of copy", "alt verify", "alt round",
+        "round", "goals missed",
     )
     rows = []
     for s in found:
@@ -167,11 +149,10 @@ def main_table(found: Sequence[Summary]) -> str:
             (
                 s.unit["shape"], s.unit["context"], s.unit["layout"], s.unit["batch"], s.draft_us,
                 percent(s.draft_share), times(s.draft_speedup), s.verify_ms, times(s.verify_ratio),
-                percent(s.select_share), times(s.round), ", ".join(s.missed()) or "none", s.other_draft_us,
-                percent(s.other_draft_share), times(s.balanced_ratio), times(s.other_round),
+                percent(s.select_share), times(s.round), ", ".join(s.missed()) or "none",
             )
         )
-    return markdown_table(headers, rows, right=(1, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14, 15))
+    return markdown_table(headers, rows, right=(1, 3, 4, 5, 6, 7, 8, 9, 10))
 
 
 def baseline_table(found: Sequence[Summary]) -> str:
@@ -223,21 +204,15 @@ def goal_lines(found: Sequence[Summary]) -> list[str]:
     long = [s for s in found if s.unit["context"] >= GOAL_SPEEDUP_CONTEXT]
     return [
         f"draft attention at {GOAL_DRAFT_SHARE:.0%} of the copy bandwidth or more: "
-        + count((s.draft_share, (s.draft_share or 0) >= GOAL_DRAFT_SHARE) for s in found)
-        + "; alternative: "
-        + count((s.other_draft_share, (s.other_draft_share or 0) >= GOAL_DRAFT_SHARE) for s in found),
+        + count((s.draft_share, (s.draft_share or 0) >= GOAL_DRAFT_SHARE) for s in found),
         f"draft attention {GOAL_DRAFT_SPEEDUP:g}x faster than full decoding at {GOAL_SPEEDUP_CONTEXT} tokens: "
         + count((s.draft_speedup, (s.draft_speedup or 0) >= GOAL_DRAFT_SPEEDUP) for s in long),
         f"verification with scores within {GOAL_VERIFY_RATIO:g}x of the best full attention: "
-        + count((s.verify_ratio, (s.verify_ratio or math.inf) <= GOAL_VERIFY_RATIO) for s in found)
-        + "; alternative: "
-        + count((s.balanced_ratio, (s.balanced_ratio or math.inf) <= GOAL_VERIFY_RATIO) for s in found),
+        + count((s.verify_ratio, (s.verify_ratio or math.inf) <= GOAL_VERIFY_RATIO) for s in found),
         f"selection within {GOAL_SELECT_SHARE:.0%} of verification: "
         + count((s.select_share, (s.select_share or math.inf) <= GOAL_SELECT_SHARE) for s in found),
         f"attention of a round {GOAL_ROUND:g}x cheaper than of plain decoding: "
-        + count((s.round, (s.round or 0) >= GOAL_ROUND) for s in found)
-        + "; alternative: "
-        + count((s.other_round, (s.other_round or 0) >= GOAL_ROUND) for s in found),
+        + count((s.round, (s.round or 0) >= GOAL_ROUND) for s in found),
     ]
 
 

@@ -10,63 +10,35 @@ from importlib import import_module
 from typing import Any
 
 from _kernel_problem import Problem
-from _kernel_providers import Provider, balanced_verify, pillar_draft, pillar_select, pillar_verify, pipelined_draft
+from _kernel_providers import Provider, pillar_draft, pillar_select, pillar_verify
 
-# (block_n, num_warps, stages, target, min_chunk, pdl)
+# (block_n, num_warps, stages, target, min_chunk)
 DRAFT = [
-    (64, 4, 3, 3.0, 64, False),
-    (64, 2, 2, 8.0, 64, False),
-    (32, 1, 2, 9.0, 32, False),
-    (32, 1, 3, 12.0, 64, False),
-    (32, 2, 2, 10.0, 64, False),
-    (32, 4, 2, 10.0, 64, False),
-    (16, 1, 2, 18.0, 32, False),
-    (32, 1, 2, 9.0, 32, True),
-]
-# (block_n, num_warps, stages, target, min_chunk, merge)
-PIPELINED = [
-    (32, 1, 3, 6.0, 64, True),
-    (32, 1, 3, 6.0, 64, False),
-    (32, 1, 3, 4.0, 64, True),
-    (32, 1, 3, 12.0, 64, True),
-    (32, 1, 3, 12.0, 32, True),
-    (32, 1, 3, 24.0, 32, True),
-    (32, 1, 2, 10.0, 64, True),
-    (32, 1, 2, 10.0, 32, True),
-    (32, 1, 2, 20.0, 32, True),
-    (32, 1, 4, 4.0, 64, True),
-    (32, 1, 4, 8.0, 64, True),
-    (32, 2, 2, 8.0, 64, True),
-    (32, 2, 3, 6.0, 64, True),
-    (32, 2, 3, 12.0, 64, True),
-    (64, 2, 2, 5.0, 64, True),
-    (64, 2, 3, 3.0, 64, True),
-    (64, 2, 3, 6.0, 64, True),
-    (64, 2, 3, 12.0, 64, True),
-    (64, 2, 3, 12.0, 64, False),
-    (64, 4, 2, 4.0, 64, True),
-    (64, 4, 3, 3.0, 64, True),
-    (64, 4, 3, 6.0, 64, True),
-    (16, 1, 3, 10.0, 32, True),
-    (16, 1, 4, 7.0, 32, True),
-    (16, 1, 4, 14.0, 32, True),
-]
-# (block_n, num_warps, stages, target, min_chunk, prefetch)
-VERIFY = [
-    (64, 4, 3, 8.0, 256, False),
-    (64, 4, 2, 4.0, 256, False),
-    (64, 4, 2, 4.0, 256, True),
-    (64, 4, 3, 4.0, 256, True),
-    (64, 4, 3, 8.0, 256, True),
-    (32, 4, 3, 6.0, 256, False),
-    (32, 4, 5, 6.0, 256, False),
-    (32, 4, 3, 6.0, 256, True),
-    (32, 4, 3, 9.0, 256, True),
-    (32, 4, 4, 4.0, 256, True),
-    (64, 8, 3, 4.0, 256, True),
+    (32, 1, 3, 4.0, 64),
+    (32, 1, 3, 12.0, 64),
+    (32, 1, 3, 12.0, 32),
+    (32, 1, 3, 24.0, 32),
+    (32, 1, 2, 10.0, 64),
+    (32, 1, 2, 10.0, 32),
+    (32, 1, 2, 20.0, 32),
+    (32, 1, 4, 4.0, 64),
+    (32, 1, 4, 8.0, 64),
+    (32, 2, 2, 8.0, 64),
+    (32, 2, 3, 6.0, 64),
+    (32, 2, 3, 12.0, 64),
+    (64, 2, 2, 5.0, 64),
+    (64, 2, 3, 3.0, 64),
+    (64, 2, 3, 6.0, 64),
+    (64, 2, 3, 12.0, 64),
+    (64, 4, 2, 4.0, 64),
+    (64, 4, 3, 3.0, 64),
+    (64, 4, 3, 6.0, 64),
+    (16, 1, 3, 10.0, 32),
+    (16, 1, 4, 7.0, 32),
+    (16, 1, 4, 14.0, 32),
 ]
 # (block_n, num_warps, stages, programs_per_sm, min_blocks, prefetch)
-BALANCED = [
+VERIFY = [
     (64, 4, 2, 2, 4, True),
     (64, 4, 3, 2, 4, False),
     (64, 4, 3, 1, 4, True),
@@ -107,15 +79,15 @@ def _config(module: str, name: str, values: tuple[Any, ...]) -> Callable[[], Any
 
 
 _draft = partial(_config, "triton_draft", "DraftConfig")
-_pipelined = partial(_config, "triton_draft_alt", "PipelinedDraftConfig")
 _verify = partial(_config, "triton_verify", "VerifyConfig")
-_balanced = partial(_config, "triton_verify_alt", "BalancedConfig")
 _select = partial(_config, "triton_select", "SelectConfig")
 
 
 def _label(prefix: str, names: Sequence[str], values: Sequence[Any]) -> str:
-    shown = (f"{name}={value:g}" if isinstance(value, float) else f"{name}={int(value)}"
-             for name, value in zip(names, values, strict=True))
+    shown = (
+        f"{name}={value:g}" if isinstance(value, float) else f"{name}={int(value)}"
+        for name, value in zip(names, values, strict=True)
+    )
     return f"{prefix} " + " ".join(shown)
 
 
@@ -124,31 +96,16 @@ def sweep_providers() -> list[Provider]:
     providers = [
         Provider("draft", "pillar", pillar_draft(), gpu=False),
         Provider("verify", "pillar", pillar_verify(True), gpu=False),
-        Provider("verify", "balanced", balanced_verify(True), gpu=False),
         Provider("select", "pillar", pillar_select(), gpu=False),
     ]
-    names: tuple[str, ...] = ("block_n", "warps", "stages", "target", "min_chunk", "pdl")
-    providers += [
-        Provider("draft", _label("pillar", names, v), pillar_draft(_draft(v)), gpu=False) for v in DRAFT
-    ]
-    names = ("block_n", "warps", "stages", "target", "min_chunk", "merge")
-    providers += [
-        Provider("draft", _label("pipelined", names, v), pipelined_draft(_pipelined(v)), gpu=False) for v in PIPELINED
-    ]
-    names = ("block_n", "warps", "stages", "target", "min_chunk", "prefetch")
-    providers += [
-        Provider("verify", _label("pillar", names, v), pillar_verify(True, config=_verify(v)), gpu=False)
-        for v in VERIFY
-    ]
+    names: tuple[str, ...] = ("block_n", "warps", "stages", "target", "min_chunk")
+    providers += [Provider("draft", _label("pillar", names, v), pillar_draft(_draft(v)), gpu=False) for v in DRAFT]
     names = ("block_n", "warps", "stages", "per_sm", "min_blocks", "prefetch")
     providers += [
-        Provider("verify", _label("balanced", names, v), balanced_verify(True, _balanced(v)), gpu=False)
-        for v in BALANCED
+        Provider("verify", _label("pillar", names, v), pillar_verify(True, config=_verify(v)), gpu=False) for v in VERIFY
     ]
     names = ("block", "warps", "stages")
-    providers += [
-        Provider("select", _label("pillar", names, v), pillar_select(_select(v)), gpu=False) for v in SELECT
-    ]
+    providers += [Provider("select", _label("pillar", names, v), pillar_select(_select(v)), gpu=False) for v in SELECT]
     return providers
 
 

@@ -46,6 +46,7 @@ from _kernel_problem import (
 PREFIX = "@@ "
 BATCHES = (32, 64, 128, 256)
 CONTEXTS = (8192, 32768)
+KINDS = ("copy", "decode", "draft", "verify", "select", "verify+select")
 FLASHINFER_MODULES = ("fa2", "decode", "fa3")
 # Seconds to wait once for FlashInfer's cached module before going on with other kernels.
 FIRST_WAIT = 20.0
@@ -477,8 +478,7 @@ def legend() -> str:
         "the fastest SGLang backend over draft attention. vs full: verification with scores over the fastest full "
         "attention of an SGLang backend for the same rows. select: selection over verification. "
         f"round: attention of {ACCEPTED + 1:.2f} plain decoding steps over that of {DRAFT_TOKENS} draft steps, "
-        "verification and selection. alt: draft, vs full and round with the kernels of triton_draft_alt and "
-        "triton_verify_alt."
+        "verification and selection."
     )
 
 
@@ -511,7 +511,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, help="batch sizes (default: 32 64 128 256)")
     parser.add_argument("--contexts", nargs="+", type=int, help="context lengths (default: 8192 32768)")
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, help="slot layouts (default: both)")
-    parser.add_argument("--kinds", nargs="+", help="only these jobs: copy decode draft verify select verify+select")
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, help="only these jobs (default: all)")
     parser.add_argument("--quick", action="store_true", help="batch 64 only")
     parser.add_argument("--sweep", action="store_true", help="try launch configurations (default: batch 64, layout runs)")
     parser.add_argument("--interpret", action="store_true", help="no GPU: check tiny shapes in Triton's interpreter")

@@ -85,19 +85,28 @@ def run_case(engine: Any, prompts: list[list[int]], args: argparse.Namespace) ->
 
 
 def parse_case(text: str) -> tuple[int, int]:
+    """``CONTEXTxBATCH`` as two numbers."""
     context, _, batch = text.partition("x")
     return int(context), int(batch)
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def make_inputs(args: argparse.Namespace, context: int, batch: int) -> list[list[int]]:
+    """Prompts of the corpora, or of random token ids (``--random-prompts``)."""
+    if args.random_prompts:
+        generator = random.Random(0)
+        return [[generator.randrange(1000, 30000) for _ in range(context)] for _ in range(batch)]
+    from transformers import AutoTokenizer
+
+    return make_prompts(AutoTokenizer.from_pretrained(args.model_path), args.corpora, context, batch)
+
+
+def add_engine_options(parser: argparse.ArgumentParser) -> None:
+    """Options that say which engines run which requests."""
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "plain:triton", "sparsespec"])
-    parser.add_argument("--cases", nargs="+", type=parse_case, default=[(8192, 64)], help="CONTEXTxBATCH")
     parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="auto")
@@ -105,28 +114,26 @@ def main() -> int:
     parser.add_argument("--random-prompts", action="store_true")
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--log-level", default="warning")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser)
+    parser.add_argument("--cases", nargs="+", type=parse_case, default=[(8192, 64)], help="CONTEXTxBATCH")
+    parser.add_argument("--repeats", type=int, default=1)
     parser.add_argument("--results", help="JSON-lines file to append to")
     args = parser.parse_args()
 
     import sglang
     import torch
 
-    tokenizer = None
-    if not args.random_prompts:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
     for name in args.engines:
         started = time.perf_counter()
         engine = sglang.Engine(**engine_arguments(name, args))
         print(f"{name}: ready after {time.perf_counter() - started:.0f} s", flush=True)
         for context, batch in args.cases:
-            if tokenizer is None:
-                generator = random.Random(0)
-                prompts = [[generator.randrange(1000, 30000) for _ in range(context)] for _ in range(batch)]
-            else:
-                prompts = make_prompts(tokenizer, args.corpora, context, batch)
+            prompts = make_inputs(args, context, batch)
             record = {
                 "date": time.strftime("%Y-%m-%d"),
                 "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",

@@ -30,6 +30,7 @@ DEFAULT_NUM_DRAFT_STEPS = 8
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DRAFT_POLICIES = ("pillar", "window", "streaming")
 KERNELS = ("auto", "torch", "cuda")
+KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -304,10 +305,16 @@ def validate_server_args(server_args: ServerArgs) -> None:
         refuse("--enable-torch-compile", "draft graphs are captured without it", "remove it")
     if server_args.is_embedding:
         refuse("--is-embedding", "there is nothing to decode", "remove --speculative-algorithm")
-    if server_args.kv_cache_dtype not in ("auto", "bf16", "bfloat16"):
+    if server_args.kv_cache_dtype not in KV_CACHE_DTYPES:
         refuse(
             f"--kv-cache-dtype {server_args.kv_cache_dtype}",
-            "the kernels read 16 and 32 bit caches only so far",
+            "the kernels read caches of 8, 16 and 32 bits only",
+            "use --kv-cache-dtype auto or fp8_e4m3",
+        )
+    if server_args.device == "cpu" and server_args.kv_cache_dtype.startswith("fp8"):
+        refuse(
+            f"--kv-cache-dtype {server_args.kv_cache_dtype}",
+            "SGLang's CPU attention reads no 8-bit cache",
             "use --kv-cache-dtype auto",
         )
     if view.page_size not in (None, 1):

@@ -15,11 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.distributed.parallel_state import get_tp_group, graph_capture
 from sglang.srt.layers.dp_attention import set_is_extend_in_batch
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
+from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.model_executor.runner.base_cuda_graph_runner import get_batch_sizes_to_capture
 from sglang.srt.model_executor.runner.shape_key import ShapeKey
@@ -28,6 +24,7 @@ from sglang.srt.model_executor.runner_utils.capture_mode import model_capture_mo
 from sglang.srt.utils import get_available_gpu_memory
 
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_batch import draft_forward_batch
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -87,19 +84,10 @@ class DraftGraphs:
         self.step.zero_()
 
     def _forward_batch(self, batch_size: int) -> ForwardBatch:
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=batch_size,
-            input_ids=self.tokens[:batch_size],
-            req_pool_indices=self.rows[:batch_size],
-            seq_lens=self.positions[:batch_size],
-            seq_lens_sum=None,
-            out_cache_loc=self.rows[:batch_size],
-            positions=self.positions[:batch_size],
-            return_logprob=False,
-            spec_algorithm=self.model_runner.spec_algorithm,
-            capture_hidden_mode=CaptureHiddenMode.NULL,
-            global_forward_mode=ForwardMode.DECODE,
+        rows, positions = self.rows[:batch_size], self.positions[:batch_size]
+        # _step replaces what it computes from these: positions, lengths and slots.
+        return draft_forward_batch(
+            self.tokens[:batch_size], rows, positions, positions, rows, self.model_runner.spec_algorithm
         )
 
     def _step(self, bs: int, forward_batch: ForwardBatch) -> torch.Tensor:

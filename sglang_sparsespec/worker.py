@@ -13,11 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.managers.utils import GenerationBatchResult
-from sglang.srt.model_executor.forward_batch_info import (
-    CaptureHiddenMode,
-    ForwardBatch,
-    ForwardMode,
-)
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 from sglang.srt.speculative.spec_utils import (
@@ -29,6 +25,7 @@ from sglang.srt.speculative.spec_utils import (
 
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
@@ -209,7 +206,15 @@ class SparseSpecWorker(BaseSpecWorker):
         backend = self.attn_backend
         tokens = [bonus_tokens.long()]
         probs: list[torch.Tensor] = []
-        forward_batch = self._draft_forward_batch(batch, tokens[0], positions, slots)
+        forward_batch = draft_forward_batch(
+            tokens[0],
+            batch.req_pool_indices,
+            positions[:, 0],
+            positions[:, 0] + 1,
+            slots[:, 0],
+            batch.spec_algorithm,
+            batch.spec_info,
+        )
         # The model is called directly: ModelRunner.forward would replay the verify graph for
         # a DECODE batch, and leave an event that lets the scheduler write to req_to_token
         # before verification has read it (war_fastpath_read_done_event).
@@ -255,26 +260,6 @@ class SparseSpecWorker(BaseSpecWorker):
         # The static candidates are overwritten by the next round, which may be launched
         # before this one's results are read.
         return graphs.candidates[:size].clone(), torch.stack(probs, dim=1) if probs else None
-
-    def _draft_forward_batch(
-        self, batch: ScheduleBatch, input_ids: torch.Tensor, positions: torch.Tensor, slots: torch.Tensor
-    ) -> ForwardBatch:
-        """A DECODE batch for the model; lengths there include the current token."""
-        return ForwardBatch(
-            forward_mode=ForwardMode.DECODE,
-            batch_size=len(batch.seq_lens),
-            input_ids=input_ids,
-            req_pool_indices=batch.req_pool_indices,
-            seq_lens=positions[:, 0] + 1,
-            seq_lens_sum=None,
-            out_cache_loc=slots[:, 0],
-            positions=positions[:, 0],
-            return_logprob=False,
-            spec_algorithm=batch.spec_algorithm,
-            spec_info=batch.spec_info,
-            capture_hidden_mode=CaptureHiddenMode.NULL,
-            global_forward_mode=ForwardMode.DECODE,
-        )
 
     def _verify(
         self,

@@ -35,9 +35,11 @@ class SmallPool:
     def get_kv_buffer(self, layer_id: int) -> tuple[torch.Tensor, torch.Tensor]:
         return self.k[layer_id], self.v[layer_id]
 
-    def set_kv_buffer(self, layer: RadixAttention, where: Any, k: torch.Tensor, v: torch.Tensor) -> None:
-        self.k[layer.layer_id][where.loc] = k
-        self.v[layer.layer_id][where.loc] = v
+    def set_kv_buffer(
+        self, layer: RadixAttention, where: Any, k: torch.Tensor, v: torch.Tensor, k_scale: Any, v_scale: Any
+    ) -> None:
+        self.k[layer.layer_id][where.loc] = k if k_scale is None else k / k_scale
+        self.v[layer.layer_id][where.loc] = v if v_scale is None else v / v_scale
 
 
 class BaseBackend:

@@ -427,7 +427,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "diffusion": ({"dllm_algorithm": "LowConfidence"}, "--dllm-algorithm", "remove it"),
     "torch compile": ({"enable_torch_compile": True}, "--enable-torch-compile", "remove it"),
     "embedding": ({"is_embedding": True}, "--is-embedding", "remove --speculative-algorithm"),
-    "fp8 cache": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2", "use --kv-cache-dtype auto"),
+    "fp8 cache on CPU": ({"kv_cache_dtype": "fp8_e5m2"}, "--kv-cache-dtype fp8_e5m2", "use --kv-cache-dtype auto"),
     "page size": ({"page_size": 16}, "--page-size 16", "use --page-size 1"),
     "tokenizer workers": ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num", "use one tokenizer worker"),
     "no steps": ({"speculative_num_steps": 0}, "--speculative-num-steps", "8 is the default"),

@@ -9,11 +9,14 @@ under the ``gpu`` mark.
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 import traceback
-from dataclasses import asdict, dataclass, field
+import zlib
+from dataclasses import dataclass
+from unittest import mock
 
 import pytest
 import torch
@@ -27,7 +30,12 @@ gpu_only = [
 
 @dataclass(frozen=True)
 class Case:
-    """One random problem.  lens: committed lengths L, 0 for a padding row; budget: entries selected at most."""
+    """One random problem.
+
+    lens: committed lengths L, 0 for a padding row; budget: entries selected at most; splits: programs wanted per
+    multiprocessor for draft attention and scores; programs: per KV head, for verification; block_n: 0 for the default
+    launch; wide: caches that need 64-bit offsets (on CPU: that are taken to).
+    """
 
     kernel: str
     g: int
@@ -37,17 +45,18 @@ class Case:
     window: int = 3
     budget: int = 12
     splits: float = 1.0
+    programs: int = 4
     score_dtype: str = "float32"
     block_n: int = 16
     values: str = "normal"
-    tag: str = field(default="")
+    wide: bool = False
 
     @property
     def name(self) -> str:
         lens = "-".join(str(x) for x in self.lens) if len(self.lens) < 6 else f"b{len(self.lens)}"
         return (
-            f"{self.kernel}-g{self.g}-d{self.d}-w{self.window}-{lens}-s{self.splits:g}-{self.score_dtype}"
-            f"-{self.values}{self.tag}"
+            f"{self.kernel}-g{self.g}-d{self.d}-w{self.window}-{lens}-s{self.splits:g}-p{self.programs}"
+            f"-{self.score_dtype}-{self.values}{'-wide' if self.wide else ''}"
         )
 
 
@@ -59,44 +68,94 @@ CPU_CASES = [
     Case("draft", g=6, d=64, lens=(40, 0, 9), splits=100, hkv=1),
     Case("draft", g=16, d=64, lens=(33, 2), splits=0.01, hkv=1),
     Case("draft", g=4, d=64, lens=(300,), budget=120, splits=100, block_n=32),
-    Case("verify", g=1, d=64, lens=RAGGED, splits=0.01),
-    Case("verify", g=4, d=128, lens=(37, 0, 5), splits=100),
-    Case("verify", g=6, d=64, lens=(40, 1), window=9, splits=100, hkv=1),
-    Case("verify", g=16, d=64, lens=(33, 2), window=9, splits=0.01, hkv=1),
-    Case("verify", g=4, d=64, lens=(50, 3), splits=100, score_dtype="bfloat16", hkv=1),
+    # No selected positions at all: every entry is of the tail.
+    Case("draft", g=2, d=64, lens=(20, 0, 7), budget=0, splits=100, hkv=1),
+    Case("draft", g=2, d=64, lens=(20, 9), splits=100, hkv=1, wide=True),
+    Case("verify", g=1, d=64, lens=RAGGED, programs=1),
+    Case("verify", g=4, d=128, lens=(37, 0, 5), programs=4),
+    Case("verify", g=4, d=64, lens=RAGGED, programs=7),
+    Case("verify", g=6, d=64, lens=(150, 1), window=9, programs=5, hkv=1),
+    Case("verify", g=16, d=64, lens=(33, 2), window=9, programs=3, hkv=1),
+    Case("verify", g=4, d=64, lens=(50, 3), programs=50, score_dtype="float16", hkv=1),
+    Case("verify", g=4, d=64, lens=(50, 3), programs=9, score_dtype="bfloat16", hkv=1),
+    # Twenty requests: more than one power of two, several of them whole in one program.
+    Case("verify", g=2, d=64, lens=tuple(range(0, 60, 3)), programs=6, hkv=1),
+    Case("verify", g=2, d=64, lens=(20, 9), programs=3, hkv=1, wide=True),
     Case("exact", g=4, d=64, lens=(37, 0, 5), splits=100),
     Case("exact", g=1, d=128, lens=(33,), splits=0.01, hkv=1),
     Case("prefill", g=4, d=64, lens=(37, 2, 70), splits=100),
     Case("prefill", g=6, d=128, lens=(20, 1), splits=0.01, hkv=1),
+    Case("prefill", g=2, d=64, lens=(20, 9), splits=100, hkv=1, wide=True),
+    Case("rescored", g=4, d=64, lens=(37, 0, 5), splits=3),
+    Case("rescored", g=6, d=128, lens=(20, 70), window=9, splits=0.01, hkv=1),
     Case("select", g=1, d=64, lens=(37, 0, 5, 600), budget=40),
     Case("select", g=1, d=64, lens=(300, 41), budget=40, values="ties"),
     Case("select", g=1, d=64, lens=(530, 20), budget=100, score_dtype="bfloat16", values="prob"),
     Case("select", g=1, d=64, lens=(300, 12), budget=100, score_dtype="float16", values="signed"),
     Case("select", g=1, d=64, lens=(257, 300), budget=1, score_dtype="bfloat16", values="ties"),
     Case("indices", g=4, d=64, lens=(37, 0, 5, 64), budget=20),
+    Case("growth", g=2, d=64, lens=(37, 0, 5), splits=100, hkv=1),
 ]
 
 LONG = (1000, 0, 17, 4096, 8191, 333, 2049)
 GPU_CASES = [
-    *[Case("draft", g=g, d=d, lens=LONG, budget=300, window=9, splits=s, hkv=h, block_n=0)
-      for g, d, h, s in [(1, 128, 8, 6), (4, 128, 8, 6), (6, 128, 2, 6), (7, 64, 2, 6), (16, 128, 1, 6), (4, 128, 8, 0.01)]],
+    *[
+        Case("draft", g=g, d=d, lens=LONG, budget=300, window=9, splits=s, hkv=h, block_n=0)
+        for g, d, h, s in [(1, 128, 8, 6), (4, 128, 8, 6), (6, 128, 2, 6), (7, 64, 2, 6), (16, 128, 1, 6), (4, 128, 8, 0.01)]
+    ],
     Case("draft", g=4, d=128, lens=(8192,) * 64, budget=410, window=9, splits=6, hkv=8, block_n=0),
     Case("draft", g=4, d=128, lens=(32768,), budget=1639, window=9, splits=6, hkv=8, block_n=0),
-    *[Case("verify", g=g, d=d, lens=LONG, window=w, splits=s, hkv=h, block_n=0)
-      for g, d, h, w, s in [(1, 128, 4, 9, 4), (2, 64, 4, 9, 4), (4, 128, 8, 9, 4), (6, 128, 2, 9, 4), (7, 64, 2, 9, 4),
-                            (8, 128, 4, 9, 4), (16, 128, 1, 9, 4), (4, 128, 8, 17, 4), (4, 128, 8, 9, 0.01),
-                            (4, 128, 2, 1, 4)]],
-    Case("verify", g=4, d=128, lens=(8192,) * 40, window=9, splits=4, hkv=8, score_dtype="bfloat16", block_n=0),
-    Case("exact", g=4, d=128, lens=LONG, window=9, splits=4, hkv=8, block_n=0),
-    Case("exact", g=6, d=128, lens=LONG, window=9, splits=0.01, hkv=2, block_n=0),
+    Case("draft", g=4, d=128, lens=(131072, 5), budget=6554, window=9, splits=6, hkv=2, block_n=0),
+    Case("draft", g=4, d=128, lens=(1000, 17), budget=300, window=9, splits=6, hkv=8, block_n=0, wide=True),
+    *[
+        Case("verify", g=g, d=d, lens=LONG, window=w, programs=n, hkv=h, block_n=0, score_dtype=t)
+        for g, d, h, w, n, t in [
+            (1, 128, 4, 9, 66, "float32"),
+            (2, 64, 4, 9, 66, "float16"),
+            (4, 128, 8, 9, 33, "float16"),
+            (4, 128, 8, 9, 1, "float32"),
+            (4, 128, 2, 1, 132, "float32"),
+            (6, 128, 2, 9, 132, "float16"),
+            (7, 64, 2, 9, 132, "bfloat16"),
+            (8, 128, 4, 9, 66, "float32"),
+            (16, 128, 1, 9, 264, "float32"),
+            (4, 128, 8, 17, 33, "float32"),
+        ]
+    ],
+    Case("verify", g=4, d=128, lens=(8192,) * 40, window=9, programs=33, hkv=8, score_dtype="float16", block_n=0),
+    Case("verify", g=4, d=128, lens=(131072, 5), window=9, programs=132, hkv=2, score_dtype="float16", block_n=0),
+    Case("verify", g=4, d=128, lens=(1000, 17), window=9, programs=33, hkv=8, block_n=0, wide=True),
+    Case("exact", g=4, d=128, lens=LONG, window=9, splits=4, programs=33, hkv=8, block_n=0),
+    Case("exact", g=6, d=128, lens=LONG, window=9, splits=0.01, programs=132, hkv=2, block_n=0),
     Case("prefill", g=4, d=128, lens=(1000, 3, 17, 4096), window=9, splits=4, hkv=8, block_n=0),
     Case("prefill", g=7, d=64, lens=(1000, 3, 17, 4096), window=9, splits=0.01, hkv=2, block_n=0),
-    *[Case("select", g=1, d=64, lens=LONG, budget=300, hkv=8, score_dtype=t, values=v)
-      for t, v in [("float32", "prob"), ("bfloat16", "prob"), ("bfloat16", "ties"), ("float16", "signed"),
-                   ("float32", "ties")]],
+    Case("prefill", g=4, d=128, lens=(1000, 17), window=9, splits=4, hkv=8, block_n=0, wide=True),
+    Case("rescored", g=4, d=128, lens=LONG, window=9, splits=4, hkv=8, block_n=0),
+    Case("rescored", g=6, d=128, lens=LONG, window=9, splits=8, hkv=2, block_n=0),
+    *[
+        Case("select", g=1, d=64, lens=LONG, budget=300, hkv=8, score_dtype=t, values=v)
+        for t, v in [
+            ("float32", "prob"),
+            ("bfloat16", "prob"),
+            ("bfloat16", "ties"),
+            ("float16", "signed"),
+            ("float32", "ties"),
+        ]
+    ],
     Case("select", g=1, d=64, lens=(32768,) * 16, budget=1639, hkv=8, score_dtype="bfloat16", values="prob"),
     Case("indices", g=4, d=128, lens=LONG, budget=300, hkv=8),
+    Case("growth", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0),
 ]
+
+
+def spread(cache: torch.Tensor) -> torch.Tensor:
+    """``cache`` [slots, Hkv, D] with its slots so far apart that offsets need 64 bits."""
+    # A multiple of 16, as the strides of a server's caches are.
+    stride = 16 * -(-(2**31) // (16 * cache.shape[0]))
+    big = torch.empty(stride * cache.shape[0], dtype=cache.dtype, device=cache.device)
+    view = big.view(cache.shape[0], stride)[:, : cache[0].numel()].unflatten(1, cache.shape[1:])
+    view.copy_(cache)
+    return view
 
 
 def as_in_fused_qkv(q: torch.Tensor) -> torch.Tensor:
@@ -148,6 +207,8 @@ class Problem:
                 positions[row, h, :n] = chosen.to(torch.int32)
             num_selected[row], tail_start[row] = n, length
         self.k, self.v = k.to(device, dtype), v.to(device, dtype)
+        if case.wide and device == "cuda":
+            self.k, self.v = spread(self.k), spread(self.v)
         self.positions, self.num_selected = positions.to(device), num_selected.to(device)
         self.tail_start, self.req_to_token = tail_start.to(device), req_to_token.to(device)
         # SGLang passes int64 lengths and row indices; int32 must work too (seed picks).
@@ -163,19 +224,24 @@ class Problem:
         return torch.full(shape, float("nan"), dtype=dtype, device=self.device)
 
 
-def make_kernels(case: Case, p: Problem):
+def make_kernels(case: Case, p: Problem, max_batch: int | None = None):
     from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
     from sglang_sparsespec.attention_backend.triton_draft import DraftConfig
+    from sglang_sparsespec.attention_backend.triton_prefill_scores import ScoresConfig
     from sglang_sparsespec.attention_backend.triton_select import SelectConfig
     from sglang_sparsespec.attention_backend.triton_verify import VerifyConfig
 
     small = case.block_n > 0  # interpreter sizes
     draft = DraftConfig(block_n=16, min_chunk=16) if small else DraftConfig()
-    verify = VerifyConfig(block_n=case.block_n, min_chunk=16) if small else VerifyConfig()
-    draft.target = verify.target = case.splits
+    verify = VerifyConfig(block_n=case.block_n, min_blocks=1) if small else VerifyConfig()
+    scores = ScoresConfig(block_n=case.block_n, min_chunk=16) if small else ScoresConfig()
+    draft.target = scores.target = case.splits
+    num_sms = torch.cuda.get_device_properties(0).multi_processor_count if p.device == "cuda" else 4
+    # A little more than the quotient, so that rounding does not take one away.
+    verify.programs_per_sm = (case.programs * case.hkv + 0.01) / num_sms
     select = SelectConfig(block=256, num_warps=4) if small else SelectConfig()
-    return CudaPillarKernels(
-        max_batch=p.batch,
+    kernels = CudaPillarKernels(
+        max_batch=max_batch or p.batch,
         num_q_heads=p.hq,
         num_kv_heads=case.hkv,
         head_dim=case.d,
@@ -186,7 +252,16 @@ def make_kernels(case: Case, p: Problem):
         draft_config=draft,
         verify_config=verify,
         select_config=select,
+        scores_config=scores,
     )
+    assert kernels.verify_programs == case.programs
+    return kernels
+
+
+def poison_scratch(kernels) -> None:
+    """What a kernel reads of its scratch without having written it must show."""
+    kernels._part_o.fill_(float("nan"))
+    kernels._part_lse.fill_(float("nan"))
 
 
 def rel_error(out: torch.Tensor, ref: torch.Tensor) -> float:
@@ -214,7 +289,9 @@ def check_draft(case: Case, p: Problem, kernels) -> None:
     for with_lse in (True, False):
         out = p.poison(*p.q1.shape, dtype=p.dtype)
         lse = p.poison(p.batch, p.hq, dtype=torch.float32) if with_lse else None
+        poison_scratch(kernels)
         kernels.draft_attention(p.q1, p.k, p.v, *args, out, lse)
+        assert not kernels._arrived.any(), "a launch left its counters set for the next one"
         assert rel_error(out, ref) < tolerance(p.dtype)
         assert (out[~real] == 0).all(), "a padding row is not zero"
         per_row = (out.float() - ref).flatten(1).norm(dim=1)[real] / ref.flatten(1).norm(dim=1)[real]
@@ -223,9 +300,7 @@ def check_draft(case: Case, p: Problem, kernels) -> None:
             assert (lse[real] - ref_lse[real]).abs().max() < (1e-4 if p.dtype == torch.float32 else 2e-2)
 
 
-def reference_scores(
-    p: Problem, hint: torch.Tensor | None
-) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+def reference_scores(p: Problem, hint: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
     """Window attention in float32: outputs, per-request scores [Hkv, L], and the rows' true LSE [B, W, Hq]."""
     from sglang_sparsespec.attention_backend.torch_kernels import _probabilities, _weighted_values
 
@@ -247,49 +322,81 @@ def reference_scores(
 
 
 def compare_scores(p: Problem, scores: torch.Tensor, ref: list[torch.Tensor]) -> None:
-    limit = max(tolerance(p.dtype), 0.0 if scores.dtype == torch.float32 else 4e-3)
+    # The interpreter truncates to bfloat16.
+    rounding = {torch.float32: 0.0, torch.float16: 1e-3, torch.bfloat16: 8e-3}[scores.dtype]
+    limit = max(tolerance(p.dtype), rounding)
     for b, length in enumerate(p.lens.tolist()):
         if length:
             assert rel_error(scores[b, :, :length], ref[b]) < limit, f"request {b}"
 
 
 def check_verify(case: Case, p: Problem, kernels) -> None:
-    w, max_len = case.window, p.req_to_token.shape[1] + 5
-    score_dtype = getattr(torch, case.score_dtype)
-    args = (p.req_to_token, p.rows, p.lens, w, p.scaling)
-    _, _, lse = reference_scores(p, None)
+    ref, exact, lse = reference_scores(p, None)
     # A hint as draft steps give it: near the truth, usually below it.
     hint = lse + 0.3 * torch.randn(lse.shape, generator=p.gen).to(p.device) - 0.2
-    ref, ref_scores, _ = reference_scores(p, hint)
-    scores = p.poison(p.batch, case.hkv, max_len, dtype=score_dtype)
+    _, hinted, _ = reference_scores(p, hint)
+    compare_scores(p, verify(p, kernels, ref, hint), hinted)
+    compare_scores(p, verify(p, kernels, ref, lse), exact)
+    verify(p, kernels, ref, hint, with_scores=False)
+    # Hints far off, none at all, or wrong for a single row must not disturb the attention itself, and only the rows'
+    # own share of the scores.
+    for useless in (-1e4, 1e4, float("nan")):
+        scores = verify(p, kernels, ref, torch.full_like(hint, useless))
+        if useless == useless:
+            assert all(torch.isfinite(scores[b, :, :n]).all() for b, n in enumerate(p.lens.tolist()))
+    single = hint.clone()
+    single[0, 0, 0] = 1e4
+    verify(p, kernels, ref, single)
+
+
+def verify(p: Problem, kernels, ref: torch.Tensor, hint: torch.Tensor | None, with_scores: bool = True) -> torch.Tensor:
+    """Run verification, compare its output with ``ref``, and return the scores."""
+    w, max_len = p.case.window, p.req_to_token.shape[1] + 5
+    scores = p.poison(p.batch, p.case.hkv, max_len, dtype=getattr(torch, p.case.score_dtype))
     out = p.poison(*p.qw.shape, dtype=p.dtype)
-    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, hint)
+    args = (p.qw, p.k, p.v, p.req_to_token, p.rows, p.lens, w, p.scaling, out)
+    poison_scratch(kernels)
+    kernels.verify_attention(*args, scores if with_scores else None, hint)
     assert rel_error(out, ref) < tolerance(p.dtype)
-    assert torch.isfinite(out).all()
-    compare_scores(p, scores, ref_scores)
+    per_row = (out.float() - ref).flatten(1).norm(dim=1) / ref.flatten(1).norm(dim=1)
+    assert per_row.max() < 2 * tolerance(p.dtype)
+    check_written(p, scores, with_scores)
+    return scores
+
+
+def check_written(p: Problem, scores: torch.Tensor, any_written: bool = True) -> None:
     for b, length in enumerate(p.lens.tolist()):
-        assert torch.isnan(scores[b, :, length:]).all(), "scores beyond the window start were written"
-    # A useless hint must not disturb the attention itself.
-    out = p.poison(*p.qw.shape, dtype=p.dtype)
-    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, torch.full_like(hint, -1e4))
-    assert rel_error(out, ref) < tolerance(p.dtype)
-    assert torch.isfinite(torch.cat([scores[b, :, :n].flatten() for b, n in enumerate(p.lens.tolist())])).all()
+        beyond = scores[b, :, length if any_written else 0 :]
+        assert torch.isnan(beyond).all(), "scores beyond the window start were written"
 
 
 def check_exact(case: Case, p: Problem, kernels) -> None:
-    w, max_len = case.window, p.req_to_token.shape[1]
-    args = (p.req_to_token, p.rows, p.lens, w, p.scaling)
-    ref, ref_scores, _ = reference_scores(p, None)
-    scores = p.poison(p.batch, case.hkv, max_len, dtype=getattr(torch, case.score_dtype))
-    out = p.poison(*p.qw.shape, dtype=p.dtype)
-    kernels.verify_attention(p.qw, p.k, p.v, *args, out, scores, None)
-    assert rel_error(out, ref) < tolerance(p.dtype)
-    compare_scores(p, scores, ref_scores)
-    for b, length in enumerate(p.lens.tolist()):
-        assert torch.isnan(scores[b, :, length:]).all(), "scores beyond the window start were written"
-    out = p.poison(*p.qw.shape, dtype=p.dtype)
-    kernels.verify_attention(p.qw, p.k, p.v, *args, out)
-    assert rel_error(out, ref) < tolerance(p.dtype), "without scores"
+    """Without a hint."""
+    ref, exact, _ = reference_scores(p, None)
+    compare_scores(p, verify(p, kernels, ref, None), exact)
+    verify(p, kernels, ref, None, with_scores=False)
+
+
+def check_rescored(case: Case, p: Problem, kernels) -> None:
+    """Scores from log-sum-exps of another kernel's."""
+    from sglang_sparsespec.attention_backend.triton_prefill_scores import window_scores
+
+    _, exact, lse = reference_scores(p, None)
+    scores = p.poison(p.batch, case.hkv, p.req_to_token.shape[1], dtype=getattr(torch, case.score_dtype))
+    lse2 = (lse / math.log(2)).unsqueeze(0).contiguous()
+    args = (p.qw, p.k, p.req_to_token, p.rows, p.lens, None, case.window, p.scaling, lse2, scores)
+    window_scores(*args, kernels.scores_splits(p.batch), kernels.scores_config)
+    compare_scores(p, scores, exact)
+    check_written(p, scores)
+
+
+def check_growth(case: Case, p: Problem, kernels) -> None:
+    """An eager batch larger than the scratch was made for."""
+    kernels = make_kernels(case, p, max_batch=1)
+    check_draft(case, p, kernels)
+    assert kernels._arrived.numel() == p.batch * case.hkv
+    kernels = make_kernels(case, p, max_batch=1)
+    check_exact(case, p, kernels)
 
 
 def check_prefill(case: Case, p: Problem, kernels) -> None:
@@ -306,6 +413,7 @@ def check_prefill(case: Case, p: Problem, kernels) -> None:
     args = (p.req_to_token, p.rows, total, starts, extend, case.window, p.scaling)
     TorchPillarKernels().prefill_scores(q.float(), p.k.float(), *args, ref)
     out = p.poison(*shape, dtype=torch.float32)
+    poison_scratch(kernels)
     kernels.prefill_scores(q, p.k, *args, out)
     written = ~torch.isnan(ref)
     assert torch.equal(torch.isnan(out), ~written), "another set of positions was written"
@@ -357,8 +465,19 @@ def check_indices(case: Case, p: Problem, kernels) -> None:
     indptr[1:] = counts.cumsum(0)
     out = torch.full((int(indptr[-1]) + 3,), -7, dtype=torch.int32, device=p.device)
     _page_indices_kernel[(case.hkv, p.batch)](
-        p.positions, p.num_selected, p.tail_start, p.req_to_token, p.rows, p.draft_lens, indptr.to(p.device), out,
-        p.positions.stride(0), p.positions.stride(1), p.req_to_token.stride(0), HKV=case.hkv, BLOCK=16,
+        p.positions,
+        p.num_selected,
+        p.tail_start,
+        p.req_to_token,
+        p.rows,
+        p.draft_lens,
+        indptr.to(p.device),
+        out,
+        p.positions.stride(0),
+        p.positions.stride(1),
+        p.req_to_token.stride(0),
+        HKV=case.hkv,
+        BLOCK=16,
     )
     ref = []
     for b, row in enumerate(p.rows.tolist()):
@@ -377,23 +496,28 @@ CHECKS = {
     "verify": check_verify,
     "exact": check_exact,
     "prefill": check_prefill,
+    "rescored": check_rescored,
     "select": check_select,
     "indices": check_indices,
+    "growth": check_growth,
 }
 
 
 def run_case(case: Case, device: str, dtype: torch.dtype, seed: int) -> None:
+    from sglang_sparsespec.attention_backend import triton_common
+
     p = Problem(case, device, dtype, seed)
-    CHECKS[case.kernel](case, p, make_kernels(case, p))
+    narrow = 1 if case.wide and device == "cpu" else triton_common.NARROW_ELEMENTS
+    with mock.patch.object(triton_common, "NARROW_ELEMENTS", narrow):
+        assert triton_common.is_wide(p.k, p.v) == case.wide
+        CHECKS[case.kernel](case, p, make_kernels(case, p))
 
 
 @pytest.fixture(scope="module")
 def interpreted() -> dict[str, str]:
     """Results of all CPU cases from the interpreter child: name -> '' or the traceback."""
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, os.path.abspath(__file__)], env=env, capture_output=True, text=True, timeout=600
-    )
+    done = subprocess.run([sys.executable, os.path.abspath(__file__)], env=env, capture_output=True, text=True, timeout=600)
     lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
     assert done.returncode == 0 and lines, done.stderr[-4000:]
     return {item["name"]: item["error"] for item in map(json.loads, lines)}
@@ -406,21 +530,33 @@ def test_interpreter(case: Case, interpreted: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
-@pytest.mark.parametrize(
-    "case", [pytest.param(c, marks=gpu_only, id=c.name) for c in GPU_CASES]
-)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=gpu_only, id=c.name) for c in GPU_CASES])
 def test_gpu(case: Case, dtype: torch.dtype) -> None:
     if dtype == torch.float16 and (len(case.lens) > 8 or case.kernel == "select"):
         pytest.skip("bf16 covers it")
-    run_case(case, "cuda", dtype, seed=abs(hash(asdict(case).__repr__())) % 1000)
+    run_case(case, "cuda", dtype, seed=zlib.crc32(case.name.encode()) % 1000)
 
 
-@pytest.mark.parametrize("kernel", [pytest.param(k, marks=gpu_only) for k in ("draft", "verify")])
+FP8_CASES = [
+    Case(kernel, 4, 128, (700, 3, 129, 2048), window=9, budget=100, programs=132, block_n=0)
+    for kernel in ("draft", "verify", "prefill")
+]
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float8_e4m3fn, torch.float8_e5m2], ids=["e4m3", "e5m2"])
+@pytest.mark.parametrize("case", [pytest.param(c, marks=gpu_only, id=c.kernel) for c in FP8_CASES])
+def test_gpu_fp8_caches_are_read_as_what_they_hold(case: Case, cache_dtype: torch.dtype) -> None:
+    p = Problem(case, "cuda", torch.bfloat16)
+    p.k, p.v = p.k.to(cache_dtype), p.v.to(cache_dtype)
+    CHECKS[case.kernel](case, p, make_kernels(case, p))
+
+
+@pytest.mark.parametrize("kernel", [pytest.param(k, marks=gpu_only) for k in ("draft", "verify", "hinted")])
 def test_gpu_graph_replay(kernel: str) -> None:
     """A captured launch must follow lengths that change between replays."""
     from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 
-    case = Case(kernel, g=4, d=128, lens=(1000, 2000, 700), hkv=8, window=9, budget=200, splits=6, block_n=0)
+    case = Case(kernel, g=4, d=128, lens=(1000, 2000, 700), hkv=8, window=9, budget=200, splits=6, programs=33, block_n=0)
     p = Problem(case, "cuda", torch.bfloat16)
     kernels = make_kernels(case, p)
     if kernel == "draft":
@@ -434,9 +570,10 @@ def test_gpu_graph_replay(kernel: str) -> None:
         q, lens = p.qw, p.lens.clone()
         out = p.poison(*q.shape, dtype=q.dtype)
         args = (p.req_to_token, p.rows, lens, case.window, p.scaling)
+        hint = torch.full((p.batch, case.window, p.hq), 7.0, device="cuda") if kernel == "hinted" else None
 
         def call(k, dtype: torch.dtype, target: torch.Tensor) -> None:
-            k.verify_attention(q.to(dtype), p.k.to(dtype), p.v.to(dtype), *args, target)
+            k.verify_attention(q.to(dtype), p.k.to(dtype), p.v.to(dtype), *args, target, None, hint)
 
     call(kernels, q.dtype, out)
     graph = torch.cuda.CUDAGraph()
@@ -453,6 +590,60 @@ def test_gpu_graph_replay(kernel: str) -> None:
         ref = torch.zeros(q.shape, device="cuda")
         call(TorchPillarKernels(), torch.float32, ref)
         assert rel_error(out, ref) < 1e-2
+
+
+def draft_call(p: Problem, kernels, out: torch.Tensor, batch: int):
+    """Draft attention of the first ``batch`` requests."""
+    args = (p.rows[:batch], p.draft_lens[:batch], p.scaling, out[:batch])
+    return lambda: kernels.draft_attention(
+        p.q1[:batch], p.k, p.v, p.positions, p.num_selected, p.tail_start, p.req_to_token, *args
+    )
+
+
+@pytest.mark.parametrize("replays", [pytest.param(200, marks=gpu_only)])
+def test_gpu_draft_gives_the_same_bits_on_every_replay(replays: int) -> None:
+    """Parts are merged in a fixed order, whichever program comes last; a race would show as a moving result."""
+    case = Case("draft", g=4, d=128, lens=(1000, 2000, 700, 8000), hkv=8, window=9, budget=400, splits=12, block_n=0)
+    p = Problem(case, "cuda", torch.bfloat16)
+    kernels = make_kernels(case, p)
+    assert kernels.draft_splits(p.batch) > 1
+    out = p.poison(*p.q1.shape, dtype=torch.bfloat16)
+    call = draft_call(p, kernels, out, p.batch)
+    call()
+    first = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    for _ in range(replays):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out, first)
+
+
+@pytest.mark.parametrize("max_batch", [pytest.param(2, marks=gpu_only)])
+def test_gpu_graphs_outlive_the_scratch_they_were_captured_with(max_batch: int) -> None:
+    case = Case("draft", g=4, d=128, lens=(1000, 2000, 700, 8000), hkv=8, window=9, budget=400, splits=12, block_n=0)
+    p = Problem(case, "cuda", torch.bfloat16)
+    kernels = make_kernels(case, p, max_batch=max_batch)
+    out = p.poison(*p.q1.shape, dtype=torch.bfloat16)
+    call = draft_call(p, kernels, out, max_batch)
+    call()
+    sizes = [(buffer.shape, buffer.dtype) for buffer in kernels._scratch()]
+    first = out.clone()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        call()
+    with pytest.raises(ValueError, match="exceeds max_batch 2"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        draft_call(p, kernels, out, p.batch)()
+    draft_call(p, kernels, out, p.batch)()
+    assert kernels.max_batch == p.batch
+    # Whoever gets the old scratch's memory, had it been freed, finds it in use.
+    others = [torch.full(size, 3, dtype=dtype, device="cuda") for size, dtype in sizes for _ in range(4)]
+    for _ in range(2):
+        out.fill_(float("nan"))
+        graph.replay()
+        assert torch.equal(out[:max_batch], first[:max_batch])
+    assert all((other == 3).all() for other in others)
 
 
 @pytest.mark.parametrize("g", [pytest.param(g, marks=gpu_only) for g in (4, 6)])

@@ -24,7 +24,7 @@ def register():
     import os
     import pathlib
 
-    from sglang_sparsespec.attention_backend import backend, triton_draft, triton_verify
+    from sglang_sparsespec.attention_backend import backend, triton_draft, triton_prefill_scores, triton_verify
     from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
 
     def make_kernels(name, device, **sizes):
@@ -32,7 +32,8 @@ def register():
         return CudaPillarKernels(
             device=device,
             draft_config=triton_draft.DraftConfig(block_n=16, min_chunk=16),
-            verify_config=triton_verify.VerifyConfig(block_n=16, min_chunk=16),
+            verify_config=triton_verify.VerifyConfig(block_n=16, min_blocks=1),
+            scores_config=triton_prefill_scores.ScoresConfig(block_n=16, min_chunk=16),
             **sizes,
         )
 

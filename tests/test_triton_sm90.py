@@ -1,7 +1,7 @@
 """What Triton makes of the kernels on an H100, compiled for it on a machine without a GPU.
 
 A kernel whose loads Triton does not pipeline is right and slow, which no test of its results would show. So its inner
-loop is looked at: with two tiles in flight, the loop waits for loads with two younger ones still outstanding.
+loop is looked at: it waits for its tiles while those of the next iteration are still outstanding.
 """
 
 from __future__ import annotations
@@ -64,29 +64,37 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         return run
 
     JITFunction.__getitem__ = compile_only
-    from sglang_sparsespec.attention_backend.triton_draft_alt import PipelinedDraft
-    from sglang_sparsespec.attention_backend.triton_verify_alt import BalancedVerify
+    from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
+    from sglang_sparsespec.attention_backend.triton_prefill_scores import window_scores
+    from sglang_sparsespec.attention_backend.triton_verify import verify_num_programs
 
     hq, hkv = SHAPES[shape]
     batch, context, dim, window, bf16 = 8, 8192, 128, 9, torch.bfloat16
+    capacity = 410
+    kernels = CudaPillarKernels(batch, hq, hkv, dim, window, capacity, context + 64, "cpu")
+    kernels.num_sms = 132
+    kernels.verify_programs = verify_num_programs(hkv, kernels.num_sms, kernels.verify_config)
+    kernels._reserve(batch)
+    assert kernels.draft_splits(batch) > 1
     cache_rows = torch.empty(16, hkv, dim, dtype=bf16)
     table = torch.empty(batch + 1, context + 64, dtype=torch.int32)
     rows = torch.arange(batch)
     counts = torch.zeros(batch + 1, dtype=torch.int32)
     q1 = torch.empty(batch, hq, dim, dtype=bf16)
-    positions = torch.empty(batch + 1, hkv, 410, dtype=torch.int32)
-    draft = PipelinedDraft(batch, hq, hkv, dim, 428, 132, "cpu")
+    positions = torch.empty(batch + 1, hkv, capacity, dtype=torch.int32)
     lse = torch.empty(batch, hq)
-    draft.draft_attention(
+    kernels.draft_attention(
         q1, cache_rows, cache_rows, positions, counts, counts, table, rows, rows, dim**-0.5, q1.clone(), lse
     )
     qw = torch.empty(batch * window, hq, dim, dtype=bf16)
     scores = torch.empty(batch, hkv, context + 64, dtype=torch.float16)
     hint = torch.empty(batch, window, hq)
-    verify = BalancedVerify(hq, hkv, dim, window, 132, "cpu")
-    verify.verify_attention(
-        qw, cache_rows, cache_rows, table, rows, rows, window, dim**-0.5, qw.clone(), scores, hint
+    for given in (None, hint):
+        kernels.verify_attention(qw, cache_rows, cache_rows, table, rows, rows, window, dim**-0.5, qw.clone(), scores, given)
+    window_scores(
+        qw, cache_rows, table, rows, rows, None, window, dim**-0.5, hint.unsqueeze(0), scores, 4, kernels.scores_config
     )
+    kernels.prefill_scores(qw, cache_rows, table, rows, rows, rows, rows, window, dim**-0.5, scores)
     return found
 
 
@@ -112,17 +120,20 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize("kernel", ["_pipelined_draft_kernel", "_balanced_verify_kernel"])
-def test_two_tiles_of_kv_are_in_flight(kernel: str, compiled: dict[str, tuple[str, int]]) -> None:
-    body = inner_loop(compiled[kernel][0])
-    assert body.count("async_copy_global_to_local") == 2, "K and V do not go to shared memory asynchronously"
-    waits = [int(n) for n in re.findall(r"async_wait[^{]*\{num = (\d+)", body)]
-    assert waits and min(waits) >= 2, f"the loop waits for its own loads: {waits} outstanding"
-
-
 @pytest.mark.parametrize(
-    "kernel,programs", [("_pipelined_draft_kernel", 6), ("_balanced_verify_kernel", 2)]
+    "kernel,tiles",
+    [("_draft_kernel", 2), ("_verify_kernel", 2), ("_window_lse_kernel", 1), ("_window_scores_kernel", 1)],
 )
+def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: dict[str, tuple[str, int]]) -> None:
+    """K and V (scores: K alone) of the next iteration load while this one computes."""
+    body = inner_loop(compiled[kernel][0])
+    copies = body.count("async_copy_global_to_local")
+    assert copies == tiles, f"{copies} of {tiles} tiles go to shared memory asynchronously"
+    waits = [int(n) for n in re.findall(r"async_wait[^{]*\{num = (\d+)", body)]
+    assert waits and min(waits) >= tiles, f"the loop waits for its own loads: {waits} outstanding"
+
+
+@pytest.mark.parametrize("kernel,programs", [("_draft_kernel", 6), ("_verify_kernel", 2)])
 def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: dict[str, tuple[str, int]]) -> None:
     assert programs * (compiled[kernel][1] + RESERVED_BYTES) <= SHARED_BYTES
 

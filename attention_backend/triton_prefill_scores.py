@@ -1,0 +1,326 @@
+"""PillarAttn scores without attention, in Triton: two passes over K, none over V.
+
+Prefill attention is run by one of SGLang's backends, which gives neither scores nor log-sum-exps.  The first pass takes
+the log-sum-exps of the window's query rows, the second the mean of their softmax probabilities at every position before
+the window.  Each also serves alone: the first where a verification has no hint of its log-sum-exps, the second where
+another kernel has them.
+
+As in :mod:`triton_verify` the W window queries times the g query heads of a KV head are packed into one tensor-core
+tile of R = W*g rows.  The launch grid depends only on the batch size and on static maxima.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+
+from sglang_sparsespec.attention_backend.triton_common import (
+    LOG2E,
+    is_wide,
+    kv_offsets,
+    num_splits,
+    query_stride,
+    query_tile,
+)
+
+
+@triton.jit
+def _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W: tl.constexpr, PREFILL: tl.constexpr):
+    """(positions before the window, first query row, window rows) of batch entry ``b``."""
+    seq = tl.load(seq_lens_ptr + b).to(tl.int32)
+    if PREFILL:
+        ext = tl.load(extend_len_ptr + b).to(tl.int32)
+        nq = tl.maximum(tl.minimum(tl.minimum(ext, W), seq), 0)
+        first = tl.load(extend_start_ptr + b).to(tl.int64) + ext - nq
+        length = seq - nq
+    else:
+        nq = W
+        first = b.to(tl.int64) * W
+        length = tl.maximum(seq, 0)
+    return length, first, nq
+
+
+@triton.jit
+def _window_lse_kernel(
+    q_ptr,
+    k_ptr,
+    r2t_ptr,
+    req_ptr,
+    seq_lens_ptr,
+    extend_start_ptr,
+    extend_len_ptr,
+    part_lse_ptr,
+    scale_log2,
+    batch,
+    stride_q_tok,
+    stride_k_slot,
+    stride_k_head,
+    stride_r2t,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFILL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Per-split log2-sum-exp of every window row over its causal prefix."""
+    h = tl.program_id(0)
+    split = tl.program_id(1)
+    b = tl.program_id(2)
+    length, first, nq = _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W, PREFILL)
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    win = offs_m // G
+    head = h * G + offs_m % G
+    part = part_lse_ptr + ((split * batch + b).to(tl.int64) * W + win) * (HKV * G) + head
+    total = length + nq
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
+    start = split * chunk
+    end = tl.minimum(start + chunk, total)
+    if end <= start:
+        tl.store(part, tl.full([BLOCK_M], float("-inf"), tl.float32), mask=win < W)
+        return
+
+    q_rows = q_ptr + (first + win) * stride_q_tok + head * D
+    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=(win < nq)[:, None], other=0.0)
+    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
+    k_base = k_ptr + h.to(tl.int64) * stride_k_head
+    # Exclusive causal bound per row; the split's end is folded in so that one compare masks both.
+    bound = tl.minimum(length + win + 1, end)
+    m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
+    # Clamped positions instead of masks: a repeated row is read again and then masked out.
+    slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
+    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        offs = s + offs_n
+        k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
+        m_new = tl.maximum(m_i, tl.max(qk, 1))
+        # A split may start inside the window, where early rows see nothing yet.
+        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+        l_i = l_i * tl.exp2(m_i - m_safe) + tl.sum(tl.exp2(qk - m_safe[:, None]), 1)
+        m_i = m_new
+    tl.store(part, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), mask=win < W)
+
+
+@triton.jit
+def _window_scores_kernel(
+    q_ptr,
+    k_ptr,
+    r2t_ptr,
+    req_ptr,
+    seq_lens_ptr,
+    extend_start_ptr,
+    extend_len_ptr,
+    part_lse_ptr,
+    scores_ptr,
+    scale_log2,
+    batch,
+    stride_q_tok,
+    stride_k_slot,
+    stride_k_head,
+    stride_r2t,
+    stride_s_b,
+    stride_s_h,
+    HKV: tl.constexpr,
+    G: tl.constexpr,
+    D: tl.constexpr,
+    W: tl.constexpr,
+    LSE_SPLITS: tl.constexpr,
+    LSE_SPLITS_POW2: tl.constexpr,
+    SPLITS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    MIN_CHUNK: tl.constexpr,
+    STAGES: tl.constexpr,
+    PREFILL: tl.constexpr,
+    WIDE: tl.constexpr,
+):
+    """Mean over the window rows of exp(s - LSE) for the positions before the window."""
+    h = tl.program_id(0)
+    split = tl.program_id(1)
+    b = tl.program_id(2)
+    length, first, nq = _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W, PREFILL)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
+    start = split * chunk
+    end = tl.minimum(start + chunk, length)
+    if end <= start:
+        return
+    offs_m = tl.arange(0, BLOCK_M)
+    offs_d = tl.arange(0, D)
+    offs_n = tl.arange(0, BLOCK_N)
+    win = offs_m // G
+    head = h * G + offs_m % G
+    mask_m = win < nq
+    # All splits are loaded at once: one memory round trip instead of a serial chain.
+    offs_s = tl.arange(0, LSE_SPLITS_POW2)
+    part = ((offs_s[None, :] * batch + b).to(tl.int64) * W + win[:, None]) * (HKV * G) + head[:, None]
+    given = mask_m[:, None] & (offs_s < LSE_SPLITS)[None, :]
+    parts = tl.load(part_lse_ptr + part, mask=given, other=float("-inf"))
+    highest = tl.max(parts, 1)
+    # Rows of padding get an infinite log-sum-exp, so they add nothing.
+    highest = tl.where(highest == float("-inf"), float("inf"), highest)
+    lse2 = tl.where(mask_m, highest + tl.log2(tl.sum(tl.exp2(parts - highest[:, None]), 1)), float("inf"))
+
+    q_rows = q_ptr + (first + win) * stride_q_tok + head * D
+    q = tl.load(q_rows[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
+    r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
+    k_base = k_ptr + h.to(tl.int64) * stride_k_head
+    s_base = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
+    share = 1.0 / (nq * G).to(tl.float32)
+    slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
+    for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
+        offs = s + offs_n
+        k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
+        slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        qk = tl.dot(q, tl.trans(k), input_precision="ieee")
+        p = tl.exp2(qk * scale_log2 - lse2[:, None])
+        tl.store(s_base + offs, (tl.sum(p, 0) * share).to(scores_ptr.dtype.element_ty), mask=offs < end)
+
+
+@dataclass
+class ScoresConfig:
+    """Launch parameters of both passes.
+
+    Attributes:
+        block_n: positions per inner iteration.
+        num_warps, stages: warps of a program, K tiles in its pipeline (``query_tile`` changes them for many rows).
+        target: programs wanted per multiprocessor before a request is split.
+        min_chunk: fewest positions per split.
+    """
+
+    block_n: int = 64
+    num_warps: int = 4
+    stages: int = 3
+    target: float = 4.0
+    min_chunk: int = 256
+
+
+def scores_num_splits(pairs: int, max_len: int, num_sms: int, cfg: ScoresConfig) -> int:
+    """Splits per (request, KV head); ``max_len``: of the longest request."""
+    return num_splits(pairs, max_len, num_sms, cfg.target, cfg.min_chunk, max_splits=64)
+
+
+def _launch(
+    kernel: triton.JITFunction,
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend: tuple[torch.Tensor, torch.Tensor] | None,
+    window: int,
+    scaling: float,
+    part_lse: torch.Tensor,
+    scores: torch.Tensor | None,
+    splits: int,
+    cfg: ScoresConfig,
+    **constants: int,
+) -> None:
+    """Launch either pass; the second one takes ``scores``."""
+    batch = seq_lens.shape[0]
+    if batch == 0:
+        return
+    hkv = k_cache.shape[1]
+    group = q.shape[1] // hkv
+    block_m, block_n, num_warps = query_tile(window * group, cfg.block_n, cfg.num_warps)
+    kernel[(hkv, splits, batch)](
+        q,
+        k_cache,
+        req_to_token,
+        req_pool_indices,
+        seq_lens,
+        # Unused without them.
+        *(extend or (seq_lens, seq_lens)),
+        part_lse,
+        *(() if scores is None else (scores,)),
+        scaling * LOG2E.value,
+        batch,
+        query_stride(q),
+        k_cache.stride(0),
+        k_cache.stride(1),
+        req_to_token.stride(0),
+        *(() if scores is None else (scores.stride(0), scores.stride(1))),
+        HKV=hkv,
+        G=group,
+        D=q.shape[2],
+        W=window,
+        SPLITS=splits,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        MIN_CHUNK=cfg.min_chunk,
+        STAGES=cfg.stages,
+        PREFILL=extend is not None,
+        WIDE=is_wide(k_cache),
+        num_warps=num_warps,
+        **constants,
+    )
+
+
+def window_lse(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend: tuple[torch.Tensor, torch.Tensor] | None,
+    window: int,
+    scaling: float,
+    part_lse: torch.Tensor,
+    splits: int,
+    cfg: ScoresConfig,
+) -> torch.Tensor:
+    """log2-sum-exp of every window row over its causal prefix, in parts.
+
+    Args:
+        q: [tokens, Hq, D].
+        seq_lens: int [B]; without ``extend`` the positions before the window, with it all of them.
+        extend: (start in ``q``, number) of each request's rows, the last ``window`` of which make its window; None:
+            every request has ``window`` rows, one request after another.
+        part_lse: fp32 scratch of at least splits*B*W*Hq elements.
+
+    Returns:
+        The scratch as float32 [splits, B, W, Hq]; a part without positions is -inf.
+    """
+    _launch(
+        _window_lse_kernel, q, k_cache, req_to_token, req_pool_indices, seq_lens, extend, window, scaling, part_lse,
+        None, splits, cfg,
+    )  # fmt: skip
+    shape = (splits, seq_lens.shape[0], window, q.shape[1])
+    return part_lse[: splits * seq_lens.shape[0] * window * q.shape[1]].view(shape)
+
+
+def window_scores(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    req_to_token: torch.Tensor,
+    req_pool_indices: torch.Tensor,
+    seq_lens: torch.Tensor,
+    extend: tuple[torch.Tensor, torch.Tensor] | None,
+    window: int,
+    scaling: float,
+    lse2: torch.Tensor,
+    scores: torch.Tensor,
+    splits: int,
+    cfg: ScoresConfig,
+) -> None:
+    """Exact scores of the positions before each window from the log2-sum-exps of its rows.
+
+    lse2: float32 [parts, B, W, Hq], contiguous; scores: [B, Hkv, >= max length].  Others as in ``window_lse``.
+    """
+    parts = lse2.shape[0]
+    _launch(
+        _window_scores_kernel, q, k_cache, req_to_token, req_pool_indices, seq_lens, extend, window, scaling, lse2,
+        scores, splits, cfg, LSE_SPLITS=parts, LSE_SPLITS_POW2=triton.next_power_of_2(parts),
+    )  # fmt: skip
