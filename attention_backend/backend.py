@@ -19,7 +19,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
-from sglang_sparsespec.attention_backend.interface import PillarKernels
+from sglang_sparsespec.attention_backend.interface import PillarKernels, score_row
 from sglang_sparsespec.attention_backend.page_table import SelectionTable, num_selected
 from sglang_sparsespec.attention_backend.policy import write_pattern
 from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
@@ -167,16 +167,15 @@ class SparseSpecAttnBackend(AttentionBackend):
         # down to 6e-8), and halve what selection reads.
         score_dtype = torch.float32 if reference else torch.float16
         # Scores live from a layer's attention to its selection, so one layer's worth is kept.
-        self.scores = torch.empty(
-            (num_rows, self.num_kv_heads, max_context), dtype=score_dtype, device=self.device
-        )
+        shape = (num_rows, self.num_kv_heads, score_row(max_context))
+        self.scores = torch.empty(shape, dtype=score_dtype, device=self.device)
         # Log-sum-exp of the draft steps' queries over their selected sets: close to the full
         # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
         self.lse_step: torch.Tensor | None = None
         if not reference:
-            shape = (self.num_layers, num_rows, self.window, self.num_q_heads)
-            self.lse_hint = torch.zeros(shape, dtype=torch.float32, device=self.device)
+            hints = (self.num_layers, num_rows, self.window, self.num_q_heads)
+            self.lse_hint = torch.zeros(hints, dtype=torch.float32, device=self.device)
             self.lse_step = torch.zeros(
                 (self.num_layers, num_rows, self.num_q_heads), dtype=torch.float32, device=self.device
             )

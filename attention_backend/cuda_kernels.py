@@ -60,7 +60,7 @@ class CudaPillarKernels:
         self.capacity = capacity
         self.max_context = max_context
         self.device = torch.device(device)
-        self.draft_config = draft_config or triton_draft.DraftConfig()
+        self._draft_config = draft_config
         self.verify_config = verify_config or triton_verify.VerifyConfig()
         self.select_config = select_config or triton_select.SelectConfig()
         self.scores_config = scores_config or triton_prefill_scores.ScoresConfig()
@@ -71,10 +71,14 @@ class CudaPillarKernels:
         self._outgrown: list[torch.Tensor] = []
         self._reserve(max_batch)
 
+    def draft_config(self, batch: int) -> triton_draft.DraftConfig:
+        """Launch parameters of draft attention: those given, or the default ones for the batch."""
+        return self._draft_config or triton_draft.default_config(batch * self.num_kv_heads, self.num_sms)
+
     def draft_splits(self, batch: int) -> int:
         """Programs per (request, KV head) of draft attention."""
-        entries = self.capacity + 2 * self.window
-        return triton_draft.draft_num_splits(batch * self.num_kv_heads, entries, self.num_sms, self.draft_config)
+        pairs, entries = batch * self.num_kv_heads, self.capacity + 2 * self.window
+        return triton_draft.draft_num_splits(pairs, entries, self.num_sms, self.draft_config(batch))
 
     def scores_splits(self, batch: int) -> int:
         """Programs per (request, KV head) of the passes over K."""
@@ -151,7 +155,7 @@ class CudaPillarKernels:
             self._part_lse,
             self._arrived,
             self.draft_splits(batch),
-            self.draft_config,
+            self.draft_config(batch),
         )
 
     def verify_attention(
@@ -192,6 +196,7 @@ class CudaPillarKernels:
             self._part_o,
             self._part_lse,
             self.verify_programs,
+            self.max_batch,
             self.verify_config,
         )
 

@@ -12,6 +12,11 @@ from typing import Protocol
 import torch
 
 
+def score_row(max_context: int) -> int:
+    """Entries of a row of scores for ``max_context`` positions: rows begin at multiples of 128 bytes, for vector loads."""
+    return -(-max_context // 64) * 64
+
+
 class PillarKernels(Protocol):
     """Draft attention, verify attention with scores, prefill scores, selection.
 

@@ -27,7 +27,7 @@ from sglang_sparsespec.attention_backend.triton_common import LN2, LOG2E, is_wid
 
 @triton.jit
 def _draft_lengths(
-    num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, SPLITS: tl.constexpr, MIN_CHUNK: tl.constexpr
+    num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK: tl.constexpr
 ):
     """Row, selected count, tail start, attended count and chunk per split of batch entry ``b``."""
     row = tl.load(req_ptr + b).to(tl.int64)
@@ -36,7 +36,7 @@ def _draft_lengths(
     tail = tl.load(tail_start_ptr + row).to(tl.int32)
     total = tl.where(seq > 0, n_sel + tl.maximum(seq - tail, 0), 0)
     # Multiples of 16 keep the splits even.
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), 16) * 16, MIN_CHUNK)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, splits), 16) * 16, MIN_CHUNK)
     return row, seq, n_sel, tail, total, chunk
 
 
@@ -54,7 +54,8 @@ def _slots_of(raw, index, n_sel, tail, seq, r2t_base):
     return tl.load(r2t_base + tl.minimum(tl.maximum(pos, 0), seq - 1))
 
 
-@triton.jit
+# The number of splits differs between batch sizes: compiled in, each captured batch would compile its own kernel.
+@triton.jit(do_not_specialize=["splits"])
 def _draft_kernel(
     q_ptr,
     k_ptr,
@@ -72,6 +73,7 @@ def _draft_kernel(
     arrived_ptr,
     scale_log2,
     cap,
+    splits,
     stride_q_tok,
     stride_k_slot,
     stride_k_head,
@@ -83,7 +85,6 @@ def _draft_kernel(
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    SPLITS: tl.constexpr,
     SPLITS_POW2: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -97,7 +98,7 @@ def _draft_kernel(
     split = tl.program_id(1)
     b = tl.program_id(2)
     row, seq, n_sel, tail, total, chunk = _draft_lengths(
-        num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, SPLITS, MIN_CHUNK
+        num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK
     )
     start = split * chunk
     end = tl.minimum(start + chunk, total)
@@ -145,13 +146,13 @@ def _draft_kernel(
 
     acc = acc / l_i[:, None]
     lse2 = m_i + tl.log2(l_i)
-    if SPLITS == 1:
+    if SPLITS_POW2 == 1:
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], out, mask=mask_m[:, None])
         if HAS_LSE:
             tl.store(lse_ptr + rows, lse2 * LN2, mask=mask_m)
     else:
-        part = rows * SPLITS + split
+        part = rows * splits + split
         tl.store(part_o_ptr + part[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
         tl.store(part_lse_ptr + part, lse2, mask=mask_m)
         # All threads' stores come before the release, and the reads below after the acquire.
@@ -165,7 +166,7 @@ def _draft_kernel(
             live = offs_s < used
             for g in tl.static_range(G):
                 out_row = (b * HKV + h).to(tl.int64) * G + g
-                place = out_row * SPLITS + offs_s
+                place = out_row * splits + offs_s
                 lse2_s = tl.load(part_lse_ptr + place, mask=live, other=float("-inf"))
                 o = tl.load(part_o_ptr + place[:, None] * D + offs_d[None, :], mask=live[:, None], other=0.0)
                 m = tl.max(lse2_s, 0)
@@ -191,8 +192,16 @@ class DraftConfig:
     block_n: int = 32
     num_warps: int = 1
     stages: int = 3
-    target: float = 6.0
+    target: float = 4.0
     min_chunk: int = 64
+
+
+def default_config(pairs: int, num_sms: int) -> DraftConfig:
+    """Launch parameters for ``pairs`` = B * Hkv lists, by measurement on an H100 (``benchmarks/kernels.py --sweep``)."""
+    if num_sms < pairs <= 2 * num_sms:
+        # Two programs of this size fit a multiprocessor, so all lists are read at once, whole: nothing to merge.
+        return DraftConfig(block_n=64, num_warps=2, target=1.0)
+    return DraftConfig()
 
 
 def draft_num_splits(pairs: int, max_entries: int, num_sms: int, cfg: DraftConfig) -> int:
@@ -246,6 +255,7 @@ def draft_attention(
         arrived,
         scaling * LOG2E.value,
         positions.shape[2],
+        splits,
         query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -257,7 +267,6 @@ def draft_attention(
         HKV=hkv,
         G=hq // hkv,
         D=d,
-        SPLITS=splits,
         SPLITS_POW2=triton.next_power_of_2(splits),
         BLOCK_M=max(16, triton.next_power_of_2(hq // hkv)),
         BLOCK_N=cfg.block_n,

@@ -1,27 +1,218 @@
 """Ragged per-head top-k selection with ascending output, in Triton.
 
-One program per (request, KV head).  A radix search (8 bits per pass, shared-memory histograms) finds the n-th largest
-key exactly, then one ordered compaction writes the chosen positions ascending: a prefix sum gives every chosen position
-its place, so no sort is needed.  Ties at the threshold go to the lowest positions.  bf16/fp16 scores need two radix
-passes, fp32 four; all lengths and counts are read on the device (CUDA-graph capturable).
+One program per (request, KV head).  Scores are read as integers that sort like the floats, and the n-th largest of them
+is searched among keys held in registers: each step counts the keys that reach two thresholds, which leaves a third of
+the range.  A row too long for the registers is first reduced to candidates: a sample of it suggests a threshold that n
+to BLOCK keys reach, one pass over the row counts them (further passes correct a bad suggestion), and another writes
+their positions to a buffer.
+
+Positions come out ascending without a sort: a prefix sum gives every chosen position its place.  Ties at the threshold
+go to the lowest positions.  All lengths and counts are read on the device (CUDA-graph capturable).
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 import triton
 import triton.language as tl
 
+# Keys of a long row that suggest its first threshold.  Some 80 of them should reach it, so that it is 10% off.
+SAMPLE = 1024
+# The largest block that fits a multiprocessor's registers well.
+MAX_BLOCK = 16384
+# Adjacent scores of a thread.
+COLUMNS = tl.constexpr(8)
+# A word flags COLUMNS positions in its low bits and has their number above.
+COUNT = tl.constexpr(1 << 8)
+
 
 @triton.jit
-def _sortable(x):
-    """Unsigned integer keys (as uint32) ordered like the floats ``x``; 16 significant bits for 2-byte types."""
-    if x.dtype == tl.float32:
-        bits = x.to(tl.uint32, bitcast=True)
-        return tl.where((bits >> 31) != 0, bits ^ 0xFFFFFFFF, bits | 0x80000000)
+def _block_offsets(BLOCK: tl.constexpr):
+    """0 to BLOCK - 1 as [BLOCK / COLUMNS, COLUMNS]: a thread has whole rows, so scans take few steps between threads."""
+    return tl.arange(0, BLOCK // COLUMNS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _sortable(bits):
+    """Keys (int32) ordered like the floats whose ``bits`` (int16 or int32) these are; -1 gives the lowest key."""
+    low: tl.constexpr = 0x7FFF if bits.dtype == tl.int16 else 0x7FFFFFFF
+    # Any shift that leaves only signs will do; by 16 it is not taken for a comparison, which costs more.
+    shift: tl.constexpr = 16 if bits.dtype == tl.int16 else 31
+    bits = bits.to(tl.int32)
+    return bits ^ ((bits >> shift) & low)
+
+
+@triton.jit
+def _load_block(src, start, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
+    """Keys [BLOCK / COLUMNS, COLUMNS] of the positions from ``start`` on, the lowest key from ``length`` on."""
+    offs = start + _block_offsets(BLOCK)
+    if start + BLOCK <= length:
+        bits = tl.load(src + offs)
     else:
-        bits = x.to(tl.uint16, bitcast=True).to(tl.uint32)
-        return tl.where((bits >> 15) != 0, bits ^ 0xFFFF, bits | 0x8000)
+        # To the end of the last group of VEC, which lies in the row: where the mask may end inside a vector, Triton
+        # loads one score at a time.
+        bits = tl.load(src + offs, mask=offs < (length + VEC - 1) // VEC * VEC, other=-1)
+        bits = tl.where(offs < length, bits, -1)
+    return _sortable(bits)
+
+
+@triton.jit
+def _reached(keys, t1, t2):
+    """1 for each key that is at least ``t1``, and 2**16 more if it is at least ``t2`` >= t1."""
+    return tl.where(keys >= t2, 0x10001, (keys >= t1).to(tl.int32))
+
+
+@triton.jit
+def _thirds(lo, hi):
+    """Two thresholds between lo and hi, the same if there is but one."""
+    third = (hi - lo + 2) // 3
+    return lo + third, hi - third
+
+
+@triton.jit
+def _search(
+    keys,
+    src,
+    length,
+    n,
+    enough,
+    t1,
+    t2,
+    lo,
+    lo_count,
+    hi,
+    hi_count,
+    STREAM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Narrow the bracket [lo, hi) of the n-th largest key until at most ``enough`` keys reach lo; the first tries: t1, t2.
+
+    lo_count >= n keys reach lo and hi_count < n reach hi; the result is these four.  Ends with hi = lo + 1, lo being the
+    n-th largest key, at the latest.  The keys are those in registers, or with STREAM those of the row.
+    """
+    while (lo_count > enough) & (hi - lo > 1):
+        # A step takes as long as one reduction, which two counts of 15 bits share.
+        if STREAM:
+            rows = tl.zeros([BLOCK // COLUMNS], dtype=tl.int32)
+            for s in range(0, length, BLOCK):
+                block = _load_block(src, s, length, BLOCK, VEC)
+                rows += tl.sum(_reached(block, t1.to(tl.int32), t2.to(tl.int32)), 1)
+            count1 = tl.sum(rows & 0xFFFF, 0)
+            count2 = tl.sum(rows >> 16, 0)
+        else:
+            both = tl.sum(_reached(keys, t1.to(tl.int32), t2.to(tl.int32)))
+            count1 = both & 0xFFFF
+            count2 = both >> 16
+        if count2 >= n:
+            lo = t2
+            lo_count = count2
+        else:
+            hi = t2
+            hi_count = count2
+            if count1 >= n:
+                lo = t1
+                lo_count = count1
+            else:
+                hi = t1
+                hi_count = count1
+        t1, t2 = _thirds(lo, hi)
+    return lo, lo_count, hi, hi_count
+
+
+@triton.jit
+def _key_range(keys, valid, SPAN: tl.constexpr):
+    """Bounds [lo, hi) of the ``valid`` keys, in a type that holds them; the others are the lowest key."""
+    return tl.min(tl.where(valid, keys, 0x7FFFFFFF)).to(SPAN), tl.max(keys).to(SPAN) + 1
+
+
+@triton.jit
+def _pack(flags):
+    """Words (see COUNT) of the rows of ``flags`` [rows, COLUMNS]; bit c is for column c."""
+    column = tl.arange(0, COLUMNS)[None, :]
+    return tl.sum(tl.where(flags, (1 << column) + COUNT, 0), 1)
+
+
+@triton.jit
+def _late_ties(keys, t, wanted):
+    """Which keys that equal ``t`` come after the first ``wanted`` of them, as words; how many equal it."""
+    equal = (keys == t).to(tl.int32)
+    counts = tl.sum(equal, 1)
+    up_to = (tl.cumsum(counts, 0) - counts)[:, None] + tl.cumsum(equal, 1)
+    return _pack((equal != 0) & (up_to > wanted)), tl.sum(counts, 0)
+
+
+@triton.jit
+def _write(dst, taken, words, start, candidates, BLOCK: tl.constexpr, GATHER: tl.constexpr):
+    """Write the positions that ``words`` flag from dst + taken on; ``taken`` plus their number.
+
+    start: the block's first position, with GATHER its first entry of ``candidates``.
+    """
+    counts = words >> COLUMNS
+    place = dst + taken + tl.cumsum(counts, 0) - counts
+    first = start + tl.arange(0, BLOCK // COLUMNS) * COLUMNS
+    left = words & (COUNT - 1)
+    # Few are taken, so most rows are done after one or two steps.
+    for step in range(tl.max(counts, 0)):
+        bit = left & -left
+        # The exponent of the float is the column.
+        position = first + (bit.to(tl.float32).to(tl.int32, bitcast=True) >> 23) - 127
+        if GATHER:
+            position = tl.load(candidates + position, mask=left != 0)
+        tl.store(place + step, position, mask=left != 0)
+        left -= bit
+    return taken + tl.sum(counts, 0)
+
+
+@triton.jit
+def _find_candidates(
+    src,
+    dst,
+    candidates,
+    length,
+    n,
+    lowest,
+    BLOCK: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    VEC: tl.constexpr,
+):
+    """Bracket (lo, lo_count, hi, hi_count) of a long row's n-th largest key, see :func:`_search`.
+
+    The lo_count <= BLOCK positions whose keys reach lo are written to ``candidates``.  Where that many cannot be (ties,
+    or n > BLOCK), lo_count > BLOCK and ``dst`` has the selection itself.
+    """
+    zero = tl.full([], 0, tl.int32)
+    enough = tl.maximum(n, BLOCK)
+    # The sample aims between n and enough, where it may be as wrong on either side.
+    aim = tl.sqrt(n.to(tl.float32) * enough) * SAMPLE / length
+    rank = tl.maximum(aim.to(tl.int32), 1)
+    spread = tl.arange(0, SAMPLE) * (length // SAMPLE)
+    sample = _sortable(tl.load(src + spread))
+    lo, hi = _key_range(sample, spread >= 0, lowest.dtype)
+    t1, t2 = _thirds(lo, hi)
+    lo, _, hi, _ = _search(
+        sample, src, length, rank, rank + rank // 16, t1, t2, lo, zero + SAMPLE, hi, zero, False, BLOCK, VEC
+    )
+    # What is beyond every key might not be one.
+    t2 = tl.minimum(hi, -lowest - 1)
+    lo, lo_count, hi, hi_count = _search(
+        sample, src, length, n, enough, lo, t2, lowest, length, -lowest, zero, True, BLOCK, VEC
+    )
+    out = candidates
+    if lo_count > BLOCK:
+        out = dst
+    wanted = n - hi_count
+    taken = zero
+    for s in range(0, length, BLOCK):
+        words = _pack(_load_block(src, s, length, BLOCK, VEC) >= lo.to(tl.int32))
+        if lo_count > enough:
+            late, equal = _late_ties(_load_block(src, s, length, BLOCK, VEC), lo.to(tl.int32), wanted)
+            words -= late
+            wanted -= equal
+        taken = _write(out, taken, words, s, candidates, BLOCK, False)
+    return lo, lo_count, hi, hi_count
 
 
 @triton.jit
@@ -31,14 +222,16 @@ def _select_kernel(
     req_ptr,
     n_sel_ptr,
     positions_ptr,
-    stride_s_b,
-    stride_s_h,
+    candidates_ptr,
+    vecs_s_b,
+    vecs_s_h,
     stride_pos_row,
     stride_pos_head,
     cap,
-    KEY_BITS: tl.constexpr,
+    LOWEST: tl.constexpr,
     BLOCK: tl.constexpr,
-    STAGES: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    VEC: tl.constexpr,
 ):
     h = tl.program_id(0)
     b = tl.program_id(1)
@@ -47,64 +240,57 @@ def _select_kernel(
     if n <= 0:
         return
     row = tl.load(req_ptr + b).to(tl.int64)
-    src = scores_ptr + b.to(tl.int64) * stride_s_b + h.to(tl.int64) * stride_s_h
+    src = scores_ptr + (b.to(tl.int64) * vecs_s_b + h.to(tl.int64) * vecs_s_h) * VEC
     dst = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
-    offs = tl.arange(0, BLOCK)
+    candidates = candidates_ptr + (b.to(tl.int64) * tl.num_programs(0) + h) * BLOCK
     if n == length:
+        every = tl.arange(0, BLOCK)
         for s in range(0, length, BLOCK):
-            tl.store(dst + s + offs, s + offs, mask=s + offs < length)
+            tl.store(dst + s + every, s + every, mask=s + every < length)
         return
 
-    # prefix: the bits of the threshold found so far; rank: how many keys are still wanted among those that share it.
-    prefix = tl.zeros([], dtype=tl.uint32)
-    rank = n
-    bins = tl.arange(0, 256)
-    for level in tl.static_range(KEY_BITS // 8):
-        hist = tl.zeros([256], dtype=tl.int32)
-        for s in tl.range(0, length, BLOCK, num_stages=STAGES):
-            valid = s + offs < length
-            key = _sortable(tl.load(src + s + offs, mask=valid, other=0.0))
-            digit = ((key >> (KEY_BITS - 8 - 8 * level)) & 0xFF).to(tl.int32)
-            if level > 0:
-                valid = valid & ((key >> (KEY_BITS - 8 * level)) == prefix)
-            hist += tl.histogram(digit, 256, mask=valid)
-        # at_least[d] = keys whose digit is >= d; the threshold digit is the largest d with at_least[d] >= rank.
-        at_least = tl.sum(hist, 0) - tl.cumsum(hist, 0) + hist
-        digit_t = tl.sum((at_least >= rank).to(tl.int32), 0) - 1
-        above = tl.sum(tl.where(bins > digit_t, hist, 0), 0)
-        rank -= above
-        prefix = (prefix << 8) | digit_t.to(tl.uint32)
-
-    # Strictly greater keys are all taken; `rank` of the equal ones are, lowest position first.
-    taken = tl.zeros([], dtype=tl.int32)
-    equal_seen = tl.zeros([], dtype=tl.int32)
-    for s in tl.range(0, length, BLOCK, num_stages=STAGES):
-        valid = s + offs < length
-        key = _sortable(tl.load(src + s + offs, mask=valid, other=0.0))
-        gt = (valid & (key > prefix)).to(tl.int32)
-        eq = (valid & (key == prefix)).to(tl.int32)
-        # Both counts in one scan: BLOCK < 2**15 keeps them in separate halves of the word.
-        both = gt + (eq << 16)
-        incl = tl.cumsum(both, 0)
-        excl = incl - both
-        gt_before = excl & 0xFFFF
-        eq_before = equal_seen + (excl >> 16)
-        take = (gt != 0) | ((eq != 0) & (eq_before < rank))
-        # taken counts the greater keys of earlier blocks; equal ones before this element are at most `rank`.
-        place = taken + gt_before + tl.minimum(eq_before, rank)
-        tl.store(dst + place, s + offs, mask=take)
-        sums = tl.sum(both, 0)
-        taken += sums & 0xFFFF
-        equal_seen += sums >> 16
+    zero = tl.full([], 0, tl.int32)
+    lowest = tl.full([], LOWEST, tl.int32 if LOWEST == -(2**15) else tl.int64)
+    lo = lowest
+    lo_count = length
+    hi = -lowest
+    hi_count = zero
+    if length > BLOCK:
+        lo, lo_count, hi, hi_count = _find_candidates(src, dst, candidates, length, n, lowest, BLOCK, SAMPLE, VEC)
+    if lo_count <= BLOCK:
+        offs = _block_offsets(BLOCK)
+        valid = offs < lo_count
+        if length > BLOCK:
+            # Written by other threads of this program.
+            tl.debug_barrier()
+            positions = tl.load(candidates + offs, mask=valid, other=0)
+            keys = _sortable(tl.load(src + positions, mask=valid, other=-1))
+        else:
+            keys = _load_block(src, 0, length, BLOCK, VEC)
+            lo, hi = _key_range(keys, valid, lowest.dtype)
+        t1, t2 = _thirds(lo, hi)
+        lo, lo_count, hi, hi_count = _search(keys, src, length, n, n, t1, t2, lo, lo_count, hi, hi_count, False, BLOCK, VEC)
+        words = _pack(keys >= lo.to(tl.int32))
+        if lo_count > n:
+            late, equal = _late_ties(keys, lo.to(tl.int32), n - hi_count)
+            words -= late
+        if length > BLOCK:
+            _write(dst, zero, words, zero, candidates, BLOCK, True)
+        else:
+            _write(dst, zero, words, zero, candidates, BLOCK, False)
 
 
 class SelectConfig:
-    """Launch parameters: positions per inner block, warps and pipeline depth (loads are tiny and stay in L2)."""
+    """Launch parameters.
 
-    def __init__(self, block: int = 4096, num_warps: int = 16, stages: int = 2) -> None:
+    block: scores that a program holds in registers, a power of two; selections of more than 2/3 of it raise it.
+    num_warps: of a program with such a block; max_regs: registers of a thread.
+    """
+
+    def __init__(self, block: int = 8192, num_warps: int = 4, max_regs: int = 255) -> None:
         self.block = block
         self.num_warps = num_warps
-        self.stages = stages
+        self.max_regs = max_regs
 
 
 def select(
@@ -117,28 +303,40 @@ def select(
 ) -> None:
     """Write the ``n_sel[b]`` highest-scored positions of [0, lens[b]) ascending; see ``PillarKernels.select``.
 
-    scores: [B, Hkv, max_len] fp32/bf16/fp16, unit stride along positions; lens, n_sel: [B] ints;
-    positions: int32 [rows, Hkv, cap].
+    scores: [B, Hkv, max_len] fp32/bf16/fp16, unit stride along positions (fast if the other strides and max_len are
+    multiples of 16 bytes, as vectors are loaded then); lens, n_sel: [B] ints; positions: int32 [rows, Hkv, cap].
     """
     batch = lens.shape[0]
     if batch == 0:
         return
     if scores.stride(2) != 1 or positions.stride(2) != 1:
         raise ValueError("select: scores and positions must have unit stride along their last axis")
-    block = min(cfg.block, max(256, triton.next_power_of_2(scores.shape[2])))
-    _select_kernel[(scores.shape[1], batch)](
-        scores,
+    heads, max_len = scores.shape[1:]
+    cap = positions.shape[2]
+    # Candidates are more than a selection: a block should hold 1.5 of the longest.
+    block = triton.next_power_of_2(max(cfg.block, min(cap + cap // 2, MAX_BLOCK)))
+    block = min(block, max(256, triton.next_power_of_2(max_len)), MAX_BLOCK)
+    # As many scores in each thread as the configuration has.
+    num_warps = min(max(cfg.num_warps * block // cfg.block, 1), 32)
+    vec = math.gcd(16 // scores.element_size(), max_len, scores.stride(0), scores.stride(1))
+    # Only rows longer than a block have candidates.
+    candidates = positions.new_empty((batch, heads, block) if max_len > block else 0)
+    _select_kernel[(heads, batch)](
+        scores.view(torch.int32 if scores.element_size() == 4 else torch.int16),
         lens,
         req_pool_indices,
         n_sel,
         positions,
-        scores.stride(0),
-        scores.stride(1),
+        candidates,
+        scores.stride(0) // vec,
+        scores.stride(1) // vec,
         positions.stride(0),
         positions.stride(1),
-        positions.shape[2],
-        KEY_BITS=8 * scores.element_size(),
+        cap,
+        LOWEST=-(1 << (8 * scores.element_size() - 1)),
         BLOCK=block,
-        STAGES=cfg.stages,
-        num_warps=cfg.num_warps if block >= 2048 else 4,
+        SAMPLE=min(SAMPLE, block),
+        VEC=vec,
+        num_warps=num_warps,
+        maxnreg=min(cfg.max_regs, 65536 // (32 * num_warps)),
     )

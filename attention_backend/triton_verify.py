@@ -158,7 +158,8 @@ def _running_maximum(
     return m_i, l_i, acc
 
 
-@triton.jit
+# Specialised to what a batch size happens to divide, each captured batch could compile its own kernel.
+@triton.jit(do_not_specialize=["batch"])
 def _verify_kernel(
     q_ptr,
     k_ptr,
@@ -275,7 +276,7 @@ def _verify_kernel(
         first += n_blocks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch"])
 def _verify_combine_kernel(
     out_ptr,
     part_o_ptr,
@@ -367,12 +368,14 @@ def verify_attention(
     part_o: torch.Tensor,
     part_lse: torch.Tensor,
     programs: int,
+    max_batch: int,
     cfg: VerifyConfig,
 ) -> None:
     """Causal attention of a W-row window per request, with scores; see ``PillarKernels.verify_attention``.
 
     q, out: [B*W, Hq, D]; scores: [B, Hkv, max_len] fp32/bf16/fp16 or None; lse_hint: [B, W, Hq] fp32 natural log;
-    part_o: fp32 scratch of at least 2*Hq*W*programs*D elements, part_lse: 2*Hq*W*programs.
+    part_o: fp32 scratch of at least 2*Hq*W*programs*D elements, part_lse: 2*Hq*W*programs; max_batch: what the kernels
+    are compiled for, so that all smaller batches share them.
     """
     batch = seq_lens.shape[0]
     if batch == 0:
@@ -390,7 +393,7 @@ def verify_attention(
         "G": g,
         "D": d,
         "W": window,
-        "BATCH_POW2": max(16, triton.next_power_of_2(batch)),
+        "BATCH_POW2": max(16, triton.next_power_of_2(max_batch)),
         "PROGRAMS": programs,
         "MIN_BLOCKS": cfg.min_blocks,
         "BLOCK_N": block_n,

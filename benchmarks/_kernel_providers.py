@@ -404,11 +404,14 @@ def flashinfer_draft(with_lists: bool) -> Callable[[Problem], Prepared]:
 def _verify_buffers(p: Problem, scored: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
     import torch
 
+    from sglang_sparsespec.attention_backend.interface import score_row
+
     shape, batch = p.unit.shape, p.unit.batch
     out = nan_like(p, batch * WINDOW, shape.num_q_heads, shape.head_dim)
     scores = None
     if scored:
-        scores = nan_like(p, batch, shape.num_kv_heads, p.req_to_token.shape[1], dtype=torch.float16)
+        row = score_row(p.req_to_token.shape[1])
+        scores = nan_like(p, batch, shape.num_kv_heads, row, dtype=torch.float16)
     return out, scores
 
 

@@ -14,7 +14,7 @@ from _kernel_providers import Provider, pillar_draft, pillar_select, pillar_veri
 
 # (block_n, num_warps, stages, target, min_chunk)
 DRAFT = [
-    (32, 1, 3, 4.0, 64),
+    (32, 1, 3, 6.0, 64),
     (32, 1, 3, 12.0, 64),
     (32, 1, 3, 12.0, 32),
     (32, 1, 3, 24.0, 32),
@@ -53,19 +53,17 @@ VERIFY = [
     (128, 4, 2, 1, 2, True),
     (128, 4, 3, 1, 2, True),
 ]
-# (block, num_warps, stages)
+# (block, num_warps, max_regs)
 SELECT = [
-    (4096, 16, 2),
-    (4096, 16, 1),
-    (4096, 8, 2),
-    (4096, 32, 2),
-    (2048, 16, 2),
-    (2048, 8, 2),
-    (2048, 4, 2),
-    (1024, 8, 2),
-    (1024, 4, 2),
-    (8192, 16, 2),
-    (8192, 32, 2),
+    (8192, 16, 128),
+    (8192, 16, 64),
+    (8192, 8, 128),
+    (4096, 4, 128),
+    (4096, 8, 64),
+    (4096, 8, 128),
+    (16384, 16, 128),
+    (16384, 32, 64),
+    (2048, 4, 128),
 ]
 
 
@@ -104,7 +102,7 @@ def sweep_providers() -> list[Provider]:
     providers += [
         Provider("verify", _label("pillar", names, v), pillar_verify(True, config=_verify(v)), gpu=False) for v in VERIFY
     ]
-    names = ("block", "warps", "stages")
+    names = ("block", "warps", "max_regs")
     providers += [Provider("select", _label("pillar", names, v), pillar_select(_select(v)), gpu=False) for v in SELECT]
     return providers
 

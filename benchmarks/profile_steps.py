@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from _common import markdown_table, stamp  # noqa: E402
 from _trace import by_kernel, load_gpu_events, occupancy, write_small_trace  # noqa: E402
-from throughput import add_engine_options, engine_arguments, make_inputs, parse_case  # noqa: E402
+from throughput import add_engine_options, engine_arguments, make_inputs, parse_case, prefill  # noqa: E402
 
 
 async def decode_while_recording(engine: Any, prompts: list[list[int]], folder: str, args: argparse.Namespace) -> None:
@@ -50,7 +50,7 @@ def profile(name: str, args: argparse.Namespace) -> dict[str, Any]:
     engine = sglang.Engine(**engine_arguments(name, args))
     try:
         prompts = make_inputs(args, context, batch)
-        engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 1, "ignore_eos": True})
+        prefill(engine, prompts)
         with tempfile.TemporaryDirectory() as folder:
             engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
             (trace,) = Path(folder).glob("*.json*")
@@ -90,6 +90,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
     parser.add_argument("--case", type=parse_case, default=(8192, 64), help="CONTEXTxBATCH")
+    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--delay", type=float, default=2.0, help="seconds of decoding before the recording begins")
     parser.add_argument("--steps", type=int, default=8, help="scheduler steps to record")
     parser.add_argument("--kept-steps", type=int, default=2, help="steps in the trace that is written")

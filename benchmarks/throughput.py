@@ -25,6 +25,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from _common import stamp  # noqa: E402
 from accept_length import distinct_share, make_prompts  # noqa: E402
 
 
@@ -58,12 +59,16 @@ def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def run_case(engine: Any, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """Prefill, then time ``--repeats`` decoding runs of all prompts together."""
-    sampling = {"temperature": args.temperature, "ignore_eos": True}
+def prefill(engine: Any, prompts: list[list[int]]) -> float:
+    """Fill the radix cache with ``prompts``; seconds."""
     started = time.perf_counter()
-    engine.generate(input_ids=prompts, sampling_params={**sampling, "max_new_tokens": 1})
-    prefill = time.perf_counter() - started
+    engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 1, "ignore_eos": True})
+    return time.perf_counter() - started
+
+
+def run_case(engine: Any, prompts: list[list[int]], temperature: float, args: argparse.Namespace) -> dict[str, Any]:
+    """Time ``--repeats`` decoding runs of all prompts together."""
+    sampling = {"temperature": temperature, "ignore_eos": True}
     seconds, outputs = [], []
     for _ in range(args.repeats):
         started = time.perf_counter()
@@ -72,13 +77,14 @@ def run_case(engine: Any, prompts: list[list[int]], args: argparse.Namespace) ->
     accept = [output["meta_info"].get("spec_accept_length") for output in outputs]
     tokens = sum(output["meta_info"]["completion_tokens"] for output in outputs)
     distinct = [distinct_share(output["output_ids"]) for output in outputs]
+    fresh = [value for value, share in zip(accept, distinct, strict=True) if share >= 0.5]
     return {
-        "prefill_s": round(prefill, 2),
         "decode_s": [round(value, 3) for value in seconds],
         "tokens_per_s": round(tokens / median(seconds), 1),
         "cached_tokens": sum(output["meta_info"]["cached_tokens"] for output in outputs),
         "retractions": sum(output["meta_info"].get("num_retractions", 0) for output in outputs),
         "accept_length": round(mean(accept), 3) if all(accept) else None,
+        "accept_length_not_repetitive": round(mean(fresh), 3) if fresh and all(fresh) else None,
         "distinct": round(mean(distinct), 3),
         "repetitive_prompts": sum(share < 0.5 for share in distinct),
     }
@@ -106,7 +112,6 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "plain:triton", "sparsespec"])
     parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
     parser.add_argument("--new-tokens", type=int, default=512)
-    parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="auto")
@@ -120,13 +125,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
     parser.add_argument("--cases", nargs="+", type=parse_case, default=[(8192, 64)], help="CONTEXTxBATCH")
-    parser.add_argument("--repeats", type=int, default=1)
+    parser.add_argument("--temperatures", nargs="+", type=float, default=[0.0])
+    parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--results", help="JSON-lines file to append to")
     args = parser.parse_args()
 
     import sglang
-    import torch
 
+    environment = stamp()
     simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
     for name in args.engines:
         started = time.perf_counter()
@@ -134,26 +140,28 @@ def main() -> int:
         print(f"{name}: ready after {time.perf_counter() - started:.0f} s", flush=True)
         for context, batch in args.cases:
             prompts = make_inputs(args, context, batch)
-            record = {
-                "date": time.strftime("%Y-%m-%d"),
-                "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
-                "model": Path(args.model_path).name,
-                "load_format": args.load_format,
-                "engine": name,
-                "prefill_backend": args.prefill_backend,
-                "context": context,
-                "batch": batch,
-                "new_tokens": args.new_tokens,
-                "temperature": args.temperature,
-                "k": args.k,
-                "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
-                **run_case(engine, prompts, args),
-            }
-            line = json.dumps(record)
-            print(line, flush=True)
-            if args.results:
-                with open(args.results, "a") as file:
-                    file.write(line + "\n")
+            prefill_s = prefill(engine, prompts)
+            for temperature in args.temperatures:
+                record = {
+                    **environment,
+                    "model": Path(args.model_path).name,
+                    "load_format": args.load_format,
+                    "engine": name,
+                    "prefill_backend": args.prefill_backend,
+                    "context": context,
+                    "batch": batch,
+                    "new_tokens": args.new_tokens,
+                    "temperature": temperature,
+                    "k": args.k,
+                    "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
+                    "prefill_s": round(prefill_s, 2),
+                    **run_case(engine, prompts, temperature, args),
+                }
+                line = json.dumps(record)
+                print(line, flush=True)
+                if args.results:
+                    with open(args.results, "a") as file:
+                        file.write(line + "\n")
             engine.flush_cache()
         engine.shutdown()
     return 0

@@ -95,6 +95,11 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         qw, cache_rows, table, rows, rows, None, window, dim**-0.5, hint.unsqueeze(0), scores, 4, kernels.scores_config
     )
     kernels.prefill_scores(qw, cache_rows, table, rows, rows, rows, rows, window, dim**-0.5, scores)
+    # Mixed integer types are errors that only the compiler sees, and keys are 16 or 32 bits wide.
+    for dtype in (torch.float32, torch.float16):
+        kernels.select(scores.to(dtype), rows, rows, counts[1:], positions)
+        text, shared = found.pop("_select_kernel")
+        found[f"_select_kernel {dtype}"] = (text, shared)
     return found
 
 
@@ -136,6 +141,11 @@ def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: d
 @pytest.mark.parametrize("kernel,programs", [("_draft_kernel", 6), ("_verify_kernel", 2)])
 def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: dict[str, tuple[str, int]]) -> None:
     assert programs * (compiled[kernel][1] + RESERVED_BYTES) <= SHARED_BYTES
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_selection_compiles_for_keys_of_either_width(dtype: str, compiled: dict[str, tuple[str, int]]) -> None:
+    assert f"_select_kernel torch.{dtype}" in compiled
 
 
 if __name__ == "__main__":
