@@ -13,6 +13,7 @@ go to the lowest positions.  All lengths and counts are read on the device (CUDA
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import triton
@@ -280,17 +281,19 @@ def _select_kernel(
             _write(dst, zero, words, zero, candidates, BLOCK, False)
 
 
+@dataclass
 class SelectConfig:
     """Launch parameters.
 
-    block: scores that a program holds in registers, a power of two; selections of more than 2/3 of it raise it.
-    num_warps: of a program with such a block; max_regs: registers of a thread.
+    Attributes:
+        block: scores that a program holds in registers, a power of two; selections of more than 2/3 of it raise it.
+        num_warps: of a program with such a block.
+        max_regs: registers of a thread.
     """
 
-    def __init__(self, block: int = 8192, num_warps: int = 4, max_regs: int = 255) -> None:
-        self.block = block
-        self.num_warps = num_warps
-        self.max_regs = max_regs
+    block: int = 8192
+    num_warps: int = 4
+    max_regs: int = 255
 
 
 def select(

@@ -280,6 +280,15 @@ class JsonLines:
         self._file.close()
 
 
+def append_json_line(path: str | Path | None, record: dict[str, Any]) -> str:
+    """``record`` as one JSON line, appended to ``path`` if there is one."""
+    line = json.dumps(record)
+    if path:
+        with open(path, "a") as file:
+            file.write(line + "\n")
+    return line
+
+
 def clean(value: Any) -> Any:
     """``value`` with NaN and infinities as None, which JSON has no words for."""
     if isinstance(value, float):

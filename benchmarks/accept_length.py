@@ -27,6 +27,8 @@ from pathlib import Path
 from statistics import mean
 from typing import Any
 
+from _common import append_json_line
+
 REPO = Path(__file__).resolve().parent.parent
 CODE_MODULES = (
     "argparse",
@@ -148,11 +150,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
             "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
             "seconds": round(time.perf_counter() - started, 1),
         }
-        line = json.dumps(record)
-        print(line, flush=True)
-        if args.results:
-            with open(args.results, "a") as file:
-                file.write(line + "\n")
+        print(append_json_line(args.results, record), flush=True)
         results[context] = rows
     engine.shutdown()
     return results

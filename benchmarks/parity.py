@@ -21,6 +21,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from _common import append_json_line
+
 REPO = Path(__file__).resolve().parent.parent
 DATA = REPO / "benchmarks" / "data"
 ALTERNATIVES = 5  # log-probabilities kept per position
@@ -223,11 +225,7 @@ def run_compare(args: argparse.Namespace) -> int:
         "kv_read_share": round(state["sparsespec_kv_read_share"], 4),
         "seconds": round(seconds, 1),
     }
-    line = json.dumps(record)
-    if args.results:
-        with open(args.results, "a") as file:
-            file.write(line + "\n")
-    print(line)
+    print(append_json_line(args.results, record))
     if args.device == "cpu":
         return 1 if divergences else 0
     shown = [d for d in divergences if d["margin"] is not None and d["margin"] <= args.tie_margin]

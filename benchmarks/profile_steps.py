@@ -12,19 +12,15 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import os
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from _common import markdown_table, stamp  # noqa: E402
-from _trace import by_kernel, load_gpu_events, occupancy, write_small_trace  # noqa: E402
-from throughput import add_engine_options, engine_arguments, make_inputs, parse_case, prefill  # noqa: E402
+from _common import append_json_line, markdown_table, stamp
+from _trace import by_kernel, load_gpu_events, occupancy, write_small_trace
+from throughput import add_engine_options, describe, engine_arguments, make_inputs, parse_case, prefill
 
 
 async def decode_while_recording(engine: Any, prompts: list[list[int]], folder: str, args: argparse.Namespace) -> None:
@@ -41,16 +37,14 @@ async def decode_while_recording(engine: Any, prompts: list[list[int]], folder: 
     await task
 
 
-def profile(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
     """Start engine ``name``, record its steps, write trace and figures; returns the figures."""
     import sglang
 
     context, batch = args.case
-    args.cases = [args.case]
-    engine = sglang.Engine(**engine_arguments(name, args))
+    engine = sglang.Engine(**engine_arguments(name, batch, args))
     try:
-        prompts = make_inputs(args, context, batch)
-        prefill(engine, prompts)
+        prefill(engine, prompts, [args.temperature])
         with tempfile.TemporaryDirectory() as folder:
             engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
             (trace,) = Path(folder).glob("*.json*")
@@ -65,24 +59,19 @@ def profile(name: str, args: argparse.Namespace) -> dict[str, Any]:
     write_small_trace(kept, folder_out / f"trace-{label}.json.gz")
     record = {
         **stamp(),
-        "model": Path(args.model_path).name,
-        "load_format": args.load_format,
-        "engine": name,
-        "context": context,
-        "batch": batch,
+        **describe(name, context, batch, args),
+        "temperature": args.temperature,
         "steps": args.steps,
         "ms_per_step": taken.window_us / 1e3 / args.steps,
         "gpu_idle": taken.idle,
         "gpu_idle_waiting": taken.waiting,
         "longest_gap_us": taken.longest_gap_us,
-        "simulated_accept_length": os.environ.get("SGLANG_SIMULATE_ACC_LEN") if name.startswith("sparsespec") else None,
         "kernels": [
             {"kernel": row["kernel"][:120], "launches": row["launches"] / args.steps, "ms": row["ms"] / args.steps}
             for row in by_kernel(events)[: args.top]
         ],
     }
-    with (folder_out / "profile.jsonl").open("a") as file:
-        file.write(json.dumps(record) + "\n")
+    append_json_line(folder_out / "profile.jsonl", record)
     return record
 
 
@@ -97,9 +86,10 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=40, help="kernels to list")
     parser.add_argument("--results", required=True, help="folder to write to")
     args = parser.parse_args()
+    prompts = make_inputs(args, *args.case)
     for name in args.engines:
         started = time.perf_counter()
-        record = profile(name, args)
+        record = profile(name, prompts, args)
         print(
             f"{name}: {record['ms_per_step']:.2f} ms a step, GPU idle {record['gpu_idle']:.1%} "
             f"(waiting {record['gpu_idle_waiting']:.1%}); {time.perf_counter() - started:.0f} s",

@@ -19,17 +19,16 @@ import os
 import random
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from _common import stamp  # noqa: E402
-from accept_length import distinct_share, make_prompts  # noqa: E402
+from _common import append_json_line, stamp
+from accept_length import distinct_share, make_prompts
 
 
-def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
+def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """``plain:BACKEND`` or ``sparsespec[:POLICY]`` as ``sglang.Engine`` arguments."""
     kind, _, detail = name.partition(":")
     settings: dict[str, Any] = {
@@ -39,8 +38,8 @@ def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
         "random_seed": 0,
         "log_level": args.log_level,
         "skip_tokenizer_init": args.random_prompts,
-        "max_running_requests": max(batch for _, batch in args.cases),
-        "cuda_graph_max_bs_decode": max(batch for _, batch in args.cases),
+        "max_running_requests": max_batch,
+        "cuda_graph_max_bs_decode": max_batch,
         "prefill_attention_backend": args.prefill_backend,
         **json.loads(args.engine_args),
     }
@@ -59,12 +58,28 @@ def engine_arguments(name: str, args: argparse.Namespace) -> dict[str, Any]:
     return settings
 
 
-def prefill(engine: Any, prompts: list[list[int]]) -> float:
+def describe(name: str, context: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says about engine and requests."""
+    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
+    return {
+        "model": Path(args.model_path).name,
+        "load_format": args.load_format,
+        "engine": name,
+        "prefill_backend": args.prefill_backend,
+        "context": context,
+        "batch": batch,
+        "new_tokens": args.new_tokens,
+        "k": args.k,
+        "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
+    }
+
+
+def prefill(engine: Any, prompts: list[list[int]], temperatures: Sequence[float]) -> float:
     """Fill the radix cache with ``prompts``; seconds. A few tokens are decoded afterwards, to warm up."""
     started = time.perf_counter()
     engine.generate(input_ids=prompts, sampling_params={"max_new_tokens": 1, "ignore_eos": True})
     seconds = time.perf_counter() - started
-    for temperature in (0.0, 0.7):
+    for temperature in temperatures:
         sampling = {"max_new_tokens": 16, "ignore_eos": True, "temperature": temperature}
         engine.generate(input_ids=prompts, sampling_params=sampling)
     return seconds
@@ -137,35 +152,23 @@ def main() -> int:
     import sglang
 
     environment = stamp()
-    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
+    cases = [(context, batch, make_inputs(args, context, batch)) for context, batch in args.cases]
+    max_batch = max(batch for _, batch in args.cases)
     for name in args.engines:
         started = time.perf_counter()
-        engine = sglang.Engine(**engine_arguments(name, args))
+        engine = sglang.Engine(**engine_arguments(name, max_batch, args))
         print(f"{name}: ready after {time.perf_counter() - started:.0f} s", flush=True)
-        for context, batch in args.cases:
-            prompts = make_inputs(args, context, batch)
-            prefill_s = prefill(engine, prompts)
+        for context, batch, prompts in cases:
+            prefill_s = prefill(engine, prompts, args.temperatures)
             for temperature in args.temperatures:
                 record = {
                     **environment,
-                    "model": Path(args.model_path).name,
-                    "load_format": args.load_format,
-                    "engine": name,
-                    "prefill_backend": args.prefill_backend,
-                    "context": context,
-                    "batch": batch,
-                    "new_tokens": args.new_tokens,
+                    **describe(name, context, batch, args),
                     "temperature": temperature,
-                    "k": args.k,
-                    "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
                     "prefill_s": round(prefill_s, 2),
                     **run_case(engine, prompts, temperature, args),
                 }
-                line = json.dumps(record)
-                print(line, flush=True)
-                if args.results:
-                    with open(args.results, "a") as file:
-                        file.write(line + "\n")
+                print(append_json_line(args.results, record), flush=True)
             engine.flush_cache()
         engine.shutdown()
     return 0
