@@ -64,9 +64,12 @@ class CudaPillarKernels:
         self.verify_config = verify_config or triton_verify.VerifyConfig()
         self.select_config = select_config or triton_select.SelectConfig()
         self.scores_config = scores_config or triton_prefill_scores.ScoresConfig()
-        self.num_sms = 4
+        self.num_sms, self.pdl = 4, False
         if self.device.type == "cuda":
-            self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            properties = torch.cuda.get_device_properties(self.device)
+            self.num_sms = properties.multi_processor_count
+            # Programmatic dependent launch: a kernel's programs start before the kernel before it has ended.
+            self.pdl = properties.major >= 9
         self.verify_programs = triton_verify.verify_num_programs(num_kv_heads, self.num_sms, self.verify_config)
         self._outgrown: list[torch.Tensor] = []
         self._reserve(max_batch)
@@ -156,6 +159,7 @@ class CudaPillarKernels:
             self._arrived,
             self.draft_splits(batch),
             self.draft_config(batch),
+            self.pdl,
         )
 
     def verify_attention(
@@ -198,6 +202,7 @@ class CudaPillarKernels:
             self.verify_programs,
             self.max_batch,
             self.verify_config,
+            self.pdl,
         )
 
     def _exact_lse(
@@ -257,7 +262,7 @@ class CudaPillarKernels:
         positions: torch.Tensor,
     ) -> None:
         """See :meth:`interface.PillarKernels.select`; ties go to the lowest positions."""
-        triton_select.select(scores, lengths, req_pool_indices, counts, positions, self.select_config)
+        triton_select.select(scores, lengths, req_pool_indices, counts, positions, self.select_config, self.pdl)
 
     def _check_window(self, window: int) -> None:
         if window > self.window:

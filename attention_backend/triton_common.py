@@ -28,6 +28,29 @@ def kv_offsets(slot, stride_slot, offs_d, WIDE: tl.constexpr):
         return (slot * stride_slot)[:, None] + offs_d[None, :]
 
 
+@triton.jit
+def let_next_start(PDL: tl.constexpr):
+    """Let the next kernel's programs take the places of this one's as they finish (programmatic dependent launch)."""
+    if PDL:
+        tl.extra.cuda.gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Wait until the kernel before this one is done. Every program must, before its first return.
+
+    What is read before may be nothing that a kernel since the last one launched without ``pdl_options`` writes: the
+    model's matrix products are such kernels, so lengths, tables and selections are older.
+    """
+    if PDL:
+        tl.extra.cuda.gdc_wait()
+
+
+def pdl_options(pdl: bool) -> dict[str, bool]:
+    """Launch options of a kernel whose start may overlap the end of the one before; the interpreter knows none."""
+    return {"launch_pdl": True} if pdl else {}
+
+
 def is_wide(*caches: torch.Tensor) -> bool:
     """Whether offsets into one of the caches [slots, Hkv, D] need 64 bits."""
     return any(cache.shape[0] * cache.stride(0) >= NARROW_ELEMENTS for cache in caches)

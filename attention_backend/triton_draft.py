@@ -8,6 +8,8 @@ head are packed into one tensor-core tile (M padded to 16).
 - **Prefetch chain.** Position -> slot -> KV row are three dependent loads.  Every iteration loads the KV rows of its
   block, the slots of the next and the positions of the one after, each from the raw words that the iteration before
   loaded, so no load waits for another of its iteration.
+- **Early start.** Programs find their first slots while the kernel before them still writes this step's K and V
+  (programmatic dependent launch).
 - **Merge in place.** The last program of a (request, KV head) to finish merges the parts, which saves a second launch.
 
 The launch grid depends only on the batch size and on static maxima; lengths are read on the device, so a launch can be
@@ -22,7 +24,16 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.attention_backend.triton_common import LN2, LOG2E, is_wide, kv_offsets, num_splits, query_stride
+from sglang_sparsespec.attention_backend.triton_common import (
+    LN2,
+    LOG2E,
+    is_wide,
+    kv_offsets,
+    num_splits,
+    pdl_options,
+    query_stride,
+    wait_for_previous,
+)
 
 
 @triton.jit
@@ -41,17 +52,20 @@ def _draft_lengths(
 
 
 @triton.jit
-def _raw_positions(pos_base, index, n_sel):
-    """List words at ``index``; past the list's end any word of it, which ``_slots_of`` does not use."""
-    return tl.load(pos_base + tl.maximum(tl.minimum(index, n_sel - 1), 0))
+def _raw_positions(pos_base, index, cap):
+    """List words at ``index``; past the list's end any word, which ``_slots_of`` does not use.
+
+    Bounded by the list's room, not its length, so that a list's first words need not wait for its length.
+    """
+    return tl.load(pos_base + tl.minimum(index, cap - 1))
 
 
 @triton.jit
-def _slots_of(raw, index, n_sel, tail, seq, r2t_base):
+def _slots_of(raw, index, n_sel, tail, last, r2t_base):
     """KV slots of the list entries ``index``: selected positions first, then the contiguous tail."""
     pos = tl.where(index < n_sel, raw, tail + index - n_sel)
     # A stale row must never fault the server, and the entries past the end repeat the last token.
-    return tl.load(r2t_base + tl.minimum(tl.maximum(pos, 0), seq - 1))
+    return tl.load(r2t_base + tl.minimum(tl.maximum(pos, 0), last))
 
 
 # The number of splits differs between batch sizes: compiled in, each captured batch would compile its own kernel.
@@ -92,6 +106,7 @@ def _draft_kernel(
     STAGES: tl.constexpr,
     HAS_LSE: tl.constexpr,
     WIDE: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     # The KV head is the fastest grid axis: neighbouring programs then touch neighbouring DRAM rows for the tail.
     h = tl.program_id(0)
@@ -100,13 +115,21 @@ def _draft_kernel(
     row, seq, n_sel, tail, total, chunk = _draft_lengths(
         num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK
     )
-    start = split * chunk
+    # A list that is not split begins at a known place.
+    start = 0 if SPLITS_POW2 == 1 else split * chunk
     end = tl.minimum(start + chunk, total)
 
     offs_m = tl.arange(0, BLOCK_M)
     offs_d = tl.arange(0, D)
     rows = (b * HKV + h).to(tl.int64) * G + offs_m
     mask_m = offs_m < G
+    pos_base = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
+    r2t_base = r2t_ptr + row * stride_r2t
+    last = tl.maximum(seq - 1, 0)
+    index = start + tl.arange(0, BLOCK_N)
+    slot = _slots_of(_raw_positions(pos_base, index, cap), index, n_sel, tail, last, r2t_base)
+    raw = _raw_positions(pos_base, index + BLOCK_N, cap)
+    wait_for_previous(PDL)
     if end <= start:
         if (split == 0) & (total == 0):
             zero = tl.zeros([BLOCK_M, D], dtype=tl.float32).to(out_ptr.dtype.element_ty)
@@ -117,23 +140,18 @@ def _draft_kernel(
 
     q_base = q_ptr + b.to(tl.int64) * stride_q_tok + h.to(tl.int64) * G * D
     q = tl.load(q_base + offs_m[:, None] * D + offs_d[None, :], mask=mask_m[:, None], other=0.0)
-    pos_base = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
-    r2t_base = r2t_ptr + row * stride_r2t
     k_base = k_ptr + h.to(tl.int64) * stride_k_head
     v_base = v_ptr + h.to(tl.int64) * stride_v_head
 
     m_i = tl.full([BLOCK_M], float("-inf"), tl.float32)
     l_i = tl.zeros([BLOCK_M], dtype=tl.float32)
     acc = tl.zeros([BLOCK_M, D], dtype=tl.float32)
-    index = start + tl.arange(0, BLOCK_N)
-    slot = _slots_of(_raw_positions(pos_base, index, n_sel), index, n_sel, tail, seq, r2t_base)
-    raw = _raw_positions(pos_base, index + BLOCK_N, n_sel)
     for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         index = s + tl.arange(0, BLOCK_N)
         k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q_ptr.dtype.element_ty)
         v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q_ptr.dtype.element_ty)
-        slot = _slots_of(raw, index + BLOCK_N, n_sel, tail, seq, r2t_base)
-        raw = _raw_positions(pos_base, index + 2 * BLOCK_N, n_sel)
+        slot = _slots_of(raw, index + BLOCK_N, n_sel, tail, last, r2t_base)
+        raw = _raw_positions(pos_base, index + 2 * BLOCK_N, cap)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         qk = tl.where(index[None, :] < end, qk * scale_log2, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
@@ -227,12 +245,14 @@ def draft_attention(
     arrived: torch.Tensor,
     splits: int,
     cfg: DraftConfig,
+    pdl: bool = False,
 ) -> None:
     """Attention of one query per request over selected positions plus tail; see ``PillarKernels.draft_attention``.
 
     q, out: [B, Hq, D]; k_cache, v_cache: [slots, Hkv, D]; positions: [rows, Hkv, cap] int32; lse: [B, Hq] fp32 natural
     log or None; part_o: fp32 scratch of at least B*Hq*splits*D elements, part_lse: B*Hq*splits (both unused when splits
-    is 1); arrived: int32, at least B*Hkv elements, zero before every launch and left zero by it.
+    is 1); arrived: int32, at least B*Hkv elements, zero before every launch and left zero by it; pdl: start while the
+    kernel before still runs (compute capability 9 and later).
     """
     batch, hq, d = q.shape
     hkv = k_cache.shape[1]
@@ -274,5 +294,7 @@ def draft_attention(
         STAGES=cfg.stages,
         HAS_LSE=lse is not None,
         WIDE=is_wide(k_cache, v_cache),
+        PDL=pdl,
         num_warps=cfg.num_warps,
+        **pdl_options(pdl),
     )

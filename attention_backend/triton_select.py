@@ -19,6 +19,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.attention_backend.triton_common import let_next_start, pdl_options, wait_for_previous
+
 # Keys of a long row that suggest its first threshold.  Some 80 of them should reach it, so that it is 10% off.
 SAMPLE = 1024
 # The largest block that fits a multiprocessor's registers well.
@@ -233,11 +235,14 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     SAMPLE: tl.constexpr,
     VEC: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
     h = tl.program_id(0)
     b = tl.program_id(1)
     length = tl.load(lens_ptr + b).to(tl.int32)
     n = tl.minimum(tl.minimum(tl.load(n_sel_ptr + b).to(tl.int32), length), cap)
+    wait_for_previous(PDL)
     if n <= 0:
         return
     row = tl.load(req_ptr + b).to(tl.int64)
@@ -303,11 +308,13 @@ def select(
     n_sel: torch.Tensor,
     positions: torch.Tensor,
     cfg: SelectConfig,
+    pdl: bool = False,
 ) -> None:
     """Write the ``n_sel[b]`` highest-scored positions of [0, lens[b]) ascending; see ``PillarKernels.select``.
 
     scores: [B, Hkv, max_len] fp32/bf16/fp16, unit stride along positions (fast if the other strides and max_len are
-    multiples of 16 bytes, as vectors are loaded then); lens, n_sel: [B] ints; positions: int32 [rows, Hkv, cap].
+    multiples of 16 bytes, as vectors are loaded then); lens, n_sel: [B] ints; positions: int32 [rows, Hkv, cap]; pdl:
+    start while the kernel before still runs.
     """
     batch = lens.shape[0]
     if batch == 0:
@@ -340,6 +347,8 @@ def select(
         BLOCK=block,
         SAMPLE=min(SAMPLE, block),
         VEC=vec,
+        PDL=pdl,
         num_warps=num_warps,
         maxnreg=min(cfg.max_regs, 65536 // (32 * num_warps)),
+        **pdl_options(pdl),
     )

@@ -26,7 +26,16 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.attention_backend.triton_common import LOG2E, is_wide, kv_offsets, query_stride, query_tile
+from sglang_sparsespec.attention_backend.triton_common import (
+    LOG2E,
+    is_wide,
+    kv_offsets,
+    let_next_start,
+    pdl_options,
+    query_stride,
+    query_tile,
+    wait_for_previous,
+)
 
 # exp2 of this still fits bf16/fp32 after summing a few hundred rows; larger arguments mean a hint far below the truth.
 HINT_CLAMP_LOG2 = 30.0
@@ -68,7 +77,6 @@ def _fixed_reference(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     SCORES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
@@ -82,12 +90,9 @@ def _fixed_reference(
     slot = tl.load(r2t_base + tl.minimum(start + offs_n, end - 1))
     for s in tl.range(start, end, BLOCK_N, num_stages=STAGES):
         offs = s + offs_n
-        if not PREFETCH:
-            slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
         k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
         v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
-        if PREFETCH:
-            slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
+        slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
         p = tl.exp2(qk * scale_log2 - ref[:, None])
         # Only the blocks that reach into the window or past the end need masks.
@@ -197,11 +202,12 @@ def _verify_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     SCORES: tl.constexpr,
-    PREFETCH: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
+    PDL: tl.constexpr,
 ):
+    let_next_start(PDL)
     # The KV head is the fastest grid axis: the heads of a position lie side by side in memory, and the programs of
     # different heads with the same share of the batch run side by side.
     h = tl.program_id(0)
@@ -211,6 +217,7 @@ def _verify_kernel(
     per = tl.maximum(tl.cdiv(total_blocks, PROGRAMS), MIN_BLOCKS)
     lo = c * per
     hi = tl.minimum(lo + per, total_blocks)
+    wait_for_previous(PDL)
     if lo >= hi:
         return
     b_first = tl.sum((ends <= lo).to(tl.int32), 0)
@@ -247,7 +254,7 @@ def _verify_kernel(
 
         l_i, acc = _fixed_reference(
             q, k_base, v_base, r2t_base, s_base, ref, bound, start, end, length, scale_log2, stride_k_slot,
-            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, SCORES, PREFETCH, WIDE, SCORE_SCALE, SCORE_MAX,
+            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, SCORES, WIDE, SCORE_SCALE, SCORE_MAX,
         )  # fmt: skip
         # NaN (a hint that is none) fails both comparisons; rows that see nothing here have l_i 0 and are redone too.
         log_l = tl.log2(l_i)
@@ -292,8 +299,10 @@ def _verify_combine_kernel(
     MIN_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    PDL: tl.constexpr,
 ):
     """Merge the parts of the requests that several programs shared."""
+    let_next_start(PDL)
     h = tl.program_id(0)
     rblock = tl.program_id(1)
     b = tl.program_id(2)
@@ -303,6 +312,7 @@ def _verify_combine_kernel(
     first_block = last_block + 1 - tl.sum(tl.where(offs_b == b, blocks, 0), 0)
     c_first = first_block // per
     c_last = last_block // per
+    wait_for_previous(PDL)
     if c_first == c_last:
         return
     R: tl.constexpr = W * G
@@ -337,7 +347,6 @@ class VerifyConfig:
         num_warps, stages: warps of a program, KV tiles in its pipeline (``query_tile`` changes them for many rows).
         programs_per_sm: programs per multiprocessor, all resident at once.
         min_blocks: fewest blocks per program.
-        prefetch: fetch the next block's slots one block ahead by hand.
     """
 
     block_n: int = 64
@@ -345,7 +354,6 @@ class VerifyConfig:
     stages: int = 3
     programs_per_sm: float = 2
     min_blocks: int = 4
-    prefetch: bool = True
 
 
 def verify_num_programs(num_kv_heads: int, num_sms: int, cfg: VerifyConfig) -> int:
@@ -370,12 +378,13 @@ def verify_attention(
     programs: int,
     max_batch: int,
     cfg: VerifyConfig,
+    pdl: bool = False,
 ) -> None:
     """Causal attention of a W-row window per request, with scores; see ``PillarKernels.verify_attention``.
 
     q, out: [B*W, Hq, D]; scores: [B, Hkv, max_len] fp32/bf16/fp16 or None; lse_hint: [B, W, Hq] fp32 natural log;
     part_o: fp32 scratch of at least 2*Hq*W*programs*D elements, part_lse: 2*Hq*W*programs; max_batch: what the kernels
-    are compiled for, so that all smaller batches share them.
+    are compiled for, so that all smaller batches share them; pdl: start while the kernel before still runs.
     """
     batch = seq_lens.shape[0]
     if batch == 0:
@@ -397,6 +406,8 @@ def verify_attention(
         "PROGRAMS": programs,
         "MIN_BLOCKS": cfg.min_blocks,
         "BLOCK_N": block_n,
+        "PDL": pdl,
+        **pdl_options(pdl),
     }
     _verify_kernel[(hkv, programs)](
         q,
@@ -427,7 +438,6 @@ def verify_attention(
         BLOCK_M=block_m,
         STAGES=cfg.stages,
         SCORES=scores is not None,
-        PREFETCH=cfg.prefetch,
         WIDE=is_wide(k_cache, v_cache),
         SCORE_SCALE=2.0**-shift,
         SCORE_MAX=SCORE_LIMIT.get(scores.dtype, 0.0) if scores is not None else 0.0,

@@ -14,44 +14,36 @@ from _kernel_providers import Provider, pillar_draft, pillar_select, pillar_veri
 
 # (block_n, num_warps, stages, target, min_chunk)
 DRAFT = [
-    (32, 1, 3, 6.0, 64),
-    (32, 1, 3, 12.0, 64),
-    (32, 1, 3, 12.0, 32),
-    (32, 1, 3, 24.0, 32),
-    (32, 1, 2, 10.0, 64),
-    (32, 1, 2, 10.0, 32),
-    (32, 1, 2, 20.0, 32),
-    (32, 1, 4, 4.0, 64),
-    (32, 1, 4, 8.0, 64),
-    (32, 2, 2, 8.0, 64),
-    (32, 2, 3, 6.0, 64),
-    (32, 2, 3, 12.0, 64),
-    (64, 2, 2, 5.0, 64),
+    (32, 1, 3, 1.0, 64),
+    (32, 2, 4, 1.0, 64),
+    (64, 2, 2, 1.0, 64),
+    (64, 2, 3, 1.0, 64),
+    (64, 4, 3, 1.0, 64),
+    (64, 4, 4, 1.0, 64),
+    (128, 4, 2, 1.0, 64),
+    (128, 8, 2, 1.0, 64),
+    (64, 4, 3, 2.0, 64),
+    (64, 2, 3, 2.0, 64),
     (64, 2, 3, 3.0, 64),
-    (64, 2, 3, 6.0, 64),
-    (64, 2, 3, 12.0, 64),
-    (64, 4, 2, 4.0, 64),
-    (64, 4, 3, 3.0, 64),
-    (64, 4, 3, 6.0, 64),
-    (16, 1, 3, 10.0, 32),
-    (16, 1, 4, 7.0, 32),
-    (16, 1, 4, 14.0, 32),
+    (32, 1, 3, 4.0, 64),
+    (32, 1, 4, 4.0, 64),
+    (32, 1, 3, 6.0, 64),
+    (32, 1, 2, 10.0, 64),
 ]
-# (block_n, num_warps, stages, programs_per_sm, min_blocks, prefetch)
+# (block_n, num_warps, stages, programs_per_sm, min_blocks)
 VERIFY = [
-    (64, 4, 2, 2, 4, True),
-    (64, 4, 3, 2, 4, False),
-    (64, 4, 3, 1, 4, True),
-    (64, 4, 4, 1, 4, True),
-    (64, 4, 2, 6, 4, True),
-    (64, 4, 3, 4, 4, True),
-    (64, 4, 3, 8, 4, True),
-    (32, 4, 3, 2, 8, True),
-    (32, 4, 4, 2, 8, True),
-    (32, 4, 2, 2, 8, True),
-    (32, 4, 3, 6, 8, True),
-    (128, 4, 2, 1, 2, True),
-    (128, 4, 3, 1, 2, True),
+    (64, 4, 2, 2, 4),
+    (64, 4, 3, 1, 4),
+    (64, 4, 4, 1, 4),
+    (64, 4, 2, 6, 4),
+    (64, 4, 3, 4, 4),
+    (64, 4, 3, 8, 4),
+    (32, 4, 3, 2, 8),
+    (32, 4, 4, 2, 8),
+    (32, 4, 2, 2, 8),
+    (32, 4, 3, 6, 8),
+    (128, 4, 2, 1, 2),
+    (128, 4, 3, 1, 2),
 ]
 # (block, num_warps, max_regs)
 SELECT = [
@@ -98,7 +90,7 @@ def sweep_providers() -> list[Provider]:
     ]
     names: tuple[str, ...] = ("block_n", "warps", "stages", "target", "min_chunk")
     providers += [Provider("draft", _label("pillar", names, v), pillar_draft(_draft(v)), gpu=False) for v in DRAFT]
-    names = ("block_n", "warps", "stages", "per_sm", "min_blocks", "prefetch")
+    names = ("block_n", "warps", "stages", "per_sm", "min_blocks")
     providers += [
         Provider("verify", _label("pillar", names, v), pillar_verify(True, config=_verify(v)), gpu=False) for v in VERIFY
     ]

@@ -3,8 +3,9 @@
     python benchmarks/profile_steps.py --model-path M --engines sparsespec plain:flashinfer --case 8192x128 \
         --results profile/
 
-Prompts are prefilled, then sent again together; once all of them decode, ``--steps`` scheduler steps are recorded. A
-step is a round of k drafts and a verification for SPARSESPEC, one token for plain decoding. Written per engine: a small
+Prompts are prefilled, then sent again together; once all of them decode, ``--steps`` scheduler steps are recorded, and one
+before them that is dropped: starting the profiler stops the GPU. A step is a round of k drafts and a verification for
+SPARSESPEC, one token for plain decoding. Written per engine: a small
 trace (GPU events of ``--kept-steps`` steps; open it in https://ui.perfetto.dev), and a line in profile.jsonl.
 """
 
@@ -15,11 +16,12 @@ import asyncio
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from _common import append_json_line, markdown_table, stamp
-from _trace import by_kernel, load_gpu_events, occupancy, write_small_trace
+from _trace import GpuEvent, by_kernel, load_gpu_events, occupancy, write_small_trace
 from throughput import add_engine_options, describe, engine_arguments, make_inputs, parse_case, prefill
 
 
@@ -32,9 +34,15 @@ async def decode_while_recording(engine: Any, prompts: list[list[int]], folder: 
     await asyncio.sleep(args.delay)
     if task.done():
         raise SystemExit(f"Decoding ended within --delay {args.delay} s; give more --new-tokens or a shorter delay.")
-    request = ProfileReq(output_dir=folder, num_steps=args.steps, activities=["GPU"], with_stack=False)
+    request = ProfileReq(output_dir=folder, num_steps=args.steps + 1, activities=["GPU"], with_stack=False)
     await engine.tokenizer_manager.start_profile(request)
     await task
+
+
+def without_first_step(events: Sequence[GpuEvent], steps: int) -> list[GpuEvent]:
+    """The events of all but the first of ``steps`` equally long steps."""
+    begin = events[0].start + occupancy(events).window_us / steps
+    return [event for event in events if event.start >= begin]
 
 
 def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
@@ -48,7 +56,7 @@ def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> di
         with tempfile.TemporaryDirectory() as folder:
             engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
             (trace,) = Path(folder).glob("*.json*")
-            events = load_gpu_events(trace)
+            events = without_first_step(load_gpu_events(trace), args.steps + 1)
     finally:
         engine.shutdown()
     taken = occupancy(events)

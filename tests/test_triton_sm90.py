@@ -72,7 +72,7 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
     batch, context, dim, window, bf16 = 8, 8192, 128, 9, torch.bfloat16
     capacity = 410
     kernels = CudaPillarKernels(batch, hq, hkv, dim, window, capacity, context + 64, "cpu")
-    kernels.num_sms = 132
+    kernels.num_sms, kernels.pdl = 132, True
     kernels.verify_programs = verify_num_programs(hkv, kernels.num_sms, kernels.verify_config)
     kernels._reserve(batch)
     assert kernels.draft_splits(batch) > 1
