@@ -396,6 +396,14 @@ def _selection(setup: Setup, requests: float) -> float:
     return rates.select_latency + moved / (rates.select_bandwidth * setup.gpu.bandwidth)
 
 
+def kernel_seconds(setup: Setup, kind: str) -> float:
+    """Seconds of one layer's kernel: ``decode``, ``draft`` (of the budget alone), ``verify`` or ``select``."""
+    if kind == "select":
+        return _selection(setup, setup.batch)
+    tokens = setup.sparse.budget(setup.context) if kind == "draft" else setup.context
+    return _attention(setup, kind, setup.batch, tokens, setup.k + 1 if kind == "verify" else 1)
+
+
 # -------------------------------------------------------------------------- methods
 
 
