@@ -142,7 +142,8 @@ def predictions_table(context: int) -> str:
                 f"{perf_model.break_even_accept_length(setup):.2f}",
             ]
         )
-    headers = ["model", "GPU", "TP", "batch", "plain", "lock-step", "unified", "gain", "gain, unified", "break-even accept length"]
+    methods = ["plain", "lock-step", "unified", "gain", "gain, unified"]
+    headers = ["model", "GPU", "TP", "batch", *methods, "break-even accept length"]
     return markdown_table(headers, rows, right=range(2, 10))
 
 
@@ -184,9 +185,9 @@ def predictions_section() -> str:
     """What is predicted for models that were not measured."""
     parts = [
         f"Greedy decoding, bfloat16, k = {perf_model.DEFAULT_K}, budget ratio 0.05, accept length "
-        f"{perf_model.PAPER_ACCEPT_LENGTH} (the paper's 6.16 of 8, and one). **Every number: {LABEL}.** H200 is scaled by data "
-        "sheets, and TP above 1 rests on assumed link rates. Tokens per second of all requests; the batch is the largest "
-        "that fits the KV pool, 256 at most."
+        f"{perf_model.PAPER_ACCEPT_LENGTH} (the paper's 6.16 of 8, and one). **Every number: {LABEL}.** H200 is scaled by "
+        "data sheets, and TP above 1 rests on assumed link rates. Tokens per second of all requests; the batch is the "
+        "largest that fits the KV pool, 256 at most."
     ]
     for context in (8192, 32768):
         parts += [f"Context {context:,} ({LABEL}):", predictions_table(context)]

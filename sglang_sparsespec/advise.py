@@ -77,7 +77,7 @@ def make_setup(args: argparse.Namespace) -> perf_model.Setup:
     if args.batch is None:
         return dataclasses.replace(setup, batch=perf_model.largest_batch(setup))
     if args.batch > most:
-        raise ValueError(f"--batch {args.batch}: the KV pool holds {most} requests of {args.context} tokens; use at most that.")
+        raise ValueError(f"--batch {args.batch}: the KV pool holds {most} requests of {args.context} tokens; use fewer.")
     return setup
 
 
@@ -162,7 +162,8 @@ def render(found: dict[str, Any], setup: perf_model.Setup) -> str:
     ]
     for row in found["methods"]:
         work = ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in row["ms_by_work"].items() if value)
-        lines.append(f"{row['method']:<12}{row['ms_per_step']:>10g}{row['tokens_per_s']:>10,.0f}{row['gain']:>7.2f}   {work}")
+        figures = f"{row['ms_per_step']:>10g}{row['tokens_per_s']:>10,.0f}{row['gain']:>7.2f}"
+        lines.append(f"{row['method']:<12}{figures}   {work}")
     lines += [
         "(a step: plain, a token of each request; else a round of each request. lock-step is what the plugin runs;",
         "unified staggers the rounds, as the paper's unified batch scheduler does.)",

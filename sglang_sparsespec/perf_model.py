@@ -77,7 +77,7 @@ class ModelShape:
         """
         for key, what in NOT_COVERED.items():
             if config.get(key):
-                raise ValueError(f"{name}: {what} ({key}) is not covered by the performance model; it covers dense decoders.")
+                raise ValueError(f"{name}: {what} ({key}) is not covered; the performance model covers dense decoders.")
         try:
             heads = config["num_attention_heads"]
             return cls(
@@ -93,7 +93,7 @@ class ModelShape:
                 qk_norm=config.get("model_type") == "qwen3",
             )
         except KeyError as error:
-            raise ValueError(f"{name}: config.json has no {error}; the model needs a dense decoder's configuration.") from None
+            raise ValueError(f"{name}: config.json has no {error}; a dense decoder's configuration is needed.") from None
 
     def layer_products(self, tp: int) -> list[tuple[int, int]]:
         """(inputs, outputs) of a layer's four matrix products on one of ``tp`` GPUs."""
