@@ -52,12 +52,18 @@ def corpus(name: str, index: int) -> tuple[str, str]:
 
 
 def make_prompts(tokenizer: Any, corpora: Sequence[str], context: int, count: int) -> list[list[int]]:
-    """``count`` prompts of ``context`` tokens, the corpora in turn."""
+    """``count`` prompts of ``context`` tokens, the corpora in turn.
+
+    Raises:
+        ValueError: a corpus is too short for that.
+    """
     prompts = []
     for index in range(count):
         text, ending = corpus(corpora[index % len(corpora)], index // len(corpora))
         tail = tokenizer(ending, add_special_tokens=False).input_ids
         head = tokenizer(text[: 8 * context], add_special_tokens=False).input_ids
+        if len(head) + len(tail) < context:
+            raise ValueError(f"the corpus {corpora[index % len(corpora)]} has no {context} tokens; use a shorter context")
         prompts.append(head[: context - len(tail)] + tail)
     return prompts
 

@@ -31,12 +31,11 @@ import signal
 import subprocess
 import sys
 import tempfile
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from _common import append_json_line, say, stamp
+from _common import append_json_line, say, stamp, utc_now
 from _engine_job import job_contents
 from _matrix import SERVED, EngineSpec, Job, Matrix, jobs, load_matrix
 from _report import draw_plots, load_pyplot, report
@@ -322,11 +321,11 @@ def run_all(matrix: Matrix, args: argparse.Namespace, environment: dict[str, Any
             progress.set_postfix_str(f"{Path(job.model).name} {job.engine.label}")
             about = {**environment, **describe(matrix, job.model, job.engine)}
             with log.open("a") as file:
-                file.write(f"\n=== {time.strftime('%H:%M:%S')} {job.model} {job.engine.label}\n")
+                file.write(f"\n=== {utc_now()} {job.model} {job.engine.label}\n")
             given = set()
             try:
                 for sample in run_job(job, matrix, args, log):
-                    append_json_line(args.results, {**about, "kind": "sample", **sample})
+                    append_json_line(args.results, {**about, "date": utc_now(), "kind": "sample", **sample})
                     given.add((sample["key"], sample["repeat"]))
                     progress.update()
             except NotRun as error:
