@@ -58,11 +58,24 @@ def prompts_of(samples: list[dict[str, Any]], model_path: str) -> dict[tuple[str
     return {(name, batch): Dataset.parse(name).prompts(tokenizer, batch) for name, batch in wanted}
 
 
+def flush(engine: Any, timeout: float = 60) -> None:
+    """Drop what earlier runs left in the radix cache and in n-gram tables.
+
+    Raises:
+        RuntimeError: the engine refused, as it does while requests run, for ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the engine's cache could not be flushed for {timeout:g} s")
+        time.sleep(0.1)
+
+
 def run_sample(engine: Any, sample: dict[str, Any], prompts: list[list[int]], ignore_eos: bool) -> dict[str, Any]:
-    """One timed run; what earlier runs left in the radix cache and in n-gram tables is dropped first."""
+    """One timed run, from a flushed cache."""
     from throughput import prefill, run_case
 
-    engine.flush_cache()
+    flush(engine)
     prefill_s = prefill(engine, prompts, [sample["temperature"]])
     sampling = {
         "temperature": sample["temperature"],

@@ -114,7 +114,7 @@ class Matrix:
             ValueError: an unknown or missing key, or a value out of range.
         """
         _refuse_unknown(value, cls, "matrix")
-        fields = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
+        fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         fields["engines"] = tuple(map(EngineSpec.parse, value.get("engines", ())))
         fields["datasets"] = tuple(map(Dataset.parse, value.get("datasets", ())))
         missing = [name for name in ("batches", "output_lengths") if name not in fields]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from statistics import mean, median
 from typing import Any
@@ -157,6 +158,8 @@ def load_name(row: dict[str, Any], *without: str) -> str:
         "output_length": f"{row['output_length']} new tokens",
         "temperature": f"temperature {row['temperature']:g}",
         "gpu_name": row["gpu_name"],
+        "commit": f"commit {row['commit']}",
+        "timed": row["timed"],
     }
     return ", ".join(text for name, text in parts.items() if name not in without)
 
@@ -239,20 +242,17 @@ def draw_plots(samples: list[dict[str, Any]], folder: Path) -> list[Path]:
 
     for title, part in split_by(rows, "dataset").items():
         rates = series_by(part, lambda row: row["dataset"], "tokens_per_s")
-        save("throughput-by-dataset", title, lambda axes, rates=rates: draw_bars(axes, rates, "tokens/s"))
+        save("throughput-by-dataset", title, partial(draw_bars, series=rates, unit="tokens/s"))
     for title, part in split_by(rows, "dataset").items():
         accepted = series_by(part, lambda row: row["context"], "accept_length")
         if accepted:
-            save(
-                "accept-length-by-context",
-                title,
-                lambda axes, accepted=accepted: draw_lines(axes, accepted, "prompt tokens", "accept length"),
-            )
+            draw = partial(draw_lines, series=accepted, x_name="prompt tokens", unit="accept length")
+            save("accept-length-by-context", title, draw)
     for title, part in split_by(rows, "batch").items():
         if len({row["batch"] for row in part}) > 1:
             rates = series_by(part, lambda row: row["batch"], "tokens_per_s")
-            save("throughput-by-batch", title, lambda axes, rates=rates: draw_lines(axes, rates, "batch", "tokens/s"))
+            save("throughput-by-batch", title, partial(draw_lines, series=rates, x_name="batch", unit="tokens/s"))
     for title, part in split_by(rows).items():
         if sum(row["kind"] == "sparsespec" for row in part) > 1:
-            save("ablation", title, lambda axes, part=part: draw_ablation(axes, part), legend=False)
+            save("ablation", title, partial(draw_ablation, rows=part), legend=False)
     return written

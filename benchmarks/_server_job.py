@@ -49,7 +49,7 @@ def as_record(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, A
         raise RuntimeError(f"{result['completed']} of {asked} requests were answered: {errors[:1]}")
     texts = result["generated_texts"]
     distinct = [distinct_share(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    accept = result.get("accept_length")
+    accept = result.get("accept_length")  # of this run: flushing the cache resets the server's average
     return {
         "timed": "whole requests, prefill included",
         "decode_s": [round(result["duration"], 3)],
@@ -59,7 +59,6 @@ def as_record(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, A
         "median_ttft_ms": round(result["median_ttft_ms"], 2),
         "median_tpot_ms": round(result["median_tpot_ms"], 3),
         "accept_length": round(accept, 3) if accept else None,
-        "accept_length_scope": "all requests since the server's start" if accept else None,
         "distinct": round(sum(distinct) / len(distinct), 3),
         "repetitive_prompts": sum(share < LEAST_DISTINCT for share in distinct),
     }

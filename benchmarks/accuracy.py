@@ -27,6 +27,8 @@ from _grading import compare, final_answer, same_answer
 from _workloads import LEAST_DISTINCT, QUESTIONS, chat_prompt, distinct_share, read_data
 from throughput import engine_arguments
 
+from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+
 
 @dataclass(frozen=True)
 class Question:
@@ -149,7 +151,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run with the given command line; 1 if accuracy differs by more than sampling error."""
     args = parse_arguments(argv)
     if args.device == "cpu":
-        os.environ["SPARSESPEC_CPU_BRIDGE"] = "1"  # plain SGLang needs it too on a processor without AMX
+        os.environ[CPU_BRIDGE_ENV] = "1"  # plain SGLang needs it too on a processor without AMX
     questions = [question for name in args.datasets for question in load_questions(name, args.questions)] * args.samples
     settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "samples", "datasets", "k")}
     about = {**stamp(), "model": Path(args.model_path).name, **settings}

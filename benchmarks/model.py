@@ -31,6 +31,23 @@ MODELLED_KERNELS = {
     ("draft", "pillar"),
     ("select", "pillar"),
 }
+INTRODUCTION = """# Performance model
+
+Made by `python benchmarks/docs.py`; do not edit. The model is
+[`sglang_sparsespec/perf_model.py`](../sglang_sparsespec/perf_model.py): a roofline of one forward, kernel by kernel, with
+constants that were fitted once to one H100. Ask it about your own model and load:
+
+```sh
+python -m sglang_sparsespec.advise --model Qwen/Qwen3-8B --gpu h100 --context 8192 --batch 32
+```
+
+Not modelled: prefill, queues, the tail of a run, the cost of sampling (temperature above 0), ragged batches, prefix
+sharing, mixture-of-experts models.
+
+## Against measurements
+
+Files are in [`benchmarks/results/`](../benchmarks/results); the points are in `measured_points.json` there.
+"""
 MODELS = ("Qwen3-1.7B", "Qwen3-8B", "Qwen3-14B", "Qwen3-32B")
 GPUS = ("h100", "h200")
 TPS = (1, 2, 4, 8)
@@ -147,17 +164,20 @@ def predictions_table(context: int) -> str:
     return markdown_table(headers, rows, right=range(2, 10))
 
 
+def crossover_cells(setup: perf_model.Setup) -> list[str | None]:
+    """The shortest context that pays, by batch; None if none does that fits the KV pool."""
+    cells: list[str | None] = []
+    for batch in CROSSOVER_BATCHES:
+        case = dataclasses.replace(setup, batch=batch)
+        context = perf_model.crossover_context(case)
+        fits = context is not None and context * batch <= case.kv_capacity
+        cells.append(f"{context:,}" if fits else None)
+    return cells
+
+
 def crossover_table() -> str:
     """Contexts from which lock-step SPARSESPEC is at least as fast as plain decoding, by batch."""
-    rows = []
-    for setup in setups(context=1, batch=1):
-        cells: list[str | None] = []
-        for batch in CROSSOVER_BATCHES:
-            case = dataclasses.replace(setup, batch=batch)
-            context = perf_model.crossover_context(case)
-            fits = context is not None and context * batch <= case.kv_capacity
-            cells.append(f"{context:,}" if fits else None)
-        rows.append([setup.shape.name, setup.gpu.name, setup.tp, *cells])
+    rows = [[setup.shape.name, setup.gpu.name, setup.tp, *crossover_cells(setup)] for setup in setups(context=1, batch=1)]
     headers = ["model", "GPU", "TP", *(f"batch {batch}" for batch in CROSSOVER_BATCHES)]
     return markdown_table(headers, rows, right=range(2, 8))
 
@@ -199,15 +219,19 @@ def predictions_section() -> str:
     return "\n\n".join(parts)
 
 
+def page() -> str:
+    """The whole page (``docs/performance-model.md``)."""
+    return f"{INTRODUCTION}\n{calibration_section()}\n\n## Predictions\n\n{predictions_section()}\n"
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, help="Markdown file to write instead of printing")
     args = parser.parse_args()
-    text = f"# Performance model\n\n{calibration_section()}\n\n## Predictions\n\n{predictions_section()}\n"
     if args.output:
-        args.output.write_text(text)
+        args.output.write_text(page())
     else:
-        print(text)
+        print(page())
     return 0
 
 

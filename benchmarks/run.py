@@ -44,8 +44,18 @@ from _server_job import run_samples
 HERE = Path(__file__).resolve().parent
 URL_OPTIONS = {"server": "server_url", "vllm": "vllm_url", "vllm-ngram": "vllm_ngram_url"}
 DRAFT_OPTIONS = {"standalone": "draft_model_path", "eagle3": "eagle3_path"}
-OVERRIDES = ("batches", "output_lengths", "temperatures", "repeats", "interleave", "ignore_eos", "device", "dtype")
-OVERRIDES += ("load_format",)
+#: Parts of the matrix that an option of the same name overrides.
+OVERRIDES = (
+    "batches",
+    "output_lengths",
+    "temperatures",
+    "repeats",
+    "interleave",
+    "ignore_eos",
+    "device",
+    "dtype",
+    "load_format",
+)
 
 
 class NotRun(Exception):

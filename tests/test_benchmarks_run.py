@@ -14,6 +14,7 @@ import pytest
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
 
+import _engine_job  # noqa: E402
 import _report  # noqa: E402
 import _server_job  # noqa: E402
 import run  # noqa: E402
@@ -268,6 +269,23 @@ def test_a_missing_model_is_named(line: list[str], tmp_path: Path, capsys: pytes
     (tmp_path / "matrix.json").write_text(json.dumps({**SMALL, "models": []}))
     assert run.main(line) == 2
     assert "--model-path" in capsys.readouterr().err
+
+
+class BusyEngine:
+    """Refuses to flush its cache ``busy`` times."""
+
+    def __init__(self, busy: int) -> None:
+        self.busy = busy
+
+    def flush_cache(self) -> Any:
+        self.busy -= 1
+        return type("Output", (), {"success": self.busy < 0})
+
+
+def test_a_refused_flush_is_tried_again_and_not_passed_over() -> None:
+    _engine_job.flush(BusyEngine(2))
+    with pytest.raises(RuntimeError, match="could not be flushed"):
+        _engine_job.flush(BusyEngine(1000), timeout=0.1)
 
 
 # ------------------------------------------------------------------------- servers
