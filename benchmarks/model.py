@@ -33,7 +33,7 @@ MODELLED_KERNELS = {
 }
 INTRODUCTION = """# Performance model
 
-Made by `python benchmarks/docs.py`; do not edit. The model is
+Made by `python benchmarks/make_docs.py`; do not edit. The model is
 [`sglang_sparsespec/perf_model.py`](../sglang_sparsespec/perf_model.py): a roofline of one forward, kernel by kernel, with
 constants that were fitted once to one H100. Ask it about your own model and load:
 

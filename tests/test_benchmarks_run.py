@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -20,6 +21,7 @@ import _server_job  # noqa: E402
 import run  # noqa: E402
 from _matrix import MATRICES, EngineSpec, Job, Matrix, cells, jobs, load_matrix  # noqa: E402
 from _workloads import Dataset, distinct_share, question_prompts  # noqa: E402
+from throughput import engine_arguments  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "models": ["folder/tiny"],
@@ -269,6 +271,33 @@ def test_a_missing_model_is_named(line: list[str], tmp_path: Path, capsys: pytes
     (tmp_path / "matrix.json").write_text(json.dumps({**SMALL, "models": []}))
     assert run.main(line) == 2
     assert "--model-path" in capsys.readouterr().err
+
+
+def engine_settings(engine: EngineSpec, **changes: Any) -> dict[str, Any]:
+    """``sglang.Engine`` arguments of an engine of the matrix."""
+    matrix = Matrix.parse({**SMALL, "device": "cuda", "engines": ["plain:triton"], **changes})
+    job = Job("m", engine, tuple((cell, 0) for cell in cells(matrix, "m", engine)))
+    contents = _engine_job.job_contents(job, matrix, "warning")
+    return engine_arguments(contents["engine"], 4, argparse.Namespace(**contents["settings"]))
+
+
+def test_engines_become_sglang_arguments() -> None:
+    plain = engine_settings(EngineSpec("plain:triton"))
+    assert plain["decode_attention_backend"] == "triton" and "speculative_algorithm" not in plain
+    sparse = engine_settings(EngineSpec("sparsespec:window", "k 4", {"speculative_num_steps": 4}))
+    assert sparse["speculative_algorithm"] == "SPARSESPEC" and sparse["sparsespec_draft_policy"] == "window"
+    assert sparse["speculative_num_steps"] == 4  # the engine's own, not the matrix's
+    standalone = engine_settings(EngineSpec("standalone", args={"speculative_draft_model_path": "d"}, label="s"))
+    assert standalone["speculative_algorithm"] == "STANDALONE" and standalone["speculative_draft_model_path"] == "d"
+    assert "speculative_num_steps" not in standalone  # SGLang's default
+    shared = {key: plain[key] for key in ("model_path", "dtype", "max_running_requests", "random_seed")}
+    assert all(shared.items() <= other.items() for other in (sparse, standalone))
+
+
+def test_arguments_of_the_matrix_reach_every_engine() -> None:
+    settings = {"engine_args": {"max_total_tokens": 9}}
+    assert engine_settings(EngineSpec("plain:triton"), **settings)["max_total_tokens"] == 9
+    assert engine_settings(EngineSpec("ngram"), **settings)["max_total_tokens"] == 9
 
 
 class BusyEngine:

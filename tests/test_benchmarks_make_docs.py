@@ -10,13 +10,13 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
-import docs  # noqa: E402
+import make_docs as docs  # noqa: E402
 
 
 @pytest.mark.parametrize("name", ["benchmarks.md", "performance-model.md"])
 def test_generated_pages_are_what_the_results_give(name: str) -> None:
     path = docs.DOCS / name
-    assert path.read_text() == docs.pages()[path], "run python benchmarks/docs.py"
+    assert path.read_text() == docs.pages()[path], "run python benchmarks/make_docs.py"
 
 
 def test_a_block_that_nobody_makes_is_named() -> None:

@@ -1,7 +1,7 @@
 """The generated parts of ``docs/``: tables from the result files, and the performance model's.
 
-    python benchmarks/docs.py           # write them
-    python benchmarks/docs.py --check   # exit status 1 if they are not what the files give
+    python benchmarks/make_docs.py           # write them
+    python benchmarks/make_docs.py --check   # exit status 1 if they are not what the files give
 
 In ``docs/benchmarks.md`` a table stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->``;
 ``docs/performance-model.md`` is written whole. So every number there comes from a file of ``results/``, or from the model,
@@ -136,7 +136,7 @@ def main() -> int:
     args = parser.parse_args()
     stale = [path for path, text in pages().items() if not path.exists() or path.read_text() != text]
     for path in stale:
-        print(f"{path.relative_to(REPO)} {'is not current: run python benchmarks/docs.py' if args.check else 'written'}")
+        print(path.relative_to(REPO), "is not current: run python benchmarks/make_docs.py" if args.check else "written")
     if args.check:
         return 1 if stale else 0
     for path, text in pages().items():
