@@ -173,8 +173,8 @@ class Comparison:
         only_first, only_second: questions that only one of them answered correctly.
         p_value: of McNemar's exact test, two-sided: how often such a split, or a more uneven one, comes from two equal
             engines.
-        difference: accuracy of the second less that of the first; ``low``, ``high``: its 95% interval (normal
-            approximation for pairs).
+        difference: accuracy of the second less that of the first; ``low``, ``high``: its 95% interval (Agresti and Min,
+            for pairs).
     """
 
     questions: int
@@ -218,8 +218,10 @@ def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
     total = len(first)
     only_first = sum(a and not b for a, b in zip(first, second, strict=True))
     only_second = sum(b and not a for a, b in zip(first, second, strict=True))
-    difference = (only_second - only_first) / total
-    error = 1.96 * math.sqrt(only_first + only_second - (only_second - only_first) ** 2 / total) / total
+    # The interval of Agresti and Min (2005), half an answer added to each kind: few splits do not make it vanish.
+    padded, shift = total + 2, only_second - only_first
+    middle = shift / padded
+    error = 1.96 * math.sqrt(only_first + only_second + 1 - shift**2 / padded) / padded
     return Comparison(
         total,
         sum(first) / total,
@@ -227,7 +229,7 @@ def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
         only_first,
         only_second,
         mcnemar(only_first, only_second),
-        difference,
-        difference - error,
-        difference + error,
+        shift / total,
+        max(-1.0, middle - error),
+        min(1.0, middle + error),
     )

@@ -13,6 +13,21 @@ from typing import Any
 from _matrix import Cell, Job, Matrix
 from _workloads import LEAST_DISTINCT, distinct_share
 
+#: What is kept of a server's answer to /server_info (SGLang's; vLLM has no such page).
+SERVER_FLAGS = (
+    "version",
+    "model_path",
+    "device",
+    "dtype",
+    "kv_cache_dtype",
+    "tp_size",
+    "attention_backend",
+    "max_running_requests",
+    "speculative_algorithm",
+    "speculative_num_steps",
+    "speculative_num_draft_tokens",
+    "speculative_draft_model_path",
+)
 BACKENDS = {"server": "sglang", "vllm": "vllm", "vllm-ngram": "vllm"}
 
 
@@ -49,8 +64,12 @@ def as_record(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, A
         raise RuntimeError(f"{result['completed']} of {asked} requests were answered: {errors[:1]}")
     texts = result["generated_texts"]
     distinct = [distinct_share(tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
-    accept = result.get("accept_length")  # of this run: flushing the cache resets the server's average
+    # Of this run, up to the server's last decode log line: flushing the cache resets the average. None in runs that are
+    # shorter than a log interval.
+    accept = result.get("accept_length")
+    server = result.get("server_info") or {}
     return {
+        "server_flags": {name: server[name] for name in SERVER_FLAGS if name in server},
         "timed": "whole requests, prefill included",
         "decode_s": [round(result["duration"], 3)],
         "prompt_tokens": result["total_input_tokens"],

@@ -297,21 +297,26 @@ def with_draft_model(spec: EngineSpec, args: argparse.Namespace) -> EngineSpec:
 
 
 def describe(matrix: Matrix, model: str, engine: EngineSpec) -> dict[str, Any]:
-    """What every record says about the engine and its flags."""
-    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
-    return {
+    """What every record says about the engine and its flags; a server's flags come from itself, with the samples."""
+    about = {
         "model": Path(model).name,
         "engine": engine.engine,
         "label": engine.label,
+        "ignore_eos": matrix.ignore_eos,
+        "interleaved": matrix.interleave,
+    }
+    if engine.kind in SERVED:
+        return about
+    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN") if engine.kind == "sparsespec" else None
+    return {
+        **about,
         "policy": engine.policy,
         "engine_args": {**matrix.engine_args, **engine.args},
         "load_format": matrix.load_format,
         "dtype": matrix.dtype,
         "prefill_backend": matrix.prefill_backend,
         "k": engine.args.get("speculative_num_steps", matrix.k) if engine.kind == "sparsespec" else None,
-        "ignore_eos": matrix.ignore_eos,
-        "interleaved": matrix.interleave,
-        "simulated_accept_length": float(simulated) if simulated and engine.kind == "sparsespec" else None,
+        "simulated_accept_length": float(simulated) if simulated else None,
     }
 
 

@@ -125,6 +125,16 @@ def test_few_splits_are_within_sampling_error_and_many_are_not() -> None:
     assert "differs by more than sampling error" in worse.statement
 
 
+def test_the_interval_is_wide_where_little_was_asked_and_narrow_where_much_was() -> None:
+    def width(questions: int) -> float:
+        found = compare([True] * questions, [True] * questions)
+        assert found.low < 0 < found.high and found.p_value == 1
+        return found.high - found.low
+
+    assert width(2) > 0.9
+    assert width(300) < 0.02
+
+
 def test_grades_of_other_questions_are_not_compared() -> None:
     with pytest.raises(ValueError, match="same questions"):
         compare([True], [])

@@ -329,6 +329,7 @@ RESULT: dict[str, Any] = {
     "median_ttft_ms": 10.0,
     "median_tpot_ms": 5.0,
     "accept_length": 4.5,
+    "server_info": {"version": "0.5.17", "speculative_algorithm": "SPARSESPEC", "port": 1},
     "generated_texts": ["a b c d e f g h i j k l m n o p", "x " * 40],
 }
 
@@ -349,6 +350,8 @@ def test_a_servers_result_becomes_a_sample() -> None:
     record = _server_job.as_record(RESULT, Words(), asked=2)
     assert (record["tokens_per_s"], record["accept_length"], record["repetitive_prompts"]) == (32.0, 4.5, 1)
     assert record["timed"] == "whole requests, prefill included"
+    assert record["server_flags"] == {"version": "0.5.17", "speculative_algorithm": "SPARSESPEC"}
+    assert "dtype" not in run.describe(Matrix.parse(SMALL), "m", EngineSpec("server"))  # the matrix's is not the server's
 
 
 def test_unanswered_requests_are_no_result() -> None:
