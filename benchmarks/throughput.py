@@ -29,8 +29,9 @@ from accept_length import distinct_share, make_prompts
 
 
 def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """``plain:BACKEND`` or ``sparsespec[:POLICY]`` as ``sglang.Engine`` arguments."""
+    """``plain:BACKEND`` or ``sparsespec[:POLICY[:SCHEDULE]]`` as ``sglang.Engine`` arguments."""
     kind, _, detail = name.partition(":")
+    policy, _, schedule = detail.partition(":")
     settings: dict[str, Any] = {
         "model_path": args.model_path,
         "load_format": args.load_format,
@@ -51,10 +52,11 @@ def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dic
             speculative_algorithm="SPARSESPEC",
             speculative_num_steps=args.k,
             sparsespec_base_attention_backend=args.prefill_backend,
-            sparsespec_draft_policy=detail or "pillar",
+            sparsespec_draft_policy=policy or "pillar",
+            sparsespec_schedule=schedule or "lockstep",
         )
     else:
-        raise SystemExit(f"--engines {name}: expected plain:BACKEND or sparsespec[:POLICY]")
+        raise SystemExit(f"--engines {name}: expected plain:BACKEND or sparsespec[:POLICY[:SCHEDULE]]")
     return settings
 
 

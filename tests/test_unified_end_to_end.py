@@ -39,7 +39,7 @@ def requests() -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
     """Plain SGLang, and two unified servers: one that must retract, one without overlap and radix cache."""
-    common = {
+    common: dict[str, Any] = {
         "model_path": str(write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")),
         "device": "cpu",
         "dtype": "float32",
@@ -47,16 +47,16 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "random_seed": 1,
         "log_level": "info",
     }
-    unified = {
+    unified: dict[str, Any] = {
         **common,
         "speculative_algorithm": "SPARSESPEC",
         "sparsespec_schedule": "unified",
         "sparsespec_min_budget": 12,
         "sparsespec_budget_ratio": 0.01,
     }
-    plain = {**common, "disable_cuda_graph": True, "attention_backend": "torch_native"}
-    retracting = {"max_total_tokens": 900, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
-    simple = {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_total_tokens": 8000}
+    plain: dict[str, Any] = {**common, "disable_cuda_graph": True, "attention_backend": "torch_native"}
+    retracting: dict[str, Any] = {"max_total_tokens": 900, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
+    simple: dict[str, Any] = {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_total_tokens": 8000}
     with (
         EngineProcess({CPU_BRIDGE_ENV: "1"}, **plain, max_total_tokens=8000, port=31300) as plain_engine,
         EngineProcess(
