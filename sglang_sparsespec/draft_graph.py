@@ -56,9 +56,11 @@ class DraftGraphs(StepGraphs):
     def _forward_batch(self, batch_size: int) -> ForwardBatch:
         rows, positions = self.rows[:batch_size], self.positions[:batch_size]
         # _step replaces what it computes from these: positions, lengths and slots.
-        return draft_forward_batch(
+        forward_batch = draft_forward_batch(
             self.tokens[:batch_size], rows, positions, positions, rows, self.model_runner.spec_algorithm
         )
+        forward_batch.next_token_logits_buffer = self._logits_buffer(batch_size)
+        return forward_batch
 
     def _step(self, bs: int, forward_batch: ForwardBatch) -> torch.Tensor:
         """One draft step on the static state; returns logits [bs, vocab]. Recorded."""

@@ -64,6 +64,16 @@ class StepGraphs:
         if get_tp_group().rank_in_group == 0:
             logger.info("Captured %d %s graphs, %.2f GB.", len(self.capture_bs), self.name, self.memory_usage_gb)
 
+    def _logits_buffer(self, rows: int) -> torch.Tensor | None:
+        """Float32 [rows, vocab] that all graphs of SGLang write their logits to, or None if it has fewer rows.
+
+        Without it every graph keeps logits of its own: gigabytes with a large vocabulary.
+        """
+        shared = self.model_runner.graph_shared_output
+        if shared is None or rows > shared.max_rows:
+            return None
+        return shared.get_logits_buffer(self.model_runner.model_config.vocab_size, rows=rows)
+
     def bucket(self, batch_size: int) -> int | None:
         """The captured size that fits ``batch_size``, or None."""
         index = bisect.bisect_left(self.capture_bs, batch_size)

@@ -58,11 +58,13 @@ class UnifiedGraphs(StepGraphs):
         (padding,) = pack_plan([_NOTHING], *capacity)
         plan.copy_(torch.tensor(padding).expand_as(plan))
         self.index.zero_()
+        drafts, verifications = capacity
+        logits_buffer = self._logits_buffer(drafts + verifications * self.window)
 
         def step() -> torch.Tensor:
             # Warm-up and capture run the step more than once, without a round.
             row = plan.index_select(0, self.index.clamp(max=self.window - 1)).squeeze(0)
-            logits = self.state.step(ForwardRows.split(row, *capacity))
+            logits = self.state.step(ForwardRows.split(row, *capacity), logits_buffer)
             self.index.add_(1)
             return logits
 

@@ -135,8 +135,8 @@ class WindowState:
         """int64 [V, W], positions of the windows."""
         return self.start_lens[rows.verify_rows].unsqueeze(1) + self._window_offsets
 
-    def forward(self, rows: ForwardRows) -> torch.Tensor:
-        """Run the model: logits [D + V * W, vocab], drafts first."""
+    def forward(self, rows: ForwardRows, logits_buffer: torch.Tensor | None = None) -> torch.Tensor:
+        """Run the model: logits [D + V * W, vocab], drafts first; in the buffer (float32) if given."""
         draft_positions = self.draft_positions(rows)
         draft_lens = torch.where(rows.draft_offsets >= 0, draft_positions + 1, 0)
         verify_positions = self.verify_positions(rows)
@@ -157,6 +157,7 @@ class WindowState:
             self.req_to_token[all_rows, positions].long(),
             self.model_runner.spec_algorithm,
         )
+        forward_batch.next_token_logits_buffer = logits_buffer
         set_is_extend_in_batch(False)
         backend = self.attn_backend
         backend.begin_mixed(
@@ -189,9 +190,9 @@ class WindowState:
         self.candidates[verified, 0] = tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1)
         self.lens[:1] = 0
 
-    def step(self, rows: ForwardRows) -> torch.Tensor:
+    def step(self, rows: ForwardRows, logits_buffer: torch.Tensor | None = None) -> torch.Tensor:
         """:meth:`forward`, then draft and accept greedily (or as simulated); returns the logits."""
-        logits = self.forward(rows)
+        logits = self.forward(rows, logits_buffer)
         tokens = logits.argmax(dim=-1)
         drafts = len(rows.draft_rows)
         candidates = self.candidates[rows.verify_rows]

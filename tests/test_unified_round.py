@@ -74,7 +74,12 @@ class RuleModel:
         rules = [draft_after] * drafts + [target_after] * windows.numel()
         pairs = zip(rules, input_ids.tolist(), positions.tolist(), strict=True)
         following = torch.tensor([rule(token, position) for rule, token, position in pairs], dtype=torch.int64)
-        return SimpleNamespace(next_token_logits=torch.nn.functional.one_hot(following, VOCAB).float())
+        logits = torch.nn.functional.one_hot(following, VOCAB).float()
+        buffer = forward_batch.next_token_logits_buffer
+        if buffer is not None:  # as SGLang's LogitsProcessor does
+            assert buffer.shape == logits.shape
+            logits = buffer.copy_(logits)
+        return SimpleNamespace(next_token_logits=logits)
 
 
 class GraphCalls:
@@ -118,6 +123,7 @@ class RuleServer:
     """
 
     def __init__(self, graphs: bool) -> None:
+        from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
         from sglang_sparsespec.unified_graph import UnifiedGraphs
@@ -130,6 +136,7 @@ class RuleServer:
             model_config=SimpleNamespace(vocab_size=VOCAB),
             device="cpu",
             gpu_id=0,
+            graph_shared_output=GraphSharedOutput(device=torch.device("cpu"), max_rows=16 * WINDOW),
         )
         self.counted: list[tuple[int, int]] = []
         backend: Any = self.backend
