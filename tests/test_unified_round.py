@@ -181,6 +181,7 @@ class RuleServer:
             self.sequences[row] += tokens[:count]
         assert result.new_seq_lens.tolist() == [len(self.sequences[row]) - 1 for row in rows]
         assert result.bonus_tokens.tolist() == [self.sequences[row][-1] for row in rows]
+        assert int(self.rounds.state.lens[0]) == 0, "the padding row stays empty"
         return result
 
     def assert_targets_output(self, row: int) -> None:
@@ -212,6 +213,32 @@ def test_requests_that_come_and_go_get_the_targets_tokens(
             assert torch.equal(logits.argmax(-1), result.tokens)
     for row in running:
         server.assert_targets_output(row)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_sampler_gets_the_positions_of_the_verified_windows(
+    rule_server: Callable[[bool], RuleServer], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeded sampling depends on them; a replayed step has moved the lengths on already."""
+    from sglang_sparsespec import sampling
+
+    server = rule_server(graphs)
+    rows = [2, 3, 5, 7, 11]
+    for row in rows:
+        server.admit(row, 4 + row)
+    original = sampling.accept
+    seen: list[tuple[int, list[int]]] = []
+
+    def accept(candidates: Any, logits: Any, info: Any, positions: torch.Tensor, *rest: Any) -> Any:
+        seen.extend(zip(rest[1].tolist(), positions.view(-1, WINDOW).tolist(), strict=True))
+        return original(candidates, logits, info, positions, *rest)
+
+    monkeypatch.setattr(sampling, "accept", accept)
+    for _ in range(2):
+        lengths = [len(server.sequences[row]) - 1 for row in rows]
+        server.round(rows, return_logprob=True)
+        assert sorted(seen) == [(i, list(range(n, n + WINDOW))) for i, n in enumerate(lengths)]
+        seen.clear()
 
 
 @pytest.mark.parametrize("graphs", [False, True])
