@@ -156,8 +156,8 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=str,
         choices=SCHEDULES,
         default=SparseSpecConfig.schedule,
-        help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in turns, so that "
-        "every forward holds the same share of drafts and verifications. Default: %(default)s.",
+        help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in "
+        "turns, so that every forward holds the same share of drafts and verifications. Default: %(default)s.",
     )
 
 
