@@ -107,7 +107,10 @@ def staircase(trace: Trace, values: list[float] | list[int], x_of: float, y_of: 
 def draw(traces: list[Trace], show_ms: float) -> str:
     """The picture: a panel of step times over one of tokens."""
     shown = [trace.between(0, show_ms) for trace in traces]
-    panels = [("step time (ms)", [trace.ms for trace in shown]), ("tokens per forward", [t.tokens for t in shown])]
+    panels: list[tuple[str, list[list[Any]]]] = [
+        ("step time (ms)", [trace.ms for trace in shown]),
+        ("tokens per forward", [trace.tokens for trace in shown]),
+    ]
     inner = WIDTH - 2 * MARGIN
     height = len(panels) * (PANEL + GAP) + MARGIN
     parts = [
