@@ -34,13 +34,14 @@ SGLANG_SPECULATION = {"ngram": "NGRAM", "standalone": "STANDALONE", "eagle3": "E
 def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dict[str, Any]:
     """An engine's name as ``sglang.Engine`` arguments.
 
-    ``plain:BACKEND``, ``sparsespec[:POLICY]``, or ``ngram``, ``standalone``, ``eagle3`` with ``[:BACKEND]``: SGLang's own
-    speculation, with SGLang's default draft lengths (the draft model's path comes with ``--engine-args``).
+    ``plain:BACKEND``, ``sparsespec[:POLICY[:SCHEDULE]]``, or ``ngram``, ``standalone``, ``eagle3`` with ``[:BACKEND]``:
+    SGLang's own speculation, with SGLang's default draft lengths (the draft model's path comes with ``--engine-args``).
 
     Raises:
         SystemExit: no such name.
     """
     kind, _, detail = name.partition(":")
+    policy, _, schedule = detail.partition(":")
     settings: dict[str, Any] = {
         "model_path": args.model_path,
         "load_format": args.load_format,
@@ -63,13 +64,14 @@ def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dic
             speculative_algorithm="SPARSESPEC",
             speculative_num_steps=args.k,
             sparsespec_base_attention_backend=args.prefill_backend,
-            sparsespec_draft_policy=detail or "pillar",
+            sparsespec_draft_policy=policy or "pillar",
+            sparsespec_schedule=schedule or "lockstep",
         )
     elif kind in SGLANG_SPECULATION:
         settings.update(speculative_algorithm=SGLANG_SPECULATION[kind], attention_backend=detail or "flashinfer")
     else:
         names = ", ".join(SGLANG_SPECULATION)
-        raise SystemExit(f"--engines {name}: expected plain:BACKEND, sparsespec[:POLICY], or one of {names}")
+        raise SystemExit(f"--engines {name}: expected plain:BACKEND, sparsespec[:POLICY[:SCHEDULE]], or one of {names}")
     return {**settings, **json.loads(args.engine_args)}
 
 

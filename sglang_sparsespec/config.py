@@ -30,6 +30,7 @@ DEFAULT_NUM_DRAFT_STEPS = 8
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DRAFT_POLICIES = ("pillar", "window", "streaming")
 KERNELS = ("auto", "torch", "cuda")
+SCHEDULES = ("lockstep", "unified")
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -47,6 +48,8 @@ class SparseSpecConfig:
         base_attention_backend: SGLang backend that runs prefill; None for the default of
             the device.
         kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
+        schedule: ``lockstep``: all requests draft, then all verify. ``unified``: every forward
+            holds drafts and verifications in the same proportion (paper section 4.2).
     """
 
     budget_ratio: float = 0.05
@@ -55,6 +58,7 @@ class SparseSpecConfig:
     num_sinks: int = 4
     base_attention_backend: str | None = None
     kernels: str = "auto"
+    schedule: str = "lockstep"
 
     def check(self) -> None:
         """Raise ``ValueError`` that names flag and remedy for a value out of range."""
@@ -76,6 +80,10 @@ class SparseSpecConfig:
         if self.kernels not in KERNELS:
             raise ValueError(
                 f"--sparsespec-kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"--sparsespec-schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
             )
 
     def budget(self, length: int) -> int:
@@ -142,6 +150,14 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=SparseSpecConfig.kernels,
         help="Kernels of draft attention, verification and selection: 'torch' is the slow reference, "
         "'cuda' is Triton, 'auto' picks by device. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-schedule",
+        type=str,
+        choices=SCHEDULES,
+        default=SparseSpecConfig.schedule,
+        help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in "
+        "turns, so that every forward holds the same share of drafts and verifications. Default: %(default)s.",
     )
 
 

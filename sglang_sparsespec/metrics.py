@@ -5,17 +5,33 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
 
 - ``sparsespec:accepted_drafts_total{count="n"}``: verifications that accepted n drafts;
 - ``sparsespec:kv_read_share``: KV tokens that draft steps attended to, divided by those
-  that full attention would have, since the start of the server.
+  that full attention would have, since the start of the server;
+- ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
+  mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
+- ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step.
 """
 
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_sparsespec.forward_stats import ForwardStats
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.unified_round import UnifiedRounds
+
 logger = logging.getLogger(__name__)
+
+#: Names of ``/server_info`` without their prefix that are exported as gauges.
+GAUGES = {
+    "kv_read_share": "KV tokens read while drafting, relative to full attention.",
+    "forward_tokens": "Mean tokens of a decode forward.",
+    "forward_tokens_variation": "Coefficient of variation of the tokens of decode forwards.",
+    "verify_share": "Tokens of verify windows, relative to all tokens of decode forwards.",
+}
 
 
 class DraftMetrics:
@@ -23,14 +39,18 @@ class DraftMetrics:
 
     Attributes:
         histogram: histogram[n] verifications accepted n of the k drafts.
+        unified: the worker's staggered rounds, None in lock-step.
     """
 
-    def __init__(self, num_steps: int, kv_read: torch.Tensor) -> None:
+    def __init__(self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats) -> None:
+        self.unified: UnifiedRounds | None = None
+        self._forward_stats = forward_stats
         self.histogram = [0] * (num_steps + 1)
         self._kv_read = kv_read
         pinned = kv_read.is_cuda
         self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=pinned)
-        self._prometheus: tuple[Any, Any] | None = None
+        self._prometheus: tuple[Any, Any, dict[str, Any]] | None = None
+        self._exported_lockstep = 0
         self._exported = [0] * (num_steps + 1)
 
     def count(self, num_correct_drafts: list[int]) -> None:
@@ -60,14 +80,25 @@ class DraftMetrics:
             "sparsespec_kv_read_share": self.kv_read_share,
             "sparsespec_kv_tokens_read": int(self._kv_read_cpu[0]),
             "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),
+            **self._forward_stats.as_dict(),
+            "sparsespec_lockstep_rounds": self._lockstep_rounds,
         }
+
+    @property
+    def _lockstep_rounds(self) -> int:
+        return self.unified.fallbacks if self.unified is not None else 0
 
     def log(self) -> None:
         """One line beside SGLang's decode line."""
+        forwards = self._forward_stats.as_dict()
         logger.info(
-            "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%",
+            "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%, tokens per forward: %.1f "
+            "(variation %.0f%%, verifying %.0f%%)",
             self.histogram,
             100 * self.kv_read_share,
+            forwards["sparsespec_forward_tokens"],
+            100 * forwards["sparsespec_forward_tokens_variation"],
+            100 * forwards["sparsespec_verify_share"],
         )
 
     def export(self, labels: dict[str, str]) -> None:
@@ -81,15 +112,22 @@ class DraftMetrics:
                 "Verifications by the number of drafts they accepted.",
                 labelnames=[*labels, "count"],
             )
-            share = Gauge(
-                "sparsespec:kv_read_share",
-                "KV tokens read while drafting, relative to full attention.",
+            lockstep = Counter(
+                "sparsespec:lockstep_rounds",
+                "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
                 labelnames=list(labels),
-                multiprocess_mode="mostrecent",
             )
-            self._prometheus = (accepted, share)
-        accepted, share = self._prometheus
+            gauges = {
+                name: Gauge(f"sparsespec:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
+                for name, text in GAUGES.items()
+            }
+            self._prometheus = (accepted, lockstep, gauges)
+        accepted, lockstep, gauges = self._prometheus
+        values = self.as_dict()
         for n, total in enumerate(self.histogram):
             accepted.labels(**labels, count=str(n)).inc(total - self._exported[n])
             self._exported[n] = total
-        share.labels(**labels).set(self.kv_read_share)
+        lockstep.labels(**labels).inc(self._lockstep_rounds - self._exported_lockstep)
+        self._exported_lockstep = self._lockstep_rounds
+        for name, gauge in gauges.items():
+            gauge.labels(**labels).set(values[f"sparsespec_{name}"])

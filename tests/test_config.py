@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_sinks": 7,
     "base_attention_backend": "torch_native",
     "kernels": "torch",
+    "schedule": "unified",
 }
 
 LLAMA: dict[str, Any] = {
@@ -383,6 +384,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
+    "schedule": ({"sparsespec_schedule": "x"}, "--sparsespec-schedule", "lockstep, unified"),
     "cuda kernels on cpu": (
         {"sparsespec_kernels": "cuda"},
         "--sparsespec-kernels cuda",
