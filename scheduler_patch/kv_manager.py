@@ -107,11 +107,15 @@ class KVManager:
         return 1 - self.tier.free_tokens / self.scheduler.max_total_num_tokens
 
     def step(self, running: ScheduleBatch) -> ScheduleBatch:
-        """One scheduler iteration: settle, restore, offload. Returns the new running batch."""
+        """One scheduler iteration: settle, offload, restore. Returns the new running batch.
+
+        What is restored runs at least one round before it can be offloaded again.
+        """
         self._register(running)
         self._settle()
-        running = self._restore(running)
         self._offload(running)
+        running = self._restore(running)
+        self._wait_if_full(running)
         return running
 
     def _register(self, running: ScheduleBatch) -> None:
@@ -129,12 +133,11 @@ class KVManager:
     def _offload(self, running: ScheduleBatch) -> None:
         """Take requests out of the batch until the others can grow."""
         alive = [req for req in running.reqs if not req.finished()]
-        leaving = self._forced(alive) if FORCE_INTERVAL else self._newest(alive)
+        leaving = self._newest(alive) or (self._forced(alive) if FORCE_INTERVAL else [])
         if leaving:
             gone = {id(entry.req) for entry in leaving}
             running.filter_batch(keep_indices=[i for i, req in enumerate(running.reqs) if id(req) not in gone])
             self.offloaded = sorted(self.offloaded + leaving, key=lambda entry: self._arrival[entry.req])
-        self._wait_if_full(running)
 
     def _newest(self, alive: list[Req]) -> list[Offloaded]:
         """The newest requests, until the next ``OFFLOAD_ROUNDS`` rounds of the others fit."""
