@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,9 @@ DEFAULT_MAX_RUNNING_REQUESTS = 256
 DRAFT_POLICIES = ("pillar", "window", "streaming")
 KERNELS = ("auto", "torch", "cuda")
 SCHEDULES = ("lockstep", "unified")
+#: ``--sparsespec-host-kv-gb``: this share of the free memory, beyond what SGLang leaves to others.
+AUTO_HOST_KV = "auto"
+AUTO_HOST_KV_SHARE = 0.5
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -50,6 +54,8 @@ class SparseSpecConfig:
         kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
         schedule: ``lockstep``: all requests draft, then all verify. ``unified``: every forward
             holds drafts and verifications in the same proportion (paper section 4.2).
+        host_kv_gb: pinned host memory, in GB, that running requests may be moved to (all GPUs
+            of the server together); 0 for none, ``auto`` for half of the free memory.
     """
 
     budget_ratio: float = 0.05
@@ -59,6 +65,12 @@ class SparseSpecConfig:
     base_attention_backend: str | None = None
     kernels: str = "auto"
     schedule: str = "lockstep"
+    host_kv_gb: float | str = 0.0
+
+    @property
+    def has_host_tier(self) -> bool:
+        """Whether running requests may be moved to host memory."""
+        return self.host_kv_gb != 0
 
     def check(self) -> None:
         """Raise ``ValueError`` that names flag and remedy for a value out of range."""
@@ -84,6 +96,11 @@ class SparseSpecConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"--sparsespec-schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
+            )
+        if self.host_kv_gb != AUTO_HOST_KV and (isinstance(self.host_kv_gb, str) or self.host_kv_gb < 0):
+            raise ValueError(
+                f"--sparsespec-host-kv-gb must be a size in GB, 0 for no host tier, or {AUTO_HOST_KV!r}, "
+                f"got {self.host_kv_gb!r}."
             )
 
     def budget(self, length: int) -> int:
@@ -159,6 +176,18 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in "
         "turns, so that every forward holds the same share of drafts and verifications. Default: %(default)s.",
     )
+    group.add_argument(
+        "--sparsespec-host-kv-gb",
+        type=_size_or_auto,
+        default=SparseSpecConfig.host_kv_gb,
+        help="Pinned host memory, in GB for all GPUs together, that running requests move to when the KV "
+        "pool is full, instead of being computed again; 'auto' takes half of what is free, 0 turns it "
+        "off. Default: %(default)s.",
+    )
+
+
+def _size_or_auto(text: str) -> float | str:
+    return text if text == AUTO_HOST_KV else float(text)
 
 
 _pending: ContextVar[SparseSpecConfig | None] = ContextVar("sparsespec_pending_config", default=None)
@@ -345,8 +374,29 @@ def validate_server_args(server_args: ServerArgs) -> None:
             "SGLang does not load plugins in its tokenizer workers",
             "use one tokenizer worker",
         )
+    if config.has_host_tier:
+        _validate_host_tier(server_args, refuse)
     _validate_draft_length(server_args, config)
     _validate_model(server_args)
+
+
+def _validate_host_tier(server_args: ServerArgs, refuse: Callable[[str, str, str], None]) -> None:
+    """Refuse what excludes ``--sparsespec-host-kv-gb``."""
+    off = "remove it, or use --sparsespec-host-kv-gb 0"
+    if server_args.disable_radix_cache:
+        refuse("--disable-radix-cache with --sparsespec-host-kv-gb", "requests are kept in the radix cache", off)
+    if server_args.enable_hierarchical_cache:
+        refuse(
+            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+            "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
+            off,
+        )
+    if server_args.strip_thinking_cache:
+        refuse(
+            "--strip-thinking-cache with --sparsespec-host-kv-gb",
+            "an offloaded request's whole output is in the radix cache",
+            off,
+        )
 
 
 def _validate_draft_length(server_args: ServerArgs, config: SparseSpecConfig) -> None:
@@ -435,9 +485,42 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         base = "triton" if server_args.device == "cuda" else "torch_native"
         config = dataclasses.replace(config, base_attention_backend=base)
         object.__setattr__(server_args, _ATTRIBUTE, config)
+    if config.has_host_tier:
+        _resolve_host_tier(server_args, config)
     if server_args.device == "cpu":
         _resolve_cpu(server_args)
     _resolve_prefill_graph(server_args)
+
+
+def _resolve_host_tier(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    """Turn on SGLang's hierarchical cache, the host tier's home."""
+    total = free_host_gb() * AUTO_HOST_KV_SHARE if config.host_kv_gb == AUTO_HOST_KV else config.host_kv_gb
+    assert isinstance(total, float | int)
+    server_args.enable_hierarchical_cache = True
+    server_args.hicache_size = total / (server_args.tp_size * server_args.dp_size)  # in GB, for each GPU
+    # The other policies copy prefixes at their first use, or while evicting, which blocks.
+    server_args.hicache_write_policy = "write_through_selective"
+    # With pages of one token, the layout that one kernel copies all tokens of a node in.
+    server_args.hicache_mem_layout = "layer_first"
+    logger.info("Host KV tier: %.3g GB of pinned memory for each GPU.", server_args.hicache_size)
+
+
+def free_host_gb() -> float:
+    """Host memory, in GB, that is available and that SGLang's host pools may take.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import psutil
+    from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES
+
+    free = (psutil.virtual_memory().available - HICACHE_HOST_MEMORY_RESERVE_BYTES) / 1e9
+    if free <= 0:
+        raise ValueError(
+            f"--sparsespec-host-kv-gb {AUTO_HOST_KV}: no host memory is free beyond the "
+            f"{HICACHE_HOST_MEMORY_RESERVE_BYTES / 1e9:.0f} GB that SGLang leaves to others; use 0."
+        )
+    return free
 
 
 def _resolve_cpu(server_args: ServerArgs) -> None:

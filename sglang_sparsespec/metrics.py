@@ -9,10 +9,14 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
 - ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
   mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
 - ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step.
+
+With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
+:class:`KVManagerMetrics`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from typing import TYPE_CHECKING, Any
 
@@ -131,3 +135,83 @@ class DraftMetrics:
         self._exported_lockstep = self._lockstep_rounds
         for name, gauge in gauges.items():
             gauge.labels(**labels).set(values[f"sparsespec_{name}"])
+
+
+@dataclasses.dataclass
+class KVManagerMetrics:
+    """Counters of one scheduler's KV manager, since the start of the server.
+
+    Attributes:
+        bytes_per_token: KV bytes of one token on this rank.
+        requests_offloaded, requests_restored: moves to the host tier and back into the batch.
+        tokens_to_host, tokens_from_host: tokens copied; one that is still on the device when
+            its request returns is not copied back.
+        requests_retracted: requests that SGLang's retraction, or a full host tier, threw away.
+        tokens_recomputed: tokens that were prefilled again for retracted requests.
+        host_full: stores that the host tier had no room for.
+        waits: rounds that had to wait for a copy.
+    """
+
+    bytes_per_token: int
+    requests_offloaded: int = 0
+    requests_restored: int = 0
+    tokens_to_host: int = 0
+    tokens_from_host: int = 0
+    requests_retracted: int = 0
+    tokens_recomputed: int = 0
+    host_full: int = 0
+    waits: int = 0
+    _exported: dict[str, int] = dataclasses.field(default_factory=dict)
+    _prometheus: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def counters(self) -> dict[str, int]:
+        """The counters by name, copies in bytes."""
+        return {
+            "requests_offloaded": self.requests_offloaded,
+            "requests_restored": self.requests_restored,
+            "bytes_to_host": self.tokens_to_host * self.bytes_per_token,
+            "bytes_from_host": self.tokens_from_host * self.bytes_per_token,
+            "requests_retracted": self.requests_retracted,
+            "tokens_recomputed": self.tokens_recomputed,
+            "host_full": self.host_full,
+            "transfer_waits": self.waits,
+        }
+
+    def as_dict(self, kv_utilisation: float) -> dict[str, Any]:
+        """The values under the names used in ``/server_info``."""
+        values = {f"sparsespec_kv_{name}": value for name, value in self.counters().items()}
+        return {**values, "sparsespec_kv_utilisation": kv_utilisation}
+
+    def log(self, kv_utilisation: float) -> None:
+        """One line beside SGLang's decode line."""
+        logger.info(
+            "SPARSESPEC KV manager: utilisation %.1f%%, offloaded %d and restored %d requests, "
+            "%.2f GB to the host and %.2f GB back, recomputed %d tokens of %d requests, waits %d",
+            100 * kv_utilisation,
+            self.requests_offloaded,
+            self.requests_restored,
+            self.tokens_to_host * self.bytes_per_token / 1e9,
+            self.tokens_from_host * self.bytes_per_token / 1e9,
+            self.tokens_recomputed,
+            self.requests_retracted,
+            self.waits,
+        )
+
+    def export(self, labels: dict[str, str], kv_utilisation: float) -> None:
+        """Update the Prometheus metrics (``sparsespec:kv_*``), with SGLang's labels."""
+        from prometheus_client import Counter, Gauge
+
+        if not self._prometheus:
+            for name in self.counters():
+                title = f"KV manager: {name.replace('_', ' ')}."
+                self._prometheus[name] = Counter(f"sparsespec:kv_{name}", title, labelnames=list(labels))
+            self._prometheus["utilisation"] = Gauge(
+                "sparsespec:kv_utilisation",
+                "Share of the device's KV pool that running requests hold.",
+                labelnames=list(labels),
+                multiprocess_mode="mostrecent",
+            )
+        for name, total in self.counters().items():
+            self._prometheus[name].labels(**labels).inc(total - self._exported.get(name, 0))
+            self._exported[name] = total
+        self._prometheus["utilisation"].labels(**labels).set(kv_utilisation)
