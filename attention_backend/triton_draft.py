@@ -216,8 +216,14 @@ class DraftConfig:
 
 def default_config(pairs: int, num_sms: int) -> DraftConfig:
     """Launch parameters for ``pairs`` = B * Hkv lists, by measurement on an H100 (``benchmarks/kernels.py --sweep``)."""
-    if num_sms < pairs <= 2 * num_sms:
-        # Two programs of this size fit a multiprocessor, so all lists are read at once, whole: nothing to merge.
+    if pairs <= 0.75 * num_sms:
+        # Too few lists for all multiprocessors, so they are split; programs of this size fit one twice.
+        return DraftConfig(block_n=64, num_warps=2, target=2.0)
+    if pairs <= num_sms:
+        # A program of this size reads as much as a multiprocessor can, and a whole list has no parts to merge.
+        return DraftConfig(block_n=64, num_warps=4, target=1.0)
+    if pairs <= 2 * num_sms:
+        # Two programs of this size fit a multiprocessor, so all lists are read at once, whole.
         return DraftConfig(block_n=64, num_warps=2, target=1.0)
     return DraftConfig()
 
