@@ -113,7 +113,7 @@ def _sums_kernel(
 
 
 @triton.jit(do_not_specialize=["step"])
-def _draft_kernel(
+def _draw_kernel(
     logits_ptr,
     stride,
     temperatures_ptr,
@@ -373,7 +373,7 @@ def draft(
     maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step], block)
     blocks = maxima.shape[1]
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
-    _draft_kernel[(batch,)](
+    _draw_kernel[(batch,)](
         logits,
         _row_stride(logits),
         temperatures,

@@ -121,8 +121,7 @@ def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
         found[f"_sums_kernel draft {vocab} {dtype}"] = found.pop("_sums_kernel")
         target = torch.empty(batch * (k + 1), vocab, dtype=dtype)
         triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[-1:])
-        for name in ("_sums", "_draft", "_accept", "_residual", "_final"):
-            # The attention's draft kernel has the name of the sampler's.
+        for name in ("_sums", "_draw", "_accept", "_residual", "_final"):
             found[f"{name}_kernel sampling {vocab} {dtype}"] = found.pop(f"{name}_kernel")
 
 
@@ -184,7 +183,7 @@ def test_passes_over_logits_load_16_bytes_at_a_time(
         assert per_thread and int(per_thread.group(1)) >= each
 
 
-@pytest.mark.parametrize("kernel", ["_draft", "_accept", "_final"])
+@pytest.mark.parametrize("kernel", ["_draw", "_accept", "_final"])
 def test_sampling_compiles_for_a_vocabulary_of_one_block(kernel: str, compiled: dict[str, tuple[str, int]]) -> None:
     assert f"{kernel}_kernel sampling 4000 torch.float16" in compiled
 
