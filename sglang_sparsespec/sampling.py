@@ -8,6 +8,10 @@
 - Other rows: rejection sampling (Leviathan et al. 2023; Chen et al. 2023): accept draft x
   with probability min(1, p(x) / q(x)), else sample from max(p - q, 0); after k accepted
   drafts sample from p. Any draft distribution q keeps the target's distribution.
+
+Logits are float32 here: SGLang's ``LogitsProcessor`` converts what the head computed, into a static buffer where there
+is one. On CUDA, batches without filters are drafted and accepted from them by ``triton_sampling``, which writes no
+probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer.
 """
 
 from __future__ import annotations
@@ -18,6 +22,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sglang.srt.managers.schedule_batch import Req
+    from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 
@@ -338,3 +346,103 @@ def accept(
     final_coins = torch.rand((batch,), device=probs.device)
     rule = accept_by_rejection_sglang if probs.is_cuda else accept_by_rejection
     return rule(candidates, probs.view(batch, width, -1), draft_probs, coins, final_coins)
+
+
+def has_filters(info: SamplingBatchInfo, reqs: Sequence[Req]) -> bool:
+    """Whether a request that samples has a top-k, a top-p or a min-p.
+
+    SGLang's flags of the batch cannot tell: a greedy request is a top-k of 1 to them.
+    """
+    if not (info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling):
+        return False
+    from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+    params = (req.sampling_params for req in reqs)
+    return any(p.top_k != 1 and (p.top_k != TOP_K_ALL or p.top_p != 1.0 or p.min_p > 0) for p in params)
+
+
+def draft_logits_dtype(model_runner: ModelRunner) -> torch.dtype:
+    """The narrowest type that holds the model's logits as they are.
+
+    They are computed in the model's type, unless the head or a soft cap after it works in float32. (A type that rounds
+    would be lossless as well: drafts are drawn from what is kept. But fewer would be accepted.)
+    """
+    config = model_runner.model_config.hf_text_config
+    in_float32 = model_runner.server_args.enable_fp32_lm_head or getattr(config, "final_logit_softcapping", None)
+    return torch.float32 if in_float32 else model_runner.dtype
+
+
+class DraftSampler:
+    """Draws the drafts of a round, keeps what they were drawn from, and accepts them.
+
+    Args:
+        num_steps: k.
+        logits_dtype: see :func:`draft_logits_dtype`.
+        use_triton: batches without filters are drawn by ``triton_sampling``.
+
+    Attributes:
+        rows: the sampling parameters of the round.
+    """
+
+    def __init__(self, num_steps: int, logits_dtype: torch.dtype, use_triton: bool) -> None:
+        self.num_steps = num_steps
+        self.logits_dtype = logits_dtype
+        self.use_triton = use_triton
+        # Draft logits of all rounds: a graph's are overwritten by its next replay, before they can be compared.
+        self._buffer = torch.empty(0, dtype=logits_dtype)
+        self._probs: list[torch.Tensor] = []
+
+    def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req]) -> None:
+        """Start drafting for a batch with the parameters ``info``; forgets the drafts of the round before."""
+        self.info = info
+        self.rows = SamplingRows.of(info)
+        self._step = 0
+        self._probs = []
+        self._from_logits = (
+            self.use_triton and not info.is_all_greedy and self.rows.seeds is None and not has_filters(info, reqs)
+        )
+
+    def draw(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """Draft tokens int64 [batch] of the next step; arguments as :func:`sample_draft`."""
+        if self._from_logits:
+            return self._draw_from_logits(logits)
+        tokens, probs = sample_draft(logits, self.rows, positions)
+        if probs is not None:
+            self._probs.append(probs)
+        return tokens
+
+    def accept(
+        self, candidates: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accept the round's drafts; arguments and result as :func:`accept`."""
+        if not self._from_logits:
+            probs = torch.stack(self._probs, dim=1) if self._probs else None
+            return accept(candidates, logits, self.info, positions, probs)
+        from sglang_sparsespec import triton_sampling
+
+        return triton_sampling.accept(
+            candidates, logits, self.rows.temperatures, self.rows.top_ks, self._kept, self._lse, self._seeds[-1:]
+        )
+
+    def _draw_from_logits(self, logits: torch.Tensor) -> torch.Tensor:
+        from sglang_sparsespec import triton_sampling
+
+        batch, vocab = logits.shape
+        if self._step == 0:
+            self._kept = self._reserve(batch, vocab, logits.device)
+            self._lse = torch.empty((batch, self.num_steps), dtype=torch.float32, device=logits.device)
+            self._seeds = triton_sampling.round_seeds(self.num_steps + 1, logits.device)
+        tokens = triton_sampling.draft(
+            logits, self.rows.temperatures, self.rows.top_ks, self._seeds, self._step, self._kept, self._lse
+        )
+        self._step += 1
+        return tokens
+
+    def _reserve(self, batch: int, vocab: int, device: torch.device) -> torch.Tensor:
+        """The buffer's [batch, k, vocab]. It is grown by doubling, so that batches of all sizes share one allocation."""
+        wanted = batch * self.num_steps * vocab
+        if self._buffer.numel() < wanted:
+            room = (1 << (batch - 1).bit_length()) * self.num_steps * vocab
+            self._buffer = torch.empty(0)  # freed first: the two need not fit together
+            self._buffer = torch.empty(room, dtype=self.logits_dtype, device=device)
+        return self._buffer[:wanted].view(batch, self.num_steps, vocab)

@@ -75,6 +75,9 @@ class SparseSpecWorker(BaseSpecWorker):
         self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
+        self._sampler = sampling.DraftSampler(
+            self.num_steps, sampling.draft_logits_dtype(self.model_runner), use_triton=self.device == "cuda"
+        )
 
     # ------------------------------------------------------------ worker interface
 
@@ -205,8 +208,8 @@ class SparseSpecWorker(BaseSpecWorker):
         # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
         # request), in position order.
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
-        candidates, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
-        record_stream_each((positions, slots, candidates, draft_probs), stream)
+        candidates = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        record_stream_each((positions, slots, candidates), stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
         logits_output, can_run_graph = self._verify(batch, candidates, positions, slots)
@@ -215,9 +218,7 @@ class SparseSpecWorker(BaseSpecWorker):
         if self._simulated is not None:
             tokens, accept_lens = self._simulated.accept(candidates)
         else:
-            tokens, accept_lens = sampling.accept(
-                candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
-            )
+            tokens, accept_lens = self._sampler.accept(candidates, logits, positions.flatten())
         tokens, accept_lens = self._from_first_rank(batch.sampling_info.is_all_greedy, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
@@ -241,22 +242,21 @@ class SparseSpecWorker(BaseSpecWorker):
         bonus_tokens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """Draft k tokens per request with sparse attention.
 
         Args:
             bonus_tokens: int64 [batch]. positions, slots: int64 [batch, W].
 
         Returns:
-            candidates int64 [batch, W], and the drafts' distributions float32 [batch, k,
-            vocab] where acceptance needs them.
+            candidates int64 [batch, W]; the sampler keeps what they were drawn from.
         """
-        rows = sampling.SamplingRows.of(batch.sampling_info)
+        self._sampler.begin_round(batch.sampling_info, batch.reqs)
+        is_all_greedy = self._sampler.rows.is_all_greedy
         if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, rows)
+            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions)
         backend = self.attn_backend
         tokens = [bonus_tokens.long()]
-        probs: list[torch.Tensor] = []
         forward_batch = draft_forward_batch(
             tokens[0],
             batch.req_pool_indices,
@@ -279,15 +279,11 @@ class SparseSpecWorker(BaseSpecWorker):
                 output = self.model_runner.model.forward(
                     forward_batch.input_ids, forward_batch.positions, forward_batch
                 )
-                token, prob = sampling.sample_draft(
-                    output.next_token_logits, rows, forward_batch.positions
-                )
-                (token,) = self._from_first_rank(rows.is_all_greedy, token)
+                token = self._sampler.draw(output.next_token_logits, forward_batch.positions)
+                (token,) = self._from_first_rank(is_all_greedy, token)
                 backend.store_lse_hint(len(token), self._window_offsets[step : step + 1])
                 tokens.append(token)
-                if prob is not None:
-                    probs.append(prob)
-        return torch.stack(tokens, dim=1), torch.stack(probs, dim=1) if probs else None
+        return torch.stack(tokens, dim=1)
 
     def _draft_by_graph(
         self,
@@ -295,24 +291,20 @@ class SparseSpecWorker(BaseSpecWorker):
         batch: ScheduleBatch,
         bonus_tokens: torch.Tensor,
         positions: torch.Tensor,
-        rows: sampling.SamplingRows,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> torch.Tensor:
         """:meth:`_draft` by replaying the captured step."""
         size = len(batch.seq_lens)
-        probs: list[torch.Tensor] = []
+        is_all_greedy = self._sampler.rows.is_all_greedy
         key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
         for step in range(self.num_steps):
             self.forward_stats.count(size, 0)
             logits = graphs.replay(key)
-            if not rows.is_all_greedy:
-                token, prob = sampling.sample_draft(logits[:size], rows, positions[:, step])
-                (token,) = self._from_first_rank(rows.is_all_greedy, token)
+            if not is_all_greedy:
+                (token,) = self._from_first_rank(False, self._sampler.draw(logits[:size], positions[:, step]))
                 graphs.override_token(step, token)
-                if prob is not None:
-                    probs.append(prob)
         # The static candidates are overwritten by the next round, which may be launched
         # before this one's results are read.
-        return graphs.candidates[:size].clone(), torch.stack(probs, dim=1) if probs else None
+        return graphs.candidates[:size].clone()
 
     def _verify(
         self,

@@ -360,6 +360,67 @@ def test_a_greedy_batch_is_accepted_by_its_argmax() -> None:
     assert torch.equal(tokens, target) and accept_lens.tolist() == [2, 1]
 
 
+# ---------------------------------------------------------------------- round's sampler
+
+
+def as_requests(requests: list[Sampling]) -> list[Any]:
+    info = batch_info(requests)
+    return [
+        SimpleNamespace(sampling_params=SimpleNamespace(top_k=int(k), top_p=r.top_p, min_p=r.min_p))
+        for k, r in zip(info.top_ks, requests, strict=True)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("requests", "expected"),
+    [
+        ([Sampling(), Sampling(temperature=0.5)], False),
+        ([GREEDY, Sampling()], False),
+        ([Sampling(temperature=0.0, top_p=0.9, min_p=0.1), Sampling()], False),  # greedy has no use for them
+        ([Sampling(), Sampling(top_k=5)], True),
+        ([GREEDY, Sampling(top_p=0.9)], True),
+        ([GREEDY, Sampling(min_p=0.1)], True),
+    ],
+)
+def test_only_filters_of_requests_that_sample_count(requests: list[Sampling], expected: bool) -> None:
+    assert sampling.has_filters(batch_info(requests), as_requests(requests)) is expected
+
+
+@pytest.mark.parametrize("name", ["plain", "mixed", "greedy"])
+def test_the_samplers_rounds_are_independent(name: str) -> None:
+    """Drafts from the target's own logits are all accepted, again after a round of another batch that was dropped."""
+    torch.manual_seed(0)
+    requests, width = REQUESTS[name], 3
+    batch = len(requests)
+    sampler = sampling.DraftSampler(width - 1, torch.float32, use_triton=False)
+    other = [Sampling(top_k=2)]
+    sampler.begin_round(batch_info(other), as_requests(other))
+    sampler.draw(random_logits(1), torch.zeros(1, dtype=torch.int64))
+    for seed in range(2):
+        logits = random_logits(batch * width, seed)
+        sampler.begin_round(batch_info(requests), as_requests(requests))
+        positions = torch.zeros(batch, dtype=torch.int64)
+        columns = [positions] + [sampler.draw(logits[step::width], positions) for step in range(width - 1)]
+        tokens, accept_lens = sampler.accept(torch.stack(columns, 1), logits, positions.repeat_interleave(width))
+        assert accept_lens.tolist() == [width] * batch
+        assert torch.equal(tokens[:, :-1], torch.stack(columns[1:], 1))
+
+
+@pytest.mark.parametrize(
+    ("fp32_head", "soft_cap", "expected"),
+    [(False, None, torch.bfloat16), (True, None, torch.float32), (False, 30.0, torch.float32)],
+)
+def test_kept_logits_are_as_wide_as_what_the_model_computes(
+    fp32_head: bool, soft_cap: float | None, expected: torch.dtype
+) -> None:
+    runner: Any = SimpleNamespace(
+        dtype=torch.bfloat16,
+        server_args=SimpleNamespace(enable_fp32_lm_head=fp32_head),
+        model_config=SimpleNamespace(hf_text_config=SimpleNamespace(final_logit_softcapping=soft_cap)),
+    )
+    assert sampling.draft_logits_dtype(runner) is expected
+
+
 # ------------------------------------------------------------------------------- seeds
 
 

@@ -100,7 +100,29 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         kernels.select(scores.to(dtype), rows, rows, counts[1:], positions)
         text, shared = found.pop("_select_kernel")
         found[f"_select_kernel {dtype}"] = (text, shared)
+    compile_sampling(found)
     return found
+
+
+def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
+    """Compile the sampling kernels for vocabularies of many blocks and of one, and for logits of each type."""
+    from sglang_sparsespec import triton_sampling
+
+    batch, k = 4, 8
+    temperatures, top_ks = torch.ones(batch, 1), torch.ones(batch, dtype=torch.int32)
+    seeds, candidates = triton_sampling.round_seeds(k + 1, "cpu"), torch.zeros(batch, k + 1, dtype=torch.int64)
+    for vocab, dtype, kept_dtype in [
+        (151_936, torch.float32, torch.bfloat16),
+        (151_936, torch.bfloat16, torch.bfloat16),
+        (4000, torch.float16, torch.float32),
+    ]:
+        kept, lse = torch.empty(batch, k, vocab, dtype=kept_dtype), torch.empty(batch, k)
+        triton_sampling.draft(torch.empty(batch, vocab, dtype=dtype), temperatures, top_ks, seeds, 3, kept, lse)
+        found[f"_sums_kernel draft {vocab} {dtype}"] = found.pop("_sums_kernel")
+        target = torch.empty(batch * (k + 1), vocab, dtype=dtype)
+        triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[-1:])
+        for name in ("_sums", "_draw", "_accept", "_residual", "_final"):
+            found[f"{name}_kernel sampling {vocab} {dtype}"] = found.pop(f"{name}_kernel")
 
 
 def inner_loop(ttgir: str) -> str:
@@ -146,6 +168,24 @@ def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: d
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_selection_compiles_for_keys_of_either_width(dtype: str, compiled: dict[str, tuple[str, int]]) -> None:
     assert f"_select_kernel torch.{dtype}" in compiled
+
+
+@pytest.mark.parametrize("kernel", ["_sums_kernel draft", "_sums_kernel sampling", "_residual_kernel sampling"])
+@pytest.mark.parametrize("dtype,each", [("float32", 4), ("bfloat16", 8)])
+def test_passes_over_logits_load_16_bytes_at_a_time(
+    kernel: str, dtype: str, each: int, compiled: dict[str, tuple[str, int]]
+) -> None:
+    text = compiled[f"{kernel} 151936 torch.{dtype}"][0]
+    loads = re.findall(r"tt\.load .* : tensor<4096x.*(#\w+)>", text)
+    assert loads, "no load of a block of logits"
+    for layout in set(loads):
+        per_thread = re.search(rf"^{layout} = #ttg.blocked<\{{sizePerThread = \[(\d+)\]", text, re.MULTILINE)
+        assert per_thread and int(per_thread.group(1)) >= each
+
+
+@pytest.mark.parametrize("kernel", ["_draw", "_accept", "_final"])
+def test_sampling_compiles_for_a_vocabulary_of_one_block(kernel: str, compiled: dict[str, tuple[str, int]]) -> None:
+    assert f"{kernel}_kernel sampling 4000 torch.float16" in compiled
 
 
 if __name__ == "__main__":

@@ -1,0 +1,446 @@
+"""Drafting and rejection sampling straight from logits, in Triton, for batches without top-k, top-p and min-p.
+
+No probability is ever written to memory.  A row of logits is read once, by several programs: each keeps the largest
+logit of its block and the block's sum of exp((logit - largest) / T).  One program per row then draws a block with
+probability proportional to its sum, and a token within that block alone.  So noise is made for one block of a row: a
+Gumbel-max over the whole vocabulary needs a random number per logit, which takes longer than reading them.
+
+Acceptance reads the target's logits once (sums of the blocks), and both logits of the first rejected row once more (sums
+of the residual max(p - q, 0) per block).  Draws are exponential races, argmax of weight / Exp(1): unlike a cumulative
+sum, they give rare tokens their share, and never one of weight 0.
+
+Greedy rows (top-k 1) draw the first largest logit, as ``torch.argmax``.  The oracles are ``sampling.target_probabilities``
+and ``sampling.accept_by_rejection``.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+#: Logits per program of the pass over a row.
+BLOCK = 4096
+LOG2E = tl.constexpr(1.4426950408889634)
+# Draws with the same seed and row.
+DRAW_BLOCK = tl.constexpr(0)
+DRAW_TOKEN = tl.constexpr(1)
+COINS = tl.constexpr(2)
+
+
+@triton.jit
+def _uniform(seed, row, stream, index):
+    """Random float32 in (0, 1), fine near 0, one per entry of ``index`` (int32)."""
+    zero = index * 0
+    bits, _, _, _ = tl.philox(seed, index, zero + row, zero + stream, zero)
+    # Near 1 float32 rounds to 1, of which no draw may have the logarithm.
+    return tl.minimum((bits.to(tl.float32) + 0.5) * (1.0 / 4294967296.0), 0.99999994)
+
+
+@triton.jit
+def _race(weights, seed, row, stream, SIZE: tl.constexpr):
+    """Index of an entry of ``weights`` [SIZE] drawn with probability proportional to it."""
+    u = _uniform(seed, row, stream, tl.arange(0, SIZE))
+    # -log(1 - u), whose smallest values decide the race: 1 - u would round them.
+    noise = tl.where(u < 0.0156, u * (1 + u * (0.5 + u * (1.0 / 3))), -tl.log(1 - u))
+    return tl.argmax(weights / noise, 0)
+
+
+@triton.jit
+def _block_logits(logits, block, vocab, BLOCK: tl.constexpr):
+    """Logits [BLOCK] of a row's block as float32, -inf past the vocabulary."""
+    offs = block * BLOCK + tl.arange(0, BLOCK)
+    return tl.load(logits + offs, mask=offs < vocab, other=float("-inf")).to(tl.float32)
+
+
+@triton.jit
+def _block_weights(logits, largest, scale):
+    """exp((logit - largest) / T); 0 in a block without a possible token."""
+    return tl.exp2((logits - tl.where(largest == float("-inf"), 0.0, largest)) * scale)
+
+
+@triton.jit
+def _argmax(logits, maxima, vocab, BLOCKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
+    """First largest logit of a row, whose blocks' largest are ``maxima``."""
+    offs = tl.arange(0, PADDED)
+    block = tl.argmax(tl.load(maxima + offs, mask=offs < BLOCKS, other=float("-inf")), 0)
+    return block * BLOCK + tl.argmax(_block_logits(logits, block, vocab, BLOCK), 0)
+
+
+@triton.jit
+def _row_sums(maxima, sums, rows, scale, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
+    """Weights [R, PADDED] of the blocks of ``rows`` [R], and log2 of the rows' sums of exp(logit / T)."""
+    column = tl.arange(0, PADDED)[None, :]
+    offs = rows[:, None] * BLOCKS + column
+    largest = tl.load(maxima + offs, mask=column < BLOCKS, other=float("-inf"))
+    of_row = tl.max(largest, 1)
+    weights = tl.load(sums + offs, mask=column < BLOCKS, other=0.0) * tl.exp2((largest - of_row[:, None]) * scale)
+    return weights, of_row * scale + tl.log2(tl.sum(weights, 1))
+
+
+@triton.jit
+def _sums_kernel(
+    logits_ptr,
+    stride,
+    temperatures_ptr,
+    top_ks_ptr,
+    kept_ptr,
+    kept_stride,
+    maxima_ptr,
+    sums_ptr,
+    vocab,
+    REPEATS: tl.constexpr,
+    KEEP: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Largest logit and sum of weights of one block; with KEEP also its logits, rounded to the kept type."""
+    row = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    greedy = tl.load(top_ks_ptr + row // REPEATS) == 1
+    logits = _block_logits(logits_ptr + row.to(tl.int64) * stride, block, vocab, BLOCK)
+    if KEEP:
+        offs = block * BLOCK + tl.arange(0, BLOCK)
+        kept = logits.to(kept_ptr.dtype.element_ty)
+        tl.store(kept_ptr + row.to(tl.int64) * kept_stride + offs, kept, mask=offs < vocab)
+        # A draft's distribution is the one of the logits that acceptance will read.
+        logits = tl.where(greedy, logits, kept.to(tl.float32))
+    largest = tl.max(logits, 0)
+    tl.store(maxima_ptr + row * BLOCKS + block, largest)
+    if not greedy:
+        scale = LOG2E / tl.load(temperatures_ptr + row // REPEATS)
+        tl.store(sums_ptr + row * BLOCKS + block, tl.sum(_block_weights(logits, largest, scale), 0))
+
+
+@triton.jit(do_not_specialize=["step"])
+def _draw_kernel(
+    logits_ptr,
+    stride,
+    temperatures_ptr,
+    top_ks_ptr,
+    maxima_ptr,
+    sums_ptr,
+    seeds_ptr,
+    step,
+    kept_ptr,
+    tokens_ptr,
+    lse_ptr,
+    lse_stride,
+    vocab,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Draw the draft token of one request; lse is log2 of the sum of exp(logit / T)."""
+    b = tl.program_id(0)
+    logits_row = logits_ptr + b.to(tl.int64) * stride
+    if tl.load(top_ks_ptr + b) == 1:
+        token = _argmax(logits_row, maxima_ptr + b * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
+    else:
+        scale = LOG2E / tl.load(temperatures_ptr + b)
+        weights, lse = _row_sums(maxima_ptr, sums_ptr, b + tl.arange(0, 1), scale, BLOCKS, PADDED)
+        tl.store(lse_ptr + b * lse_stride + step + tl.arange(0, 1), lse)
+        seed = tl.load(seeds_ptr + step)
+        block = _race(tl.sum(weights, 0), seed, b, DRAW_BLOCK, PADDED)
+        logits = _block_logits(logits_row, block, vocab, BLOCK).to(kept_ptr.dtype.element_ty).to(tl.float32)
+        token = block * BLOCK + _race(_block_weights(logits, tl.max(logits, 0), scale), seed, b, DRAW_TOKEN, BLOCK)
+    # NaN logits must not become an index out of range.
+    tl.store(tokens_ptr + b, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+@triton.jit
+def _accept_kernel(
+    candidates_ptr,
+    logits_ptr,
+    stride,
+    kept_ptr,
+    draft_lse_ptr,
+    temperatures_ptr,
+    top_ks_ptr,
+    maxima_ptr,
+    sums_ptr,
+    seed_ptr,
+    tokens_ptr,
+    lens_ptr,
+    final_lse_ptr,
+    vocab,
+    K: tl.constexpr,
+    PADDED_W: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Accept length of one request; the token after the accepted drafts is left to the final kernel."""
+    b = tl.program_id(0)
+    i = tl.arange(0, PADDED_W)
+    drafted = i < K
+    row = b * (K + 1) + i
+    tokens = tl.load(candidates_ptr + row + 1, mask=drafted, other=0)
+    tl.store(tokens_ptr + row, tokens, mask=drafted)
+    if tl.load(top_ks_ptr + b) == 1:
+        accepted = 0
+        matches = 1
+        for step in range(K):
+            r = b * (K + 1) + step
+            best = _argmax(logits_ptr + r.to(tl.int64) * stride, maxima_ptr + r * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
+            matches = tl.where(tl.load(candidates_ptr + r + 1) == best, matches, 0)
+            accepted += matches
+    else:
+        scale = LOG2E / tl.load(temperatures_ptr + b)
+        # Past the window the last row is read again.
+        _, lse = _row_sums(maxima_ptr, sums_ptr, b * (K + 1) + tl.minimum(i, K), scale, BLOCKS, PADDED)
+        target = tl.load(logits_ptr + row.to(tl.int64) * stride + tokens, mask=drafted, other=0.0).to(tl.float32)
+        p = tl.exp2(target * scale - lse)
+        at = b * K + i
+        draft = tl.load(kept_ptr + at.to(tl.int64) * vocab + tokens, mask=drafted, other=0.0).to(tl.float32)
+        q = tl.exp2(draft * scale - tl.load(draft_lse_ptr + at, mask=drafted, other=0.0))
+        rejected = (_uniform(tl.load(seed_ptr), b, COINS, i) * q >= p) | (i == K)
+        accepted = tl.min(tl.where(rejected, i, K), 0)
+        tl.store(final_lse_ptr + b, tl.sum(tl.where(i == accepted, lse, 0.0), 0))
+    tl.store(lens_ptr + b, accepted + 1)
+
+
+@triton.jit
+def _residual(
+    logits_ptr,
+    stride,
+    kept_ptr,
+    draft_lse_ptr,
+    final_lse_ptr,
+    b,
+    accepted,
+    block,
+    scale,
+    vocab,
+    K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """max(p - q, 0) of a block of request b's first rejected row."""
+    row = (b * (K + 1) + accepted).to(tl.int64)
+    at = (b * K + accepted).to(tl.int64)
+    p = tl.exp2(_block_logits(logits_ptr + row * stride, block, vocab, BLOCK) * scale - tl.load(final_lse_ptr + b))
+    q = tl.exp2(_block_logits(kept_ptr + at * vocab, block, vocab, BLOCK) * scale - tl.load(draft_lse_ptr + at))
+    return tl.maximum(p - q, 0.0)
+
+
+@triton.jit
+def _residual_kernel(
+    logits_ptr,
+    stride,
+    kept_ptr,
+    draft_lse_ptr,
+    temperatures_ptr,
+    top_ks_ptr,
+    lens_ptr,
+    final_lse_ptr,
+    residuals_ptr,
+    vocab,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Sum of the residual over one block, of a request with a rejected draft."""
+    b = tl.program_id(0) // BLOCKS
+    block = tl.program_id(0) % BLOCKS
+    accepted = tl.load(lens_ptr + b) - 1
+    if (accepted < K) & (tl.load(top_ks_ptr + b) != 1):
+        scale = LOG2E / tl.load(temperatures_ptr + b)
+        residual = _residual(
+            logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, b, accepted, block, scale, vocab, K, BLOCK
+        )
+        tl.store(residuals_ptr + b * BLOCKS + block, tl.sum(residual, 0))
+
+
+@triton.jit
+def _final_kernel(
+    logits_ptr,
+    stride,
+    kept_ptr,
+    draft_lse_ptr,
+    temperatures_ptr,
+    top_ks_ptr,
+    maxima_ptr,
+    sums_ptr,
+    seed_ptr,
+    lens_ptr,
+    final_lse_ptr,
+    residuals_ptr,
+    tokens_ptr,
+    vocab,
+    K: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Draw the token after the accepted drafts of one request."""
+    b = tl.program_id(0)
+    accepted = tl.load(lens_ptr + b) - 1
+    row = b * (K + 1) + accepted
+    logits_row = logits_ptr + row.to(tl.int64) * stride
+    if tl.load(top_ks_ptr + b) == 1:
+        token = _argmax(logits_row, maxima_ptr + row * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
+    else:
+        scale = LOG2E / tl.load(temperatures_ptr + b)
+        rows, _ = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
+        weights = tl.sum(rows, 0)
+        offs = tl.arange(0, PADDED)
+        residuals = tl.load(residuals_ptr + b * BLOCKS + offs, mask=(offs < BLOCKS) & (accepted < K), other=0.0)
+        # p == q up to rounding leaves no residual; then the target itself is the residual.
+        from_residual = tl.sum(residuals, 0) > 0
+        seed = tl.load(seed_ptr)
+        block = _race(tl.where(from_residual, residuals, weights), seed, b, DRAW_BLOCK, PADDED)
+        logits = _block_logits(logits_row, block, vocab, BLOCK)
+        within = _block_weights(logits, tl.max(logits, 0), scale)
+        if from_residual:
+            residual = _residual(
+                logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, b, accepted, block, scale, vocab, K, BLOCK
+            )
+            # Compiled apart from the sum over the block, it may round to nothing where that did not.
+            within = tl.where(tl.max(residual, 0) > 0, residual, within)
+        token = block * BLOCK + _race(within, seed, b, DRAW_TOKEN, BLOCK)
+    tl.store(tokens_ptr + row, tl.minimum(token, vocab - 1).to(tl.int64))
+
+
+def round_seeds(count: int, device: torch.device | str) -> torch.Tensor:
+    """Seeds of ``count`` independent launches, int64 [count] drawn by torch's generator of ``device``: no host sync."""
+    return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def _row_stride(logits: torch.Tensor) -> int:
+    if logits.stride(1) != 1:
+        raise ValueError("logits must have unit stride along the vocabulary")
+    return logits.stride(0)
+
+
+def row_sums(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    kept: torch.Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pass over ``logits`` [rows, vocab]: largest logits and sums of weights, float32 [rows, blocks] each.
+
+    Args:
+        temperatures: float32 [requests, 1]; top_ks: int [requests]; a request has rows / requests adjacent rows.
+        kept: [rows, vocab], unit stride along the vocabulary, receives a copy.
+    """
+    rows, vocab = logits.shape
+    blocks = triton.cdiv(vocab, block)
+    # Two allocations: the second half of one is aligned or not, and Triton would compile for either.
+    maxima = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
+    sums = torch.empty_like(maxima)
+    _sums_kernel[(rows * blocks,)](
+        logits,
+        _row_stride(logits),
+        temperatures,
+        top_ks,
+        logits if kept is None else kept,
+        0 if kept is None else _row_stride(kept),
+        maxima,
+        sums,
+        vocab,
+        REPEATS=rows // top_ks.shape[0],
+        KEEP=kept is not None,
+        BLOCKS=blocks,
+        BLOCK=block,
+        num_warps=4,
+    )
+    return maxima, sums
+
+
+def draft(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    seeds: torch.Tensor,
+    step: int,
+    kept: torch.Tensor,
+    lse: torch.Tensor,
+    block: int = BLOCK,
+) -> torch.Tensor:
+    """Draw one draft token per request from softmax(kept logits / T): int64 [batch].
+
+    Args:
+        logits: [batch, vocab] of draft step ``step``, float32, bfloat16 or float16, unit stride along the vocabulary.
+        temperatures: float32 [batch, 1]. top_ks: int [batch]; 1 for greedy rows, any other value means no filter.
+        seeds: int64, one for each step of the round (:func:`round_seeds`).
+        kept: [batch, k, vocab] contiguous; ``kept[:, step]`` receives the logits in its own type, and what that type
+            rounds is rounded in the draw.
+        lse: float32 [batch, k] contiguous; ``lse[:, step]`` receives log2(sum(exp(kept logits / T))), not of greedy rows.
+    """
+    batch, vocab = logits.shape
+    maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step], block)
+    blocks = maxima.shape[1]
+    tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
+    _draw_kernel[(batch,)](
+        logits,
+        _row_stride(logits),
+        temperatures,
+        top_ks,
+        maxima,
+        sums,
+        seeds,
+        step,
+        kept,
+        tokens,
+        lse,
+        lse.stride(0),
+        vocab,
+        BLOCKS=blocks,
+        PADDED=triton.next_power_of_2(blocks),
+        BLOCK=block,
+        num_warps=8,
+    )
+    return tokens
+
+
+def accept(
+    candidates: torch.Tensor,
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    kept: torch.Tensor,
+    lse: torch.Tensor,
+    seed: torch.Tensor,
+    block: int = BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rejection sampling of the drafts that :func:`draft` drew.
+
+    Args:
+        candidates: int64 [batch, W], contiguous: the last committed token and k drafts.
+        logits: [batch * W, vocab] of the verification, unit stride along the vocabulary.
+        temperatures, top_ks: per request, as in :func:`draft`.
+        kept, lse: from :func:`draft`, contiguous.
+        seed: int64 [1], not used by a draft.
+
+    Returns:
+        tokens int64 [batch, W], whose first accept_lens are the output, and accept_lens int32 [batch] (1 to W).
+    """
+    batch, width = candidates.shape
+    vocab, device = logits.shape[1], logits.device
+    candidates = candidates.contiguous()
+    if not (kept.is_contiguous() and lse.is_contiguous()):
+        raise ValueError("kept logits and their sums must be contiguous")
+    stride = _row_stride(logits)
+    maxima, sums = row_sums(logits, temperatures, top_ks, block=block)
+    blocks = maxima.shape[1]
+    sizes = {"K": width - 1, "BLOCKS": blocks, "BLOCK": block}
+    padded = triton.next_power_of_2(blocks)
+    tokens = torch.empty_like(candidates)
+    accept_lens = torch.empty(batch, dtype=torch.int32, device=device)
+    final_lse = torch.empty(batch, dtype=torch.float32, device=device)
+    residuals = torch.empty((batch, blocks), dtype=torch.float32, device=device)
+    rows = (temperatures, top_ks)
+    _accept_kernel[(batch,)](
+        candidates, logits, stride, kept, lse, *rows, maxima, sums, seed, tokens, accept_lens, final_lse, vocab,
+        PADDED_W=triton.next_power_of_2(width), PADDED=padded, **sizes, num_warps=4,
+    )  # fmt: skip
+    _residual_kernel[(batch * blocks,)](
+        logits, stride, kept, lse, *rows, accept_lens, final_lse, residuals, vocab, **sizes, num_warps=4
+    )
+    _final_kernel[(batch,)](
+        logits, stride, kept, lse, *rows, maxima, sums, seed, accept_lens, final_lse, residuals, tokens, vocab,
+        PADDED=padded, **sizes, num_warps=8,
+    )  # fmt: skip
+    return tokens, accept_lens
