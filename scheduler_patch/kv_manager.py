@@ -203,6 +203,7 @@ class KVManager:
             )
             self._retract(entry)
             return
+        self.scheduler.draft_worker.lose_drafts([req])
         entry.state = State.STORED
         self.metrics.requests_offloaded += 1
 

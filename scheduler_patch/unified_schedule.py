@@ -64,7 +64,7 @@ class UnifiedSchedule:
             self._placements.pop(row, None)
 
     def lose_drafts(self, rows: Iterable[int]) -> None:
-        """The drafts of ``rows`` are void (a lock-step round ran); the phases stay."""
+        """The drafts of ``rows`` are void (a lock-step round ran, or their KV was freed); the phases stay."""
         for row in rows:
             if row in self._placements:
                 self._placements[row].drafted = 0

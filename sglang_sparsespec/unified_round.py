@@ -11,7 +11,7 @@ and padding of a captured forward works on it.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -27,7 +27,7 @@ from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.scheduler_patch.unified_schedule import StaggeredForward, UnifiedSchedule, forward_capacity
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from sglang_sparsespec.simulation import SimulatedAcceptance
@@ -272,6 +272,10 @@ class UnifiedRounds:
         """The requests of a prefill batch have no drafts."""
         self.schedule.forget(req.req_pool_idx for req in batch.reqs)
 
+    def lose_drafts(self, reqs: Iterable[Req]) -> None:
+        """The KV of these requests' drafts is gone; they begin a new window, in the phase that they had."""
+        self.schedule.lose_drafts(req.req_pool_idx for req in reqs)
+
     def must_run_in_lockstep(self, batch: ScheduleBatch) -> bool:
         """Whether the batch asks for what staggered rounds cannot do; counted and logged, its drafts are dropped."""
         reason = None
@@ -285,7 +289,7 @@ class UnifiedRounds:
             self._fallbacks_logged.add(reason)
             logger.info("Rounds of batches with %s run in lock-step; logged once.", reason)
         self.fallbacks += 1
-        self.schedule.lose_drafts(req.req_pool_idx for req in batch.reqs)
+        self.lose_drafts(batch.reqs)
         return True
 
     def _plan(self, batch: ScheduleBatch) -> tuple[StaggeredForward, ...]:

@@ -38,7 +38,7 @@ from sglang_sparsespec.unified_graph import UnifiedGraphs
 from sglang_sparsespec.unified_round import UnifiedRounds
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.server_args import ServerArgs
 
@@ -125,6 +125,16 @@ class SparseSpecWorker(BaseSpecWorker):
             self._additional_graph_memory_usage["unified"] = self.unified.graphs.memory_usage_gb
         self.draft_graphs = DraftGraphs(self.model_runner, self.attn_backend, self.window)
         self._additional_graph_memory_usage["draft_decode"] = self.draft_graphs.memory_usage_gb
+
+    def lose_drafts(self, reqs: list[Req]) -> None:
+        """``reqs`` leave the device: their slots beyond the committed lengths are freed, with what was drafted into them.
+
+        In lock-step no round leaves drafts behind; staggered rounds do. Drafting on from them, the
+        next drafts would attend to KV that is not theirs: the output would not change (drafts are
+        verified), the accept length would.
+        """
+        if self.unified is not None:
+            self.unified.lose_drafts(reqs)
 
     def clear_cache_pool(self) -> None:
         """Nothing to clear: selections are rewritten by the next prefill of their row."""

@@ -126,6 +126,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
         sent: list[str] = []
         queued: list[str] = []
         released: list[str] = []
+        undrafted: list[str] = []
         scheduler = SimpleNamespace(
             chunked_req=None,
             result_queue=[],
@@ -134,13 +135,20 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
                 send_to_tokenizer=SimpleNamespace(send_output=lambda output, req: sent.append(output.rid))
             ),
             _add_request_to_queue=lambda req, is_retracted: queued.append(req.rid),
+            draft_worker=SimpleNamespace(lose_drafts=lambda reqs: undrafted.extend(req.rid for req in reqs)),
         )
         tier = Tier(free)
         manager = KVManager(scheduler, tier, WINDOW)  # type: ignore[arg-type]
         monkeypatch.setattr(KVManager, "_decode_batch", lambda self, reqs: Batch(reqs))
         monkeypatch.setattr(common, "release_kv_cache", lambda req, tree, is_insert: released.append(req.rid))
         return SimpleNamespace(
-            manager=manager, tier=tier, scheduler=scheduler, sent=sent, queued=queued, released=released
+            manager=manager,
+            tier=tier,
+            scheduler=scheduler,
+            sent=sent,
+            queued=queued,
+            released=released,
+            undrafted=undrafted,
         )
 
     return make
@@ -199,6 +207,18 @@ def test_a_leaving_request_is_stored_when_its_last_round_is_settled(world: Any) 
     w.scheduler.result_queue = []
     w.manager.step(batch)
     assert ("store", "r1") in w.tier.calls
+
+
+def test_drafts_of_a_stored_request_are_lost_once_no_round_is_in_flight(world: Any) -> None:
+    w = world(free=0)
+    batch = Batch(requests_of(100, 100))
+    in_flight(w, batch)
+    batch = w.manager.step(batch)
+    w.manager.step(batch)
+    assert w.undrafted == []  # the round in flight still makes some
+    w.scheduler.result_queue = []
+    w.manager.step(batch)
+    assert w.undrafted == ["r1"]
 
 
 def test_the_oldest_returns_first_and_only_with_room_to_grow(world: Any) -> None:

@@ -320,6 +320,26 @@ def test_batches_that_cannot_be_staggered_are_counted_and_lose_their_drafts(
     server.assert_targets_output(2)
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_request_whose_kv_was_moved_verifies_new_drafts_only(
+    rule_server: Callable[[bool], RuleServer], moved: bool
+) -> None:
+    server = rule_server(False)
+    for row in (1, 2):
+        server.admit(row, 5)
+    server.round([1, 2])
+    phase = server.rounds.schedule.phase(2)
+    assert phase == 2 and len(server.sequences[2]) == 7
+    if moved:
+        req: Any = SimpleNamespace(req_pool_idx=2)
+        server.rounds.lose_drafts([req])
+    server.round([1])  # without it
+    count = server.round([1, 2]).accept_lens.tolist()[1]
+    # All drafts are right here; what was drafted two rounds ago would make the window whole.
+    assert count == (phase + 1 if moved else WINDOW)
+    server.assert_targets_output(2)
+
+
 def test_a_sampled_window_of_fewer_drafts_ends_with_a_token_of_the_target() -> None:
     """Neither an old token nor what is left of the target beside it."""
     from sglang_sparsespec.sampling import accept
