@@ -3,6 +3,9 @@
     python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 \
         --contexts 2048 4096 8192 --policies pillar window --results accept-length.jsonl
 
+``--policies`` are values of ``--sparsespec-draft-policy``; ``--k`` and ``--budget-ratio`` that are not
+given are each policy's own.
+
 Every policy drafts the same text: outputs are lossless, so greedy outputs are equal (checked), and
 accept lengths are compared on the same tokens. ``window`` (the newest tokens, same budget) is the
 control of ``pillar``. Prompts are cut to the wanted number of tokens from two corpora:
@@ -73,7 +76,7 @@ def distinct_share(tokens: list[int]) -> float:
     return len(set(grams)) / len(grams) if grams else 1.0
 
 
-def run_context(engine: Any, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_context(engine: Any, prompts: list[list[int]], k: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Generate for all prompts at once; per prompt the tokens, accept length and first round's."""
     sampling = {
         "temperature": args.temperature,
@@ -85,7 +88,7 @@ def run_context(engine: Any, prompts: list[list[int]], args: argparse.Namespace)
         row, meta = rows[chunk["index"]], chunk["meta_info"]
         row["tokens"].append(meta["completion_tokens"])
         # Chunks may be merged on their way; the first round is known if the first two were not.
-        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= args.k + 1:
+        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= k + 1:
             row["first_round"] = row["tokens"][1] - 1
         row["output_ids"] = chunk["output_ids"]
         row["accept_length"] = meta.get("spec_accept_length")
@@ -112,14 +115,18 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
     """All contexts under one policy, in one engine."""
     import sglang
 
+    from sglang_sparsespec.attention_backend.policy import POLICIES
+
+    k = args.k or POLICIES[policy].default_num_steps
+    ratio = args.budget_ratio or POLICIES[policy].default_budget_ratio
     engine = sglang.Engine(
         model_path=args.model_path,
         device=args.device,
         dtype=args.dtype,
         speculative_algorithm="SPARSESPEC",
-        speculative_num_steps=args.k,
+        speculative_num_steps=k,
         sparsespec_draft_policy=policy,
-        sparsespec_budget_ratio=args.budget_ratio,
+        sparsespec_budget_ratio=ratio,
         sparsespec_min_budget=args.min_budget,
         max_running_requests=args.prompts,
         disable_radix_cache=True,
@@ -131,7 +138,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
     results = {}
     for context in args.contexts:
         started = time.perf_counter()
-        rows = run_context(engine, make_prompts(tokenizer, args.corpora, context, args.prompts), args)
+        rows = run_context(engine, make_prompts(tokenizer, args.corpora, context, args.prompts), k, args)
         state = engine.get_server_info()["internal_states"][0]
         record = {
             "date": time.strftime("%Y-%m-%d"),
@@ -144,10 +151,11 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
             "corpora": args.corpora,
             "new_tokens": args.new_tokens,
             "temperature": args.temperature,
-            "k": args.k,
-            "budget": max(args.min_budget, -(-context * args.budget_ratio // 1)),
+            "k": k,
+            "budget": max(args.min_budget, -(-context * ratio // 1)),
             **summarise(rows),
             "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
+            "draft_length_so_far": round(state["sparsespec_draft_length"], 3),
             "seconds": round(time.perf_counter() - started, 1),
         }
         print(append_json_line(args.results, record), flush=True)
@@ -169,8 +177,8 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8, help="prompts per context, run together")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--budget-ratio", type=float, default=0.05)
+    parser.add_argument("--k", type=int, help="tokens drafted per round (default: the policy's own)")
+    parser.add_argument("--budget-ratio", type=float, help="default: the policy's own")
     parser.add_argument("--min-budget", type=int, default=128)
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--results", help="JSON-lines file to append to")

@@ -27,6 +27,7 @@ from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
+from sglang_sparsespec.draft_length import accept_drafted, fill_window
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
@@ -154,7 +155,8 @@ class SparseSpecWorker(BaseSpecWorker):
         # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
         # request), in position order.
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
-        candidates, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        drafted, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        candidates = fill_window(drafted, self.window)
         record_stream_each((positions, slots, candidates, draft_probs), stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
@@ -162,11 +164,10 @@ class SparseSpecWorker(BaseSpecWorker):
         logits = logits_output.next_token_logits
         self._apply_bias_and_grammar(batch, logits, grammar_tree)
         if self._simulated is not None:
-            tokens, accept_lens = self._simulated.accept(candidates)
+            tokens, accept_lens = self._simulated.accept(drafted)
+            tokens = fill_window(tokens, self.window)
         else:
-            tokens, accept_lens = sampling.accept(
-                candidates, logits, batch.sampling_info, positions.flatten(), draft_probs
-            )
+            tokens, accept_lens = accept_drafted(drafted, logits, batch.sampling_info, positions, draft_probs)
         tokens, accept_lens = self._from_first_rank(batch.sampling_info.is_all_greedy, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
@@ -174,7 +175,7 @@ class SparseSpecWorker(BaseSpecWorker):
         bonus = tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1)
         if batch.return_logprob:
             self._compute_logprobs(batch, logits_output, tokens)
-        return GenerationBatchResult(
+        result = GenerationBatchResult(
             logits_output=logits_output,
             next_token_ids=tokens.flatten(),
             can_run_cuda_graph=can_run_graph,
@@ -183,6 +184,9 @@ class SparseSpecWorker(BaseSpecWorker):
             next_draft_input=SparseSpecDraftInput(bonus, new_seq_lens),
             speculative_num_draft_tokens=self.window,
         )
+        # Read when the round's acceptance is known on the host (metrics_hooks.count_verifications).
+        result.num_drafted = drafted.shape[1] - 1
+        return result
 
     def _draft(
         self,
@@ -191,18 +195,35 @@ class SparseSpecWorker(BaseSpecWorker):
         positions: torch.Tensor,
         slots: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft k tokens per request with sparse attention.
+        """Draft n tokens per request with sparse attention; n is k, or less where the policy says so.
 
         Args:
             bonus_tokens: int64 [batch]. positions, slots: int64 [batch, W].
 
         Returns:
-            candidates int64 [batch, W], and the drafts' distributions float32 [batch, k,
+            candidates int64 [batch, n + 1], and the drafts' distributions float32 [batch, n,
             vocab] where acceptance needs them.
         """
+        steps = self.attn_backend.policy.next_draft_length()
+        self.attn_backend.set_draft_length(steps)
         rows = sampling.SamplingRows.of(batch.sampling_info)
         if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, rows)
+            drafts = self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, rows, steps)
+        else:
+            drafts = self._draft_eagerly(batch, bonus_tokens, positions, slots, rows, steps)
+        self.attn_backend.fill_lse_hint(len(batch.seq_lens), steps)
+        return drafts
+
+    def _draft_eagerly(
+        self,
+        batch: ScheduleBatch,
+        bonus_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        rows: sampling.SamplingRows,
+        steps: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """:meth:`_draft` without graphs."""
         backend = self.attn_backend
         tokens = [bonus_tokens.long()]
         probs: list[torch.Tensor] = []
@@ -219,7 +240,7 @@ class SparseSpecWorker(BaseSpecWorker):
         # a DECODE batch, and leave an event that lets the scheduler write to req_to_token
         # before verification has read it (war_fastpath_read_done_event).
         with forward_context(ForwardContext(attn_backend=backend)):
-            for step in range(self.num_steps):
+            for step in range(steps):
                 forward_batch.input_ids = tokens[-1]
                 forward_batch.positions = positions[:, step].contiguous()
                 forward_batch.seq_lens = positions[:, step] + 1
@@ -244,12 +265,13 @@ class SparseSpecWorker(BaseSpecWorker):
         bonus_tokens: torch.Tensor,
         positions: torch.Tensor,
         rows: sampling.SamplingRows,
+        steps: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """:meth:`_draft` by replaying the captured step."""
         size = len(batch.seq_lens)
         probs: list[torch.Tensor] = []
         key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
-        for step in range(self.num_steps):
+        for step in range(steps):
             logits = graphs.replay(key)
             if not rows.is_all_greedy:
                 token, prob = sampling.sample_draft(logits[:size], rows, positions[:, step])
@@ -259,7 +281,7 @@ class SparseSpecWorker(BaseSpecWorker):
                     probs.append(prob)
         # The static candidates are overwritten by the next round, which may be launched
         # before this one's results are read.
-        return graphs.candidates[:size].clone(), torch.stack(probs, dim=1) if probs else None
+        return graphs.candidates[:size, : steps + 1].clone(), torch.stack(probs, dim=1) if probs else None
 
     def _verify(
         self,

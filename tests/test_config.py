@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_sinks": 7,
     "base_attention_backend": "torch_native",
     "kernels": "torch",
+    "draft_cost": 0.5,
 }
 
 LLAMA: dict[str, Any] = {
@@ -381,6 +382,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-draft-policy",
         "pillar, window, streaming",
     ),
+    "draft cost 0": ({"sparsespec_draft_cost": 0.0}, "--sparsespec-draft-cost", "0.15 is the default"),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
     "cuda kernels on cpu": (
