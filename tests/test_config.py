@@ -302,6 +302,21 @@ def test_prefill_runs_on_triton_on_cuda(resolve: Callable[..., Any]) -> None:
     assert get_config(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "triton"
 
 
+def test_vegas_has_a_draft_length_and_ratio_of_its_own(llama: str, resolve: Callable[..., Any]) -> None:
+    for args in (
+        resolve(sparsespec_draft_policy="vegas"),
+        parse("--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM,
+              "--sparsespec-draft-policy", "vegas"),
+    ):  # fmt: skip
+        assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (6, 7)
+        assert get_config(args).budget_ratio == 0.07
+
+
+def test_a_given_draft_length_and_ratio_are_kept_with_vegas(resolve: Callable[..., Any]) -> None:
+    args = resolve(sparsespec_draft_policy="vegas", speculative_num_steps=8, sparsespec_budget_ratio=0.05)
+    assert args.speculative_num_steps == 8 and get_config(args).budget_ratio == 0.05
+
+
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
 def test_either_flag_of_the_draft_length_sets_the_other(
     given: dict[str, int], resolve: Callable[..., Any]
