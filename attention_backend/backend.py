@@ -154,7 +154,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.kernels = make_kernels(
             self.config.kernels,
             self.device,
-            max_batch=num_rows,
+            max_batch=num_rows * (1 + self.policy.num_proposals),
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=layers[0].head_dim,
@@ -176,7 +176,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
         self.lse_step: torch.Tensor | None = None
-        if not reference:
+        # With several queries of a request in one step, these would not be the steps' ones.
+        if not reference and not self.policy.num_proposals:
             hints = (self.num_layers, num_rows, self.window, self.num_q_heads)
             self.lse_hint = torch.zeros(hints, dtype=torch.float32, device=self.device)
             self.lse_step = torch.zeros(
@@ -252,6 +253,14 @@ class SparseSpecAttnBackend(AttentionBackend):
         if steps != self._draft_length_set:
             self._draft_length.fill_(steps)
             self._draft_length_set = steps
+
+    def count_draft_queries(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Account draft queries of a round whose draft length is set to 0 (int64 [queries]; length 0: none)."""
+        live = (seq_lens > 0).to(torch.float64)
+        skipped = (self.table.tail_start[rows] - self.table.num_selected[rows]) * live
+        full = seq_lens.sum(dtype=torch.float64)
+        self.kv_read[0] += full - skipped.sum()
+        self.kv_read[1] += full
 
     def _count_kv_read(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
         """Account the round's draft steps: step j (1-based) saw length + j tokens."""

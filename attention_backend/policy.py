@@ -25,6 +25,7 @@ class DraftPolicy:
         default_budget_ratio, default_num_steps: settings that the user did not give.
         uses_scores: prefill and verification score the tokens, and the best are selected.
         rescores_each_step: every draft step scores and selects anew, for its own query.
+        num_proposals: n-gram proposals that a draft forward checks beside its current token.
         warning: logged at start-up if not empty.
 
     Args:
@@ -38,6 +39,7 @@ class DraftPolicy:
     default_num_steps: ClassVar[int] = 8
     uses_scores: ClassVar[bool] = False
     rescores_each_step: ClassVar[bool] = False
+    num_proposals: ClassVar[int] = 0
     warning: ClassVar[str] = ""
 
     def __init__(self, config: SparseSpecConfig, window: int) -> None:
@@ -198,8 +200,23 @@ class Adaptive(Pillar):
         self._history.add(accepted, drafted)
 
 
+class TriForce(Pillar):
+    """Hierarchical drafts (TriForce, arXiv 2404.11912): n-grams, then sparse attention, then full.
+
+    TriForce has a small model draft for the target with a retrieved part of its cache, which drafts
+    for the target with all of it. Here prompt lookup takes the small model's place, as in the
+    comparison of SparseSpec's authors, and PillarAttn that of chunk retrieval. One forward of sparse
+    attention checks several proposals (``sglang_sparsespec.ngram_draft``).
+    """
+
+    name = "triforce"
+    summary = "as pillar, checking n-gram proposals so that a step may yield several drafts (for study)"
+    num_proposals = 3
+    warning = "Draft steps run without CUDA graphs (policy triforce): for study."
+
+
 POLICIES: dict[str, type[DraftPolicy]] = {
-    policy.name: policy for policy in (Pillar, Window, Streaming, Vegas, Full, Oracle, Adaptive)
+    policy.name: policy for policy in (Pillar, Window, Streaming, Vegas, Full, Oracle, Adaptive, TriForce)
 }
 
 

@@ -82,6 +82,7 @@ def accept_drafted(
     info: SamplingBatchInfo,
     positions: torch.Tensor,
     draft_probs: torch.Tensor | None,
+    num_drafted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """``sampling.accept`` over what was drafted of a window of W tokens.
 
@@ -89,6 +90,7 @@ def accept_drafted(
         candidates: int64 [batch, 1 + drafted], without the filling.
         logits: [batch * W, vocab]. positions: int64 [batch, W].
         draft_probs: float32 [batch, drafted, vocab] or None.
+        num_drafted: int [batch] where requests have different numbers of drafts, at most ``drafted``.
 
     Returns:
         tokens int64 [batch, W] and accept_lens int32 [batch] of at most 1 + drafted.
@@ -98,5 +100,7 @@ def accept_drafted(
     if width < window:
         logits = logits.view(batch, window, -1)[:, :width].flatten(0, 1)
         positions = positions[:, :width]
-    tokens, accept_lens = sampling.accept(candidates, logits, info, positions.flatten(), draft_probs)
+    tokens, accept_lens = sampling.accept(
+        candidates, logits, info, positions.flatten(), draft_probs, num_drafted=num_drafted
+    )
     return fill_window(tokens, window), accept_lens

@@ -44,10 +44,16 @@ class SamplingRows:
     need_min_p: bool
 
     @classmethod
-    def of(cls, info: SamplingBatchInfo, repeats: int = 1) -> SamplingRows:
-        """Expand SGLang's per-request parameters to ``repeats`` rows per request."""
+    def of(cls, info: SamplingBatchInfo, repeats: int = 1, index: torch.Tensor | None = None) -> SamplingRows:
+        """Expand SGLang's per-request parameters to ``repeats`` rows per request.
+
+        Args:
+            index: int64 [requests], the batch's requests to take and their order; None: all.
+        """
 
         def expand(tensor: torch.Tensor | None) -> Any:
+            if tensor is not None and index is not None:
+                tensor = tensor[index]
             if tensor is None or repeats == 1:
                 return tensor
             return torch.repeat_interleave(tensor, repeats, dim=0)
@@ -163,19 +169,29 @@ def sample_draft(
     return (probs / noise).argmax(dim=-1), probs
 
 
-def accept_matching(candidates: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def made_drafts(num_drafted: torch.Tensor, width: int) -> torch.Tensor:
+    """bool [batch, W - 1], which drafts of the windows were made: the first ``num_drafted`` (int [batch])."""
+    return torch.arange(width - 1, device=num_drafted.device) < num_drafted.unsqueeze(1)
+
+
+def accept_matching(
+    candidates: torch.Tensor, target: torch.Tensor, num_drafted: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept drafts while they equal the target's tokens.
 
     Args:
         candidates: int64 [batch, W], the last committed token and k drafts.
         target: int64 [batch, W], the target's token after each of them.
+        num_drafted: int [batch], how many drafts were made; None: all k.
 
     Returns:
         tokens int64 [batch, W] whose first ``accept_lens`` are the output, and accept_lens
         int32 [batch], drafts plus the bonus token (1 to W).
     """
-    matches = (candidates[:, 1:] == target[:, :-1]).to(torch.int32)
-    return target, matches.cumprod(dim=1).sum(dim=1, dtype=torch.int32) + 1
+    matches = candidates[:, 1:] == target[:, :-1]
+    if num_drafted is not None:
+        matches &= made_drafts(num_drafted, candidates.shape[1])
+    return target, matches.to(torch.int32).cumprod(dim=1).sum(dim=1, dtype=torch.int32) + 1
 
 
 def _final_distribution(
@@ -285,6 +301,8 @@ def accept(
     info: SamplingBatchInfo,
     positions: torch.Tensor,
     draft_probs: torch.Tensor | None,
+    index: torch.Tensor | None = None,
+    num_drafted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Accept drafts of a verified window.
 
@@ -294,20 +312,29 @@ def accept(
         info: SGLang's sampling parameters of the batch.
         positions: int64 [batch * W].
         draft_probs: float32 [batch, k, vocab] from :func:`sample_draft`, or None if it gave none.
+        index: int64 [batch], which of ``info``'s requests these are; None: all of them.
+        num_drafted: int [batch], how many drafts were made; None: all k.
 
     Returns:
         as :func:`accept_matching`.
     """
     batch, width = candidates.shape
     if info.is_all_greedy:
-        return accept_matching(candidates, logits.argmax(dim=-1).view(batch, width))
-    rows = SamplingRows.of(info, repeats=width)
+        return accept_matching(candidates, logits.argmax(dim=-1).view(batch, width), num_drafted)
+    rows = SamplingRows.of(info, repeats=width, index=index)
     if rows.seeds is not None:
-        return accept_matching(candidates, sample_seeded(logits, rows, positions).view(batch, width))
+        target = sample_seeded(logits, rows, positions).view(batch, width)
+        return accept_matching(candidates, target, num_drafted)
     assert draft_probs is not None
     probs = target_probabilities(logits, rows)
     make_greedy_rows_exact(probs, logits, rows)
     coins = torch.rand((batch, width - 1), device=probs.device)
+    if num_drafted is not None:
+        # A coin that is no number accepts nothing (coin * q < p is false), and without draft mass the
+        # residual is the target: a window of fewer drafts ends with a token of the target.
+        made = made_drafts(num_drafted, width)
+        coins = torch.where(made, coins, torch.nan)
+        draft_probs = torch.where(made.unsqueeze(-1), draft_probs, 0.0)
     final_coins = torch.rand((batch,), device=probs.device)
     rule = accept_by_rejection_sglang if probs.is_cuda else accept_by_rejection
     return rule(candidates, probs.view(batch, width, -1), draft_probs, coins, final_coins)

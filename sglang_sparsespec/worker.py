@@ -29,6 +29,7 @@ from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
 from sglang_sparsespec.draft_length import accept_drafted, fill_window
 from sglang_sparsespec.metrics import DraftMetrics
+from sglang_sparsespec.ngram_draft import NgramDrafter
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
@@ -67,6 +68,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens = self.window
         self.speculative_num_steps = self.num_steps
         self.draft_graphs: DraftGraphs | None = None
+        self.ngram_drafter: NgramDrafter | None = None
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
 
@@ -85,6 +87,10 @@ class SparseSpecWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         """The target's backend exists now; its counters become the worker's metrics."""
         self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read)
+        if self.attn_backend.policy.num_proposals:
+            self.ngram_drafter = NgramDrafter(
+                self.model_runner, self.attn_backend, self.window, self._from_first_rank
+            )
 
     def init_cuda_graphs(self) -> None:
         """Capture the draft graphs; SGLang has captured the verify graphs before."""
@@ -92,7 +98,7 @@ class SparseSpecWorker(BaseSpecWorker):
         from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
         runner = self.model_runner.decode_cuda_graph_runner
-        if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner):
+        if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner) or self.ngram_drafter:
             return
         if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
             logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
@@ -132,6 +138,8 @@ class SparseSpecWorker(BaseSpecWorker):
     def _prefill(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
+        if self.ngram_drafter is not None:
+            self.ngram_drafter.note_prompts(batch)
         result = self.target_worker.forward_batch_generation(batch)
         new_seq_lens = batch.seq_lens.clone()
         if on_publish is not None:
@@ -155,7 +163,12 @@ class SparseSpecWorker(BaseSpecWorker):
         # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
         # request), in position order.
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
-        drafted, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        num_drafted: torch.Tensor | None = None
+        if self.ngram_drafter is not None:
+            self.attn_backend.set_draft_length(0)  # the drafter counts its queries itself
+            drafted, draft_probs, num_drafted = self.ngram_drafter.draft(batch, draft_input.bonus_tokens)
+        else:
+            drafted, draft_probs = self._draft(batch, draft_input.bonus_tokens, positions, slots)
         candidates = fill_window(drafted, self.window)
         record_stream_each((positions, slots, candidates, draft_probs), stream)
 
@@ -167,7 +180,9 @@ class SparseSpecWorker(BaseSpecWorker):
             tokens, accept_lens = self._simulated.accept(drafted)
             tokens = fill_window(tokens, self.window)
         else:
-            tokens, accept_lens = accept_drafted(drafted, logits, batch.sampling_info, positions, draft_probs)
+            tokens, accept_lens = accept_drafted(
+                drafted, logits, batch.sampling_info, positions, draft_probs, num_drafted
+            )
         tokens, accept_lens = self._from_first_rank(batch.sampling_info.is_all_greedy, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:

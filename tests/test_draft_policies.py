@@ -156,7 +156,7 @@ def test_no_list_is_longer_than_the_kernels_are_told(name: str) -> None:
 def test_policies_for_study_say_so_at_the_start(name: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.WARNING):
         SmallServer(draft_policy=name)
-    assert ("for study" in caplog.text) == (name in ("full", "oracle"))
+    assert ("for study" in caplog.text) == (name in ("full", "oracle", "triforce"))
 
 
 def test_only_adaptive_changes_the_draft_length() -> None:
@@ -233,6 +233,18 @@ def test_hints_of_drafts_that_were_not_made_are_the_last_ones() -> None:
     backend.fill_lse_hint(1, 1)
     assert torch.equal(backend.lse_hint[:, 1], before[:, 1]), "another request's"
     assert torch.equal(backend.lse_hint[:, 0], before[:, 0, :1].expand(-1, WINDOW, -1))
+
+
+def test_a_request_with_fewer_drafts_is_accepted_no_further() -> None:
+    logits = torch.full((3 * 4, 9), -100.0)
+    logits[:, 5] = 0.0
+    candidates, positions = torch.full((3, 4), 5), torch.arange(12).view(3, 4)
+    num_drafted = torch.tensor([1, 3, 2])
+    _, accept_lens = accept_drafted(candidates, logits, greedy_info(), positions, None, num_drafted)
+    assert accept_lens.tolist() == [2, 4, 3]
+    probs = torch.softmax(logits.view(3, 4, 9)[:, :3], dim=-1)
+    tokens, accept_lens = accept_drafted(candidates, logits, sampled_info(3), positions, probs, num_drafted)
+    assert accept_lens.tolist() == [2, 4, 3] and (tokens[:, 0] == 5).all()
 
 
 def greedy_info() -> Any:
