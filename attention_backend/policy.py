@@ -179,11 +179,12 @@ class Oracle(DraftPolicy):
 class Adaptive(Pillar):
     """PillarAttn with a draft length by acceptance history (SparseSpec-L, arXiv 2607.27735).
 
-    SparseSpec-L shows that a longer draft is slower once its marginal probability of acceptance falls
-    below the relative cost of drafting. That rule is applied here to whole rounds, since a draft step
-    is one forward of the whole batch: :class:`AcceptanceHistory` says how. What differs is the
-    evidence: the batch's acceptance in recent rounds, not signals of the draft being made, and no
-    request stops on its own.
+    SparseSpec-L's finding is that a longer draft is slower once its marginal probability of acceptance
+    falls below the relative cost of drafting. That rule is applied here to whole rounds, since a draft
+    step is one forward of the whole batch: :class:`AcceptanceHistory` says how. What differs: the
+    evidence is the batch's acceptance in recent rounds, not the entropy of the draft being made; no
+    request stops on its own; and nothing of its selection is taken over. The verify window keeps its W
+    tokens, so the scores are means over the queries of its filling too.
     """
 
     name = "adaptive"

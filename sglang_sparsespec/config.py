@@ -299,7 +299,11 @@ def validate_server_args(server_args: ServerArgs) -> None:
     if server_args.speculative_eagle_topk not in (None, 1):
         refuse("--speculative-eagle-topk above 1", "drafts are one chain", "remove it")
     if server_args.speculative_adaptive:
-        refuse("--speculative-adaptive", "the draft length is fixed", "remove it")
+        refuse(
+            "--speculative-adaptive",
+            "SGLang adapts draft models only",
+            "remove it, and use --sparsespec-draft-policy adaptive",
+        )
     if (server_args.speculative_accept_threshold_single, server_args.speculative_accept_threshold_acc) != (1, 1):
         refuse(
             "--speculative-accept-threshold-single/-acc below 1",

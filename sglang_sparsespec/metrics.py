@@ -23,7 +23,8 @@ class DraftMetrics:
 
     Attributes:
         histogram: histogram[n] verifications accepted n of the k drafts.
-        drafted: drafts made, summed over verifications; k each unless the policy drafts fewer.
+        drafted: drafts made, summed over verifications; k each unless the policy drafts fewer. (Where
+            requests of a round differ, the most that one of them could have.)
     """
 
     def __init__(self, num_steps: int, kv_read: torch.Tensor) -> None:
