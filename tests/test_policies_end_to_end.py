@@ -119,7 +119,6 @@ def test_greedy_output_is_the_targets(
     accepted = histogram(outputs)
     if policy == "full":
         assert accepted == [0] * NUM_STEPS + [ROUNDS * len(prompts)], "an accept length of k + 1 exactly"
-        assert all(output["meta_info"]["spec_accept_length"] == NUM_STEPS + 1 for output in outputs)
     else:
         assert sum(accepted[1:]) > 0, "drafts were accepted"
 
