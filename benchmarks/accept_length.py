@@ -91,8 +91,11 @@ def run_context(engine: Any, prompts: list[list[int]], k: int, args: argparse.Na
         if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= k + 1:
             row["first_round"] = row["tokens"][1] - 1
         row["output_ids"] = chunk["output_ids"]
-        row["accept_length"] = meta.get("spec_accept_length")
-        row["histogram"] = meta.get("spec_accept_histogram")
+        row["histogram"] = meta.get("spec_correct_drafts_histogram")
+    for row in rows:
+        # SGLang's spec_accept_length divides all tokens, the prefill's too, by the verifications.
+        rounds = row["histogram"]
+        row["accept_length"] = 1 + sum(n * count for n, count in enumerate(rounds)) / sum(rounds)
     return rows
 
 
