@@ -49,7 +49,7 @@ def register():
 '''
 #: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
 ROUNDS = 8
-SAMPLED = 1000
+SAMPLED = 2000
 
 
 @pytest.fixture(scope="module")
