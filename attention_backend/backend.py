@@ -7,11 +7,15 @@ Three kinds of forward, told apart by SGLang's forward mode:
 - DECODE (a draft step): one query per request over the sparse page table.
 - TARGET_VERIFY: full attention of the verify window with scores, then the selection for
   the next round, layer by layer.
+
+A staggered round's forwards hold draft steps of some requests and windows of others
+(:class:`MixedRows`): a DECODE forward whose tokens are split between the two kernels.
 """
 
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -117,6 +121,26 @@ def make_kernels(name: str, device: torch.device, **sizes: Any) -> PillarKernels
     return CudaPillarKernels(device=device, **sizes)
 
 
+@dataclass(frozen=True)
+class MixedRows:
+    """How the tokens of a mixed forward are attended: D draft tokens, then V windows of W tokens.
+
+    Attributes:
+        draft_rows, draft_lens: int64 [D], rows of ``req_to_token`` and lengths with the current token
+            (0 for padding).
+        draft_offsets: int64 [D], which of the window's tokens the current one is (-1 for padding).
+        verify_rows, verify_lens: int64 [V], rows and committed lengths (row 0 of length 0 for padding).
+        num_drafted: int64 [V], drafts in the window; the tokens after them mean nothing.
+    """
+
+    draft_rows: torch.Tensor
+    draft_lens: torch.Tensor
+    draft_offsets: torch.Tensor
+    verify_rows: torch.Tensor
+    verify_lens: torch.Tensor
+    num_drafted: torch.Tensor
+
+
 class SparseSpecAttnBackend(AttentionBackend):
     """See the module's docstring.
 
@@ -124,7 +148,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         policy: what drafts attend to, and how many of them a round makes.
         table: the sparse page table of all requests.
         lse_step: float32 [layers, rows, Hq], log-sum-exp of the draft step just run.
-        lse_hint: float32 [layers, rows, W, Hq], those of the round's steps, by batch index.
+        lse_hint: float32 [layers, rows, W, Hq], those of the window's drafts: by batch index in
+            lock-step rounds, by row of ``req_to_token`` in staggered ones.
         kv_read: float64 [2]; KV tokens that draft steps attended to, and those that full
             attention would have, summed over requests and steps.
     """
@@ -189,6 +214,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._draft_length_set = self.window - 1
         self._counts: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
+        self._mixed: MixedRows | None = None
+        self._hint_columns: torch.Tensor | None = None
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page "
             "table %.2f GB.",
@@ -235,6 +262,32 @@ class SparseSpecAttnBackend(AttentionBackend):
         lengths, rows = forward_batch.seq_lens, forward_batch.req_pool_indices
         self._count_kv_read(lengths, rows)
         self._begin_selection(lengths, rows)
+
+    def begin_mixed(self, mixed: MixedRows) -> None:
+        """Plan a mixed forward; the DECODE forward up to :meth:`end_mixed` is taken as one. Recordable."""
+        self._mixed = mixed
+        live = (mixed.draft_lens > 0).to(torch.float64)
+        skipped = (self.table.tail_start[mixed.draft_rows] - self.table.num_selected[mixed.draft_rows]) * live
+        full = mixed.draft_lens.sum(dtype=torch.float64)
+        self.kv_read[0] += full - skipped.sum()
+        self.kv_read[1] += full
+        self._begin_selection(mixed.verify_lens, mixed.verify_rows)
+        if self.lse_hint is not None:
+            # A window's token was a draft query if its offset is below the number of drafts; the last
+            # of these stands in for the tokens after it. (Without any: an old one.)
+            offsets = torch.arange(self.window, device=self.device)
+            self._hint_columns = torch.minimum(offsets, (mixed.num_drafted - 1).clamp(min=0).unsqueeze(1))
+
+    def end_mixed(self) -> None:
+        """Keep the log-sum-exps of the forward's drafts for their verifications. Recordable."""
+        mixed = self._mixed
+        assert mixed is not None
+        if self.lse_hint is not None and self.lse_step is not None:
+            step = self.lse_step[:, : len(mixed.draft_rows)]
+            # Padding writes to row 0: zeros, since its own log-sum-exp is no number.
+            live = (mixed.draft_lens > 0).view(1, -1, 1)
+            self.lse_hint[:, mixed.draft_rows, mixed.draft_offsets] = torch.where(live, step, 0.0)
+        self._mixed = None
 
     def _begin_prefill(self, forward_batch: ForwardBatch) -> None:
         num_queries = forward_batch.extend_seq_lens.clamp(max=self.window)
@@ -310,7 +363,7 @@ class SparseSpecAttnBackend(AttentionBackend):
                 layer.scaling * k_descale,
                 self.scores,
             )
-            self._select(layer.layer_id, forward_batch)
+            self._select(layer.layer_id, forward_batch.req_pool_indices)
         return out
 
     def _forward_verify(
@@ -325,8 +378,25 @@ class SparseSpecAttnBackend(AttentionBackend):
         if save_kv_cache:
             self._save_kv(k, v, layer, forward_batch)
         out = torch.empty_like(q)
-        batch_size = forward_batch.batch_size
-        hint = self.lse_hint[layer.layer_id, :batch_size] if self.lse_hint is not None else None
+        hint = self.lse_hint[layer.layer_id, : forward_batch.batch_size] if self.lse_hint is not None else None
+        self._verify_attention(q, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, hint, out)
+        return out
+
+    def _verify_attention(
+        self,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        rows: torch.Tensor,
+        lengths: torch.Tensor,
+        hint: torch.Tensor | None,
+        out: torch.Tensor,
+    ) -> None:
+        """Full attention of the windows, then their rows' selections in this layer.
+
+        Args:
+            q, out: [batch * W, Hq * D]. rows, lengths: int [batch].
+            hint: float32 [batch, W, Hq]; one that is far off costs time, not exactness.
+        """
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
         self.kernels.verify_attention(
@@ -334,8 +404,8 @@ class SparseSpecAttnBackend(AttentionBackend):
             k_cache,
             v_cache,
             self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
+            rows,
+            lengths,
             self.window,
             layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
@@ -345,18 +415,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         if v_descale != 1.0:
             out.mul_(v_descale)
         if self.policy.uses_scores:
-            self._select(layer.layer_id, forward_batch)
-        return out
+            self._select(layer.layer_id, rows)
 
-    def _select(self, layer_id: int, forward_batch: ForwardBatch) -> None:
+    def _select(self, layer_id: int, rows: torch.Tensor) -> None:
         assert self._counts is not None and self._lengths is not None
-        self.kernels.select(
-            self.scores,
-            self._lengths,
-            forward_batch.req_pool_indices,
-            self._counts,
-            self.table.positions[layer_id],
-        )
+        self.kernels.select(self.scores, self._lengths, rows, self._counts, self.table.positions[layer_id])
 
     def forward_decode(
         self,
@@ -368,14 +431,35 @@ class SparseSpecAttnBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """One draft step: [batch, Hq * D] over the sparse page table."""
+        """One draft step: [batch, Hq * D] over the sparse page table; or a mixed forward."""
         if save_kv_cache:
             self._save_kv(k, v, layer, forward_batch)
         q = q.reshape(-1, layer.tp_q_head_num * layer.head_dim)
         out = torch.empty_like(q)
+        if self._mixed is not None:
+            self._mixed_attention(q, layer, self._mixed, out)
+        else:
+            self._draft_attention(q, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, out)
+        return out
+
+    def _mixed_attention(self, q: torch.Tensor, layer: RadixAttention, mixed: MixedRows, out: torch.Tensor) -> None:
+        """Draft attention of the first D tokens, verification of the V windows after them."""
+        drafts = len(mixed.draft_rows)
+        if drafts:
+            self._draft_attention(q[:drafts], layer, mixed.draft_rows, mixed.draft_lens, out[:drafts])
+        if len(mixed.verify_rows):
+            hint = None
+            if self.lse_hint is not None:
+                hint = self.lse_hint[layer.layer_id][mixed.verify_rows.unsqueeze(1), self._hint_columns]
+            self._verify_attention(q[drafts:], layer, mixed.verify_rows, mixed.verify_lens, hint, out[drafts:])
+
+    def _draft_attention(
+        self, q: torch.Tensor, layer: RadixAttention, rows: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """q, out: [batch, Hq * D]; rows, seq_lens (with the current token): int [batch]."""
         if self.policy.rescores_each_step:
-            self._select_for_query(q, layer, forward_batch.req_pool_indices, forward_batch.seq_lens)
-        lse = self.lse_step[layer.layer_id, : forward_batch.batch_size] if self.lse_step is not None else None
+            self._select_for_query(q, layer, rows, seq_lens)
+        lse = self.lse_step[layer.layer_id, : len(rows)] if self.lse_step is not None else None
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
         self.kernels.draft_attention(
@@ -386,15 +470,14 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.table.num_selected,
             self.table.tail_start,
             self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            forward_batch.seq_lens,
+            rows,
+            seq_lens,
             layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
             lse,
         )
         if v_descale != 1.0:
             out.mul_(v_descale)
-        return out
 
     def _select_for_query(
         self, q: torch.Tensor, layer: RadixAttention, rows: torch.Tensor, seq_lens: torch.Tensor

@@ -25,6 +25,7 @@ class DraftPolicy:
         default_budget_ratio, default_num_steps: settings that the user did not give.
         uses_scores: prefill and verification score the tokens, and the best are selected.
         rescores_each_step: every draft step scores and selects anew, for its own query.
+        lockstep_only: rounds of the unified schedule cannot have it.
         num_proposals: n-gram proposals that a draft forward checks beside its current token.
         warning: logged at start-up if not empty.
 
@@ -39,6 +40,7 @@ class DraftPolicy:
     default_num_steps: ClassVar[int] = 8
     uses_scores: ClassVar[bool] = False
     rescores_each_step: ClassVar[bool] = False
+    lockstep_only: ClassVar[bool] = False
     num_proposals: ClassVar[int] = 0
     warning: ClassVar[str] = ""
 
@@ -188,6 +190,7 @@ class Adaptive(Pillar):
     """
 
     name = "adaptive"
+    lockstep_only = True
     summary = "as pillar, drafting fewer tokens than k while further ones would not pay"
 
     def __init__(self, config: SparseSpecConfig, window: int) -> None:
@@ -211,6 +214,7 @@ class TriForce(Pillar):
     """
 
     name = "triforce"
+    lockstep_only = True
     summary = "as pillar, checking n-gram proposals so that a step may yield several drafts (for study)"
     num_proposals = 3
     warning = "Draft steps run without CUDA graphs (policy triforce): for study."

@@ -61,12 +61,17 @@ def gpu_slug(name: str) -> str:
     return (match.group(1) if match else re.sub(r"\W+", "-", name)).lower()
 
 
+def utc_now() -> str:
+    """The time, to the second."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def stamp() -> dict[str, Any]:
     """Device, versions, commit, date and command line, as a JSON-ready dict."""
     import torch
 
     info: dict[str, Any] = {
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": utc_now(),
         "commit": commit(),
         "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
         "python": platform.python_version(),

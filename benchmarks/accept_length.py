@@ -24,56 +24,13 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import sysconfig
 import time
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from _common import append_json_line
-
-REPO = Path(__file__).resolve().parent.parent
-CODE_MODULES = (
-    "argparse",
-    "asyncio.base_events",
-    "dataclasses",
-    "difflib",
-    "doctest",
-    "email.message",
-    "inspect",
-)
-NGRAM = 8
-
-
-def corpus(name: str, index: int) -> tuple[str, str]:
-    """Text to cut a prompt from, and what follows the cut."""
-    if name == "code":
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
-        files = files[index * 3 % len(files) :] + files
-        text = "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
-        return text, "\n\n# A summary of the functions above, each with what it returns:\n"
-    lines = (REPO / "benchmarks" / "data" / "olympiadbench.jsonl").read_text().splitlines()
-    questions = [json.loads(line)["question"] for line in lines]
-    questions = questions[index * 37 % len(questions) :] + questions
-    text = "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(questions))
-    return text, "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:"
-
-
-def make_prompts(tokenizer: Any, corpora: list[str], context: int, count: int) -> list[list[int]]:
-    """``count`` prompts of ``context`` tokens, the corpora in turn."""
-    prompts = []
-    for index in range(count):
-        text, ending = corpus(corpora[index % len(corpora)], index // len(corpora))
-        tail = tokenizer(ending, add_special_tokens=False).input_ids
-        head = tokenizer(text[: 8 * context], add_special_tokens=False).input_ids
-        prompts.append(head[: context - len(tail)] + tail)
-    return prompts
-
-
-def distinct_share(tokens: list[int]) -> float:
-    """Share of distinct n-grams among all n-grams of an output."""
-    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+from _workloads import LEAST_DISTINCT, distinct_share, make_prompts
 
 
 def run_context(engine: Any, prompts: list[list[int]], k: int, args: argparse.Namespace) -> list[dict[str, Any]]:
@@ -103,7 +60,7 @@ def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Means over the prompts of one policy and context."""
     for row in rows:
         row["distinct"] = distinct_share(row["output_ids"])
-    fresh = [row for row in rows if row["distinct"] >= 0.5]
+    fresh = [row for row in rows if row["distinct"] >= LEAST_DISTINCT]
     first = [row["first_round"] for row in rows if row["first_round"] is not None]
     return {
         "accept_length": round(mean(row["accept_length"] for row in rows), 3),

@@ -93,6 +93,7 @@ def start_engine(args: argparse.Namespace, speculative: bool) -> Any:
     settings["disable_overlap_schedule"] = args.overlap == "off"
     if speculative:
         settings.update(speculative_algorithm="SPARSESPEC", speculative_num_steps=args.k)
+        settings["sparsespec_schedule"] = args.schedule
     elif args.device == "cpu":
         os.environ["SPARSESPEC_CPU_BRIDGE"] = "1"
         settings.update(disable_cuda_graph=True, attention_backend="torch_native")
@@ -209,6 +210,7 @@ def run_compare(args: argparse.Namespace) -> int:
         "device": args.device,
         "dtype": args.dtype,
         "k": args.k,
+        "schedule": args.schedule,
         "concurrency": args.concurrency,
         "radix": args.radix,
         "overlap": args.overlap,
@@ -223,6 +225,8 @@ def run_compare(args: argparse.Namespace) -> int:
         "divergences": divergences,
         "accept_length": round(state["sparsespec_accept_length"], 3),
         "kv_read_share": round(state["sparsespec_kv_read_share"], 4),
+        "forward_tokens": round(state["sparsespec_forward_tokens"], 1),
+        "forward_tokens_variation": round(state["sparsespec_forward_tokens_variation"], 4),
         "seconds": round(seconds, 1),
     }
     print(append_json_line(args.results, record))
@@ -254,6 +258,7 @@ def main() -> int:
     parser.add_argument("--overlap", choices=("on", "off"), default="on")
     parser.add_argument("--chunked-prefill-size", type=int, default=0)
     parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--schedule", choices=("lockstep", "unified"), default="lockstep")
     parser.add_argument("--output", help="baseline: where its outputs go")
     parser.add_argument("--shard", default="0/1", help="I/N: only every N-th prompt, from the I-th on")
     parser.add_argument("--baseline", nargs="+", help="compare: the files that `baseline` wrote")

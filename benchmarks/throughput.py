@@ -14,9 +14,9 @@ SGLANG_SIMULATE_ACC_LEN: such results are marked simulated.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import os
-import random
 import sys
 import time
 from collections.abc import Sequence
@@ -25,37 +25,54 @@ from statistics import mean, median
 from typing import Any
 
 from _common import append_json_line, stamp
-from accept_length import distinct_share, make_prompts
+from _workloads import LEAST_DISTINCT, distinct_share, make_prompts, random_prompts
+
+#: SGLang's own speculative algorithms, by the names that ``--engines`` takes.
+SGLANG_SPECULATION = {"ngram": "NGRAM", "standalone": "STANDALONE", "eagle3": "EAGLE3"}
 
 
 def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dict[str, Any]:
-    """``plain:BACKEND`` or ``sparsespec[:POLICY]`` as ``sglang.Engine`` arguments."""
+    """An engine's name as ``sglang.Engine`` arguments.
+
+    ``plain:BACKEND``, ``sparsespec[:POLICY[:SCHEDULE]]``, or ``ngram``, ``standalone``, ``eagle3`` with ``[:BACKEND]``:
+    SGLang's own speculation, with SGLang's default draft lengths (the draft model's path comes with ``--engine-args``).
+
+    Raises:
+        SystemExit: no such name.
+    """
     kind, _, detail = name.partition(":")
+    policy, _, schedule = detail.partition(":")
     settings: dict[str, Any] = {
         "model_path": args.model_path,
         "load_format": args.load_format,
+        "device": args.device,
         "dtype": args.dtype,
         "random_seed": 0,
         "log_level": args.log_level,
         "skip_tokenizer_init": args.random_prompts,
         "max_running_requests": max_batch,
-        "cuda_graph_max_bs_decode": max_batch,
-        "prefill_attention_backend": args.prefill_backend,
-        **json.loads(args.engine_args),
     }
+    if args.device != "cpu":
+        settings["cuda_graph_max_bs_decode"] = max_batch
+    elif kind != "sparsespec":
+        settings["disable_cuda_graph"] = True
     if kind == "plain":
+        settings["prefill_attention_backend"] = args.prefill_backend
         settings["decode_attention_backend"] = detail or "flashinfer"
     elif kind == "sparsespec":
-        del settings["prefill_attention_backend"]
         settings.update(
             speculative_algorithm="SPARSESPEC",
             speculative_num_steps=args.k,
             sparsespec_base_attention_backend=args.prefill_backend,
-            sparsespec_draft_policy=detail or "pillar",
+            sparsespec_draft_policy=policy or "pillar",
+            sparsespec_schedule=schedule or "lockstep",
         )
+    elif kind in SGLANG_SPECULATION:
+        settings.update(speculative_algorithm=SGLANG_SPECULATION[kind], attention_backend=detail or "flashinfer")
     else:
-        raise SystemExit(f"--engines {name}: expected plain:BACKEND or sparsespec[:POLICY]")
-    return settings
+        names = ", ".join(SGLANG_SPECULATION)
+        raise SystemExit(f"--engines {name}: expected plain:BACKEND, sparsespec[:POLICY[:SCHEDULE]], or one of {names}")
+    return {**settings, **json.loads(args.engine_args)}
 
 
 def describe(name: str, context: int, batch: int, args: argparse.Namespace) -> dict[str, Any]:
@@ -85,27 +102,34 @@ def prefill(engine: Any, prompts: list[list[int]], temperatures: Sequence[float]
     return seconds
 
 
-def run_case(engine: Any, prompts: list[list[int]], temperature: float, args: argparse.Namespace) -> dict[str, Any]:
-    """Time ``--repeats`` decoding runs of all prompts together."""
-    sampling = {"temperature": temperature, "ignore_eos": True}
+def digest(outputs: list[list[int]]) -> str:
+    """Equal for equal outputs: greedy ones of a lossless engine, where arithmetic is deterministic."""
+    return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
+
+
+def run_case(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], repeats: int) -> dict[str, Any]:
+    """Time ``repeats`` decoding runs of all prompts together."""
     seconds, outputs = [], []
-    for _ in range(args.repeats):
+    for _ in range(repeats):
         started = time.perf_counter()
-        outputs = engine.generate(input_ids=prompts, sampling_params={**sampling, "max_new_tokens": args.new_tokens})
+        outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
         seconds.append(time.perf_counter() - started)
     accept = [output["meta_info"].get("spec_accept_length") for output in outputs]
     tokens = sum(output["meta_info"]["completion_tokens"] for output in outputs)
     distinct = [distinct_share(output["output_ids"]) for output in outputs]
-    fresh = [value for value, share in zip(accept, distinct, strict=True) if share >= 0.5]
+    fresh = [value for value, share in zip(accept, distinct, strict=True) if share >= LEAST_DISTINCT]
     return {
         "decode_s": [round(value, 3) for value in seconds],
+        "output_tokens": tokens,
         "tokens_per_s": round(tokens / median(seconds), 1),
         "cached_tokens": sum(output["meta_info"]["cached_tokens"] for output in outputs),
+        "stopped_at_limit": sum(output["meta_info"]["finish_reason"]["type"] == "length" for output in outputs),
+        "outputs_digest": digest([output["output_ids"] for output in outputs]),
         "retractions": sum(output["meta_info"].get("num_retractions", 0) for output in outputs),
         "accept_length": round(mean(accept), 3) if all(accept) else None,
         "accept_length_not_repetitive": round(mean(fresh), 3) if fresh and all(fresh) else None,
         "distinct": round(mean(distinct), 3),
-        "repetitive_prompts": sum(share < 0.5 for share in distinct),
+        "repetitive_prompts": sum(share < LEAST_DISTINCT for share in distinct),
     }
 
 
@@ -118,8 +142,7 @@ def parse_case(text: str) -> tuple[int, int]:
 def make_inputs(args: argparse.Namespace, context: int, batch: int) -> list[list[int]]:
     """Prompts of the corpora, or of random token ids (``--random-prompts``)."""
     if args.random_prompts:
-        generator = random.Random(0)
-        return [[generator.randrange(1000, 30000) for _ in range(context)] for _ in range(batch)]
+        return random_prompts(context, batch)
     from transformers import AutoTokenizer
 
     return make_prompts(AutoTokenizer.from_pretrained(args.model_path), args.corpora, context, batch)
@@ -132,6 +155,7 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--k", type=int, default=8)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--prefill-backend", default="triton", help="the same for all engines")
@@ -161,12 +185,13 @@ def main() -> int:
         for context, batch, prompts in cases:
             prefill_s = prefill(engine, prompts, args.temperatures)
             for temperature in args.temperatures:
+                sampling = {"temperature": temperature, "ignore_eos": True, "max_new_tokens": args.new_tokens}
                 record = {
                     **environment,
                     **describe(name, context, batch, args),
                     "temperature": temperature,
                     "prefill_s": round(prefill_s, 2),
-                    **run_case(engine, prompts, temperature, args),
+                    **run_case(engine, prompts, sampling, args.repeats),
                 }
                 print(append_json_line(args.results, record), flush=True)
             engine.flush_cache()

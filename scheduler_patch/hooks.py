@@ -85,12 +85,31 @@ def no_kv_move_kernel(original: Callable[..., Any], pool: Any) -> None:
     original(pool)
 
 
+def reserve_for_staggered_rounds(result: int, server_args: Any = None, *args: Any, **kwargs: Any) -> int | None:
+    """``allocation_sizing.get_alloc_reserve_per_decode``: SGLang reserves 2W slots per request.
+
+    They are counted from the committed length C that the CPU knows, which under overlap scheduling
+    lacks the tokens of the round in flight, at most W: on the device the length is L <= C + W. A
+    lock-step round writes the window [L, L + W), so 2W are enough. A staggered round drafts on after
+    its verification: from L' <= L + W it writes up to k drafts' inputs, [L', L' + k). The last
+    position is C + 2W + k - 1, so C + 3W - 1 is the end: 3W covers it.
+    """
+    from sglang.srt.runtime_context import get_server_args
+
+    from sglang_sparsespec.config import get_config
+
+    server_args = server_args if server_args is not None else get_server_args()
+    if str(server_args.speculative_algorithm).upper() != ALGORITHM or get_config(server_args).schedule != "unified":
+        return None  # None keeps the original result
+    return result // 2 * 3
+
+
 def row_room_for_reserve(result: int, server_args: Any = None, *args: Any, **kwargs: Any) -> int | None:
     """``allocation_sizing.get_req_to_token_extra_context_len``: SGLang widens rows by W + 4 tokens.
 
-    A decoding request is given slots for up to 2W tokens past its committed ones. At page size 1
-    SGLang does not count that in; with W above 4, a request near the context limit would write
-    its slots into the row of another.
+    A decoding request is given slots for up to 2W tokens past its committed ones (3W in staggered
+    rounds, see above). At page size 1 SGLang does not count that in; with W above 4, a request near
+    the context limit would write its slots into the row of another.
     """
     if server_args is None or str(server_args.speculative_algorithm).upper() != ALGORITHM:
         return None  # None keeps the original result
@@ -202,6 +221,11 @@ def register_hooks() -> None:
         "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup",
         no_kv_move_kernel,
         "around",
+    )
+    add_hook(
+        "sglang.srt.mem_cache.allocation_sizing.get_alloc_reserve_per_decode",
+        reserve_for_staggered_rounds,
+        "after",
     )
     add_hook(
         "sglang.srt.mem_cache.allocation_sizing.get_req_to_token_extra_context_len",

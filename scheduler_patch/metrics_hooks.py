@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from sglang_sparsespec.scheduler_patch.hooks import add_hook
+from sglang_sparsespec.scheduler_patch.kv_manager_hooks import manager_of
 
 
 def _metrics_of(scheduler: Any) -> Any:
@@ -32,8 +33,14 @@ def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) 
         return
     metrics.refresh()
     metrics.log()
+    manager = manager_of(reporter.scheduler)
+    if manager is not None:
+        manager.metrics.log(manager.utilisation)
     if reporter.enable_metrics:
-        metrics.export(dict(reporter.metrics_collector.labels))
+        labels = dict(reporter.metrics_collector.labels)
+        metrics.export(labels)
+        if manager is not None:
+            manager.metrics.export(labels, manager.utilisation)
 
 
 def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
@@ -45,6 +52,11 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         # After a flush of the radix cache of an idle server, free must equal total again.
         result.internal_state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
         result.internal_state["kv_tokens_total"] = scheduler.max_total_num_tokens
+    manager = manager_of(scheduler)
+    if manager is not None:
+        result.internal_state.update(manager.metrics.as_dict(manager.utilisation))
+        result.internal_state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
+        result.internal_state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
 
 
 def register_metrics_hooks() -> None:

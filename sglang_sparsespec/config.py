@@ -13,6 +13,7 @@ import dataclasses
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,10 @@ DEFAULT_NUM_DRAFT_STEPS = Pillar.default_num_steps
 DEFAULT_MAX_RUNNING_REQUESTS = 256
 DRAFT_POLICIES = tuple(POLICIES)
 KERNELS = ("auto", "torch", "cuda")
+SCHEDULES = ("lockstep", "unified")
+#: ``--sparsespec-host-kv-gb``: this share of the free memory, beyond what SGLang leaves to others.
+AUTO_HOST_KV = "auto"
+AUTO_HOST_KV_SHARE = 0.5
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
 
 
@@ -46,6 +51,10 @@ class SparseSpecConfig:
         base_attention_backend: SGLang backend that runs prefill; None for the default of
             the device.
         kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
+        schedule: ``lockstep``: all requests draft, then all verify. ``unified``: every forward
+            holds drafts and verifications in the same proportion (paper section 4.2).
+        host_kv_gb: pinned host memory, in GB, that running requests may be moved to (all GPUs
+            of the server together); 0 for none, ``auto`` for half of the free memory.
         draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
     """
@@ -56,7 +65,14 @@ class SparseSpecConfig:
     num_sinks: int = 4
     base_attention_backend: str | None = None
     kernels: str = "auto"
+    schedule: str = "lockstep"
+    host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
+
+    @property
+    def has_host_tier(self) -> bool:
+        """Whether running requests may be moved to host memory."""
+        return self.host_kv_gb != 0
 
     def check(self) -> None:
         """Raise ``ValueError`` that names flag and remedy for a value out of range."""
@@ -82,6 +98,15 @@ class SparseSpecConfig:
         if self.kernels not in KERNELS:
             raise ValueError(
                 f"--sparsespec-kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}."
+            )
+        if self.schedule not in SCHEDULES:
+            raise ValueError(
+                f"--sparsespec-schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
+            )
+        if self.host_kv_gb != AUTO_HOST_KV and (isinstance(self.host_kv_gb, str) or self.host_kv_gb < 0):
+            raise ValueError(
+                f"--sparsespec-host-kv-gb must be a size in GB, 0 for no host tier, or {AUTO_HOST_KV!r}, "
+                f"got {self.host_kv_gb!r}."
             )
 
     def budget(self, length: int) -> int:
@@ -173,6 +198,26 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="Kernels of draft attention, verification and selection: 'torch' is the slow reference, "
         "'cuda' is Triton, 'auto' picks by device. Default: %(default)s.",
     )
+    group.add_argument(
+        "--sparsespec-schedule",
+        type=str,
+        choices=SCHEDULES,
+        default=SparseSpecConfig.schedule,
+        help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in "
+        "turns, so that every forward holds the same share of drafts and verifications. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-host-kv-gb",
+        type=_size_or_auto,
+        default=SparseSpecConfig.host_kv_gb,
+        help="Pinned host memory, in GB for all GPUs together, that running requests move to when the KV "
+        "pool is full, instead of being computed again; 'auto' takes half of what is free, 0 turns it "
+        "off. Default: %(default)s.",
+    )
+
+
+def _size_or_auto(text: str) -> float | str:
+    return text if text == AUTO_HOST_KV else float(text)
 
 
 _pending: ContextVar[SparseSpecConfig | None] = ContextVar("sparsespec_pending_config", default=None)
@@ -277,6 +322,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
 
     if server_args.device not in ("cpu", "cuda"):
         refuse(f"--device {server_args.device}", "only CPU and CUDA kernels exist", "use --device cuda or cpu")
+    if config.schedule == "unified" and POLICIES[config.draft_policy].lockstep_only:
+        refuse(
+            f"--sparsespec-schedule unified together with --sparsespec-draft-policy {config.draft_policy}",
+            "its drafts have no fixed length",
+            "use --sparsespec-schedule lockstep or another policy",
+        )
     if config.kernels == "cuda" and server_args.device != "cuda":
         refuse("--sparsespec-kernels cuda", "the device is not CUDA", "use --sparsespec-kernels auto")
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -360,8 +411,29 @@ def validate_server_args(server_args: ServerArgs) -> None:
             "SGLang does not load plugins in its tokenizer workers",
             "use one tokenizer worker",
         )
+    if config.has_host_tier:
+        _validate_host_tier(server_args, refuse)
     _validate_draft_length(server_args, config)
     _validate_model(server_args)
+
+
+def _validate_host_tier(server_args: ServerArgs, refuse: Callable[[str, str, str], None]) -> None:
+    """Refuse what excludes ``--sparsespec-host-kv-gb``."""
+    off = "remove it, or use --sparsespec-host-kv-gb 0"
+    if server_args.disable_radix_cache:
+        refuse("--disable-radix-cache with --sparsespec-host-kv-gb", "requests are kept in the radix cache", off)
+    if server_args.enable_hierarchical_cache:
+        refuse(
+            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+            "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
+            off,
+        )
+    if server_args.strip_thinking_cache:
+        refuse(
+            "--strip-thinking-cache with --sparsespec-host-kv-gb",
+            "an offloaded request's whole output is in the radix cache",
+            off,
+        )
 
 
 def _validate_draft_length(server_args: ServerArgs, config: SparseSpecConfig) -> None:
@@ -450,9 +522,42 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         base = "triton" if server_args.device == "cuda" else "torch_native"
         config = dataclasses.replace(config, base_attention_backend=base)
         object.__setattr__(server_args, _ATTRIBUTE, config)
+    if config.has_host_tier:
+        _resolve_host_tier(server_args, config)
     if server_args.device == "cpu":
         _resolve_cpu(server_args)
     _resolve_prefill_graph(server_args)
+
+
+def _resolve_host_tier(server_args: ServerArgs, config: SparseSpecConfig) -> None:
+    """Turn on SGLang's hierarchical cache, the host tier's home."""
+    total = free_host_gb() * AUTO_HOST_KV_SHARE if config.host_kv_gb == AUTO_HOST_KV else config.host_kv_gb
+    assert isinstance(total, float | int)
+    server_args.enable_hierarchical_cache = True
+    server_args.hicache_size = total / (server_args.tp_size * server_args.dp_size)  # in GB, for each GPU
+    # The other policies copy prefixes at their first use, or while evicting, which blocks.
+    server_args.hicache_write_policy = "write_through_selective"
+    # With pages of one token, the layout that one kernel copies all tokens of a node in.
+    server_args.hicache_mem_layout = "layer_first"
+    logger.info("Host KV tier: %.3g GB of pinned memory for each GPU.", server_args.hicache_size)
+
+
+def free_host_gb() -> float:
+    """Host memory, in GB, that is available and that SGLang's host pools may take.
+
+    Raises:
+        ValueError: there is none.
+    """
+    import psutil
+    from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES
+
+    free = (psutil.virtual_memory().available - HICACHE_HOST_MEMORY_RESERVE_BYTES) / 1e9
+    if free <= 0:
+        raise ValueError(
+            f"--sparsespec-host-kv-gb {AUTO_HOST_KV}: no host memory is free beyond the "
+            f"{HICACHE_HOST_MEMORY_RESERVE_BYTES / 1e9:.0f} GB that SGLang leaves to others; use 0."
+        )
+    return free
 
 
 def _resolve_cpu(server_args: ServerArgs) -> None:

@@ -5,17 +5,37 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
 
 - ``sparsespec:accepted_drafts_total{count="n"}``: verifications that accepted n drafts;
 - ``sparsespec:kv_read_share``: KV tokens that draft steps attended to, divided by those
-  that full attention would have, since the start of the server.
+  that full attention would have, since the start of the server;
+- ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
+  mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
+- ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step.
+
+With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
+:class:`KVManagerMetrics`.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import logging
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_sparsespec.forward_stats import ForwardStats
+
+if TYPE_CHECKING:
+    from sglang_sparsespec.unified_round import UnifiedRounds
+
 logger = logging.getLogger(__name__)
+
+#: Names of ``/server_info`` without their prefix that are exported as gauges.
+GAUGES = {
+    "kv_read_share": "KV tokens read while drafting, relative to full attention.",
+    "forward_tokens": "Mean tokens of a decode forward.",
+    "forward_tokens_variation": "Coefficient of variation of the tokens of decode forwards.",
+    "verify_share": "Tokens of verify windows, relative to all tokens of decode forwards.",
+}
 
 
 class DraftMetrics:
@@ -25,15 +45,19 @@ class DraftMetrics:
         histogram: histogram[n] verifications accepted n of the k drafts.
         drafted: drafts made, summed over verifications; k each unless the policy drafts fewer. (Where
             requests of a round differ, the most that one of them could have.)
+        unified: the worker's staggered rounds, None in lock-step.
     """
 
-    def __init__(self, num_steps: int, kv_read: torch.Tensor) -> None:
+    def __init__(self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats) -> None:
+        self.unified: UnifiedRounds | None = None
+        self._forward_stats = forward_stats
         self.histogram = [0] * (num_steps + 1)
         self.drafted = 0
         self._kv_read = kv_read
         pinned = kv_read.is_cuda
         self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=pinned)
-        self._prometheus: tuple[Any, Any] | None = None
+        self._prometheus: tuple[Any, Any, dict[str, Any]] | None = None
+        self._exported_lockstep = 0
         self._exported = [0] * (num_steps + 1)
 
     def count(self, num_correct_drafts: list[int], num_drafted: int) -> None:
@@ -65,14 +89,25 @@ class DraftMetrics:
             "sparsespec_kv_read_share": self.kv_read_share,
             "sparsespec_kv_tokens_read": int(self._kv_read_cpu[0]),
             "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),
+            **self._forward_stats.as_dict(),
+            "sparsespec_lockstep_rounds": self._lockstep_rounds,
         }
+
+    @property
+    def _lockstep_rounds(self) -> int:
+        return self.unified.fallbacks if self.unified is not None else 0
 
     def log(self) -> None:
         """One line beside SGLang's decode line."""
+        forwards = self._forward_stats.as_dict()
         logger.info(
-            "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%",
+            "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%, tokens per forward: %.1f "
+            "(variation %.0f%%, verifying %.0f%%)",
             self.histogram,
             100 * self.kv_read_share,
+            forwards["sparsespec_forward_tokens"],
+            100 * forwards["sparsespec_forward_tokens_variation"],
+            100 * forwards["sparsespec_verify_share"],
         )
 
     def export(self, labels: dict[str, str]) -> None:
@@ -86,15 +121,102 @@ class DraftMetrics:
                 "Verifications by the number of drafts they accepted.",
                 labelnames=[*labels, "count"],
             )
-            share = Gauge(
-                "sparsespec:kv_read_share",
-                "KV tokens read while drafting, relative to full attention.",
+            lockstep = Counter(
+                "sparsespec:lockstep_rounds",
+                "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
                 labelnames=list(labels),
-                multiprocess_mode="mostrecent",
             )
-            self._prometheus = (accepted, share)
-        accepted, share = self._prometheus
+            gauges = {
+                name: Gauge(f"sparsespec:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
+                for name, text in GAUGES.items()
+            }
+            self._prometheus = (accepted, lockstep, gauges)
+        accepted, lockstep, gauges = self._prometheus
+        values = self.as_dict()
         for n, total in enumerate(self.histogram):
             accepted.labels(**labels, count=str(n)).inc(total - self._exported[n])
             self._exported[n] = total
-        share.labels(**labels).set(self.kv_read_share)
+        lockstep.labels(**labels).inc(self._lockstep_rounds - self._exported_lockstep)
+        self._exported_lockstep = self._lockstep_rounds
+        for name, gauge in gauges.items():
+            gauge.labels(**labels).set(values[f"sparsespec_{name}"])
+
+
+@dataclasses.dataclass
+class KVManagerMetrics:
+    """Counters of one scheduler's KV manager, since the start of the server.
+
+    Attributes:
+        bytes_per_token: KV bytes of one token on this rank.
+        requests_offloaded, requests_restored: moves to the host tier and back into the batch.
+        tokens_to_host, tokens_from_host: tokens copied; one that is still on the device when
+            its request returns is not copied back.
+        requests_retracted: requests that SGLang's retraction, or a full host tier, threw away.
+        tokens_recomputed: tokens that were prefilled again for retracted requests.
+        host_full: stores that the host tier had no room for.
+        waits: rounds that had to wait for a copy.
+    """
+
+    bytes_per_token: int
+    requests_offloaded: int = 0
+    requests_restored: int = 0
+    tokens_to_host: int = 0
+    tokens_from_host: int = 0
+    requests_retracted: int = 0
+    tokens_recomputed: int = 0
+    host_full: int = 0
+    waits: int = 0
+    _exported: dict[str, int] = dataclasses.field(default_factory=dict)
+    _prometheus: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def counters(self) -> dict[str, int]:
+        """The counters by name, copies in bytes."""
+        return {
+            "requests_offloaded": self.requests_offloaded,
+            "requests_restored": self.requests_restored,
+            "bytes_to_host": self.tokens_to_host * self.bytes_per_token,
+            "bytes_from_host": self.tokens_from_host * self.bytes_per_token,
+            "requests_retracted": self.requests_retracted,
+            "tokens_recomputed": self.tokens_recomputed,
+            "host_full": self.host_full,
+            "transfer_waits": self.waits,
+        }
+
+    def as_dict(self, kv_utilisation: float) -> dict[str, Any]:
+        """The values under the names used in ``/server_info``."""
+        values = {f"sparsespec_kv_{name}": value for name, value in self.counters().items()}
+        return {**values, "sparsespec_kv_utilisation": kv_utilisation}
+
+    def log(self, kv_utilisation: float) -> None:
+        """One line beside SGLang's decode line."""
+        logger.info(
+            "SPARSESPEC KV manager: utilisation %.1f%%, offloaded %d and restored %d requests, "
+            "%.2f GB to the host and %.2f GB back, recomputed %d tokens of %d requests, waits %d",
+            100 * kv_utilisation,
+            self.requests_offloaded,
+            self.requests_restored,
+            self.tokens_to_host * self.bytes_per_token / 1e9,
+            self.tokens_from_host * self.bytes_per_token / 1e9,
+            self.tokens_recomputed,
+            self.requests_retracted,
+            self.waits,
+        )
+
+    def export(self, labels: dict[str, str], kv_utilisation: float) -> None:
+        """Update the Prometheus metrics (``sparsespec:kv_*``), with SGLang's labels."""
+        from prometheus_client import Counter, Gauge
+
+        if not self._prometheus:
+            for name in self.counters():
+                title = f"KV manager: {name.replace('_', ' ')}."
+                self._prometheus[name] = Counter(f"sparsespec:kv_{name}", title, labelnames=list(labels))
+            self._prometheus["utilisation"] = Gauge(
+                "sparsespec:kv_utilisation",
+                "Share of the device's KV pool that running requests hold.",
+                labelnames=list(labels),
+                multiprocess_mode="mostrecent",
+            )
+        for name, total in self.counters().items():
+            self._prometheus[name].labels(**labels).inc(total - self._exported.get(name, 0))
+            self._exported[name] = total
+        self._prometheus["utilisation"].labels(**labels).set(kv_utilisation)

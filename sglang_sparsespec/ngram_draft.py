@@ -85,6 +85,7 @@ class NgramDrafter:
 
     Args:
         from_first_rank: makes what was drawn at random equal on all tensor-parallel ranks.
+        count_forward: is told the draft tokens and the verified ones of each forward.
     """
 
     def __init__(
@@ -93,6 +94,7 @@ class NgramDrafter:
         backend: SparseSpecAttnBackend,
         window: int,
         from_first_rank: Callable[..., tuple[torch.Tensor, ...]],
+        count_forward: Callable[[int, int], None],
     ) -> None:
         self.model_runner = model_runner
         self.attn_backend = backend
@@ -100,6 +102,7 @@ class NgramDrafter:
         self.num_proposals = backend.policy.num_proposals
         self.num_forwards = window // 2
         self._from_first_rank = from_first_rank
+        self._count_forward = count_forward
         num_rows, context = backend.req_to_token_pool.req_to_token.shape
         self.history = TokenHistory(num_rows, context, backend.device)
         self._offsets = torch.arange(self.num_proposals + 1, device=backend.device)
@@ -172,6 +175,7 @@ class NgramDrafter:
             batch.spec_algorithm,
             batch.spec_info,
         )
+        self._count_forward(size * queries, 0)
         self.attn_backend.count_draft_queries(rows, forward_batch.seq_lens)
         # Called directly for the reasons given in SparseSpecWorker._draft_eagerly.
         with forward_context(ForwardContext(attn_backend=self.attn_backend)):

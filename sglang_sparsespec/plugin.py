@@ -86,12 +86,14 @@ def register() -> None:
         from sglang_sparsespec.attention_backend.backend import register_backend
         from sglang_sparsespec.config import register_flags
         from sglang_sparsespec.scheduler_patch.hooks import register_hooks
+        from sglang_sparsespec.scheduler_patch.kv_manager_hooks import register_kv_manager_hooks
         from sglang_sparsespec.scheduler_patch.metrics_hooks import register_metrics_hooks
 
         register_algorithm()
         register_backend()
         register_flags()
         register_hooks()
+        register_kv_manager_hooks()
         register_metrics_hooks()
     except Exception as error:
         reason = str(error) if isinstance(error, PluginUnavailableError) else (

@@ -1,6 +1,7 @@
 """The speculative worker: one round is k sparse draft forwards and one full verification.
 
-Follows SGLang's spec-V2 schema (``BaseSpecWorker``; ``ngram_worker.py`` and
+With ``--sparsespec-schedule unified`` the requests' verifications are spread over the round's
+forwards instead (:mod:`unified_round`). Follows SGLang's spec-V2 schema (``BaseSpecWorker``; ``ngram_worker.py`` and
 ``eagle_worker_v2.py`` are the models): committed lengths and the token to draft from are
 relayed on the device, and the scheduler reads what was accepted one iteration late.
 """
@@ -25,14 +26,18 @@ from sglang.srt.speculative.spec_utils import (
 
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.config import get_config
 from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
 from sglang_sparsespec.draft_length import accept_drafted, fill_window
+from sglang_sparsespec.forward_stats import ForwardStats, ForwardTrace
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.ngram_draft import NgramDrafter
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
+from sglang_sparsespec.unified_graph import UnifiedGraphs
+from sglang_sparsespec.unified_round import UnifiedRounds
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -69,6 +74,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self.speculative_num_steps = self.num_steps
         self.draft_graphs: DraftGraphs | None = None
         self.ngram_drafter: NgramDrafter | None = None
+        self.unified: UnifiedRounds | None = None
+        self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
 
@@ -86,14 +93,28 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def init_attention_backends(self) -> None:
         """The target's backend exists now; its counters become the worker's metrics."""
-        self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read)
+        self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read, self.forward_stats)
+        if get_config(self.server_args).schedule == "unified":
+            self.unified = UnifiedRounds(
+                self.model_runner,
+                self.attn_backend,
+                self.window,
+                self._simulated,
+                self._from_first_rank,
+                self.forward_stats.count,
+            )
+            self.sparsespec_metrics.unified = self.unified
         if self.attn_backend.policy.num_proposals:
             self.ngram_drafter = NgramDrafter(
-                self.model_runner, self.attn_backend, self.window, self._from_first_rank
+                self.model_runner, self.attn_backend, self.window, self._from_first_rank, self.forward_stats.count
             )
 
     def init_cuda_graphs(self) -> None:
-        """Capture the draft graphs; SGLang has captured the verify graphs before."""
+        """Capture the draft graphs; SGLang has captured the verify graphs before.
+
+        Staggered rounds have graphs of their own. The others are captured all the same, for the
+        rounds that run in lock-step because of what their batch asks for.
+        """
         from sglang.srt.model_executor.cuda_graph_config import Backend
         from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
@@ -103,6 +124,9 @@ class SparseSpecWorker(BaseSpecWorker):
         if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
             logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
             return
+        if self.unified is not None:
+            self.unified.graphs = UnifiedGraphs(self.model_runner, self.attn_backend, self.unified.state)
+            self._additional_graph_memory_usage["unified"] = self.unified.graphs.memory_usage_gb
         self.draft_graphs = DraftGraphs(self.model_runner, self.attn_backend, self.window)
         self._additional_graph_memory_usage["draft_decode"] = self.draft_graphs.memory_usage_gb
 
@@ -131,13 +155,20 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish: to be called with the new committed lengths (int64 [batch]) as soon
                 as they exist on the device (overlap scheduling).
         """
-        if batch.forward_mode.is_decode():
-            return self._round(batch, on_publish)
-        return self._prefill(batch, on_publish)
+        if not batch.forward_mode.is_decode():
+            return self._prefill(batch, on_publish)
+        if self.unified is None or self.unified.must_run_in_lockstep(batch):
+            result = self._round(batch, on_publish)
+        else:
+            result = self._staggered_round(self.unified, batch, on_publish)
+        self.forward_stats.end_of_round()
+        return result
 
     def _prefill(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
+        if self.unified is not None:
+            self.unified.forget(batch)
         if self.ngram_drafter is not None:
             self.ngram_drafter.note_prompts(batch)
         result = self.target_worker.forward_batch_generation(batch)
@@ -151,6 +182,28 @@ class SparseSpecWorker(BaseSpecWorker):
         return result
 
     # ----------------------------------------------------------------------- round
+
+    def _staggered_round(
+        self, unified: UnifiedRounds, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+    ) -> GenerationBatchResult:
+        """Each request drafts in k of W forwards and verifies in one, not all in the same."""
+        record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
+        done = unified.run(batch, batch.spec_info.bonus_tokens)
+        if on_publish is not None:
+            on_publish(done.new_seq_lens)
+        if batch.return_logprob:
+            self._compute_logprobs(batch, done.logits_output, done.tokens)
+        result = GenerationBatchResult(
+            logits_output=done.logits_output,
+            next_token_ids=done.tokens.flatten(),
+            can_run_cuda_graph=done.used_graph,
+            accept_lens=done.accept_lens,
+            new_seq_lens=done.new_seq_lens,
+            next_draft_input=SparseSpecDraftInput(done.bonus_tokens, done.new_seq_lens),
+            speculative_num_draft_tokens=self.window,
+        )
+        result.num_drafted = self.num_steps
+        return result
 
     def _round(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
@@ -256,6 +309,7 @@ class SparseSpecWorker(BaseSpecWorker):
         # before verification has read it (war_fastpath_read_done_event).
         with forward_context(ForwardContext(attn_backend=backend)):
             for step in range(steps):
+                self.forward_stats.count(len(tokens[-1]), 0)
                 forward_batch.input_ids = tokens[-1]
                 forward_batch.positions = positions[:, step].contiguous()
                 forward_batch.seq_lens = positions[:, step] + 1
@@ -287,6 +341,7 @@ class SparseSpecWorker(BaseSpecWorker):
         probs: list[torch.Tensor] = []
         key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
         for step in range(steps):
+            self.forward_stats.count(size, 0)
             logits = graphs.replay(key)
             if not rows.is_all_greedy:
                 token, prob = sampling.sample_draft(logits[:size], rows, positions[:, step])
@@ -306,6 +361,7 @@ class SparseSpecWorker(BaseSpecWorker):
         slots: torch.Tensor,
     ) -> tuple[Any, bool]:
         """Run the target on the window with full attention; drafts' KV is rewritten."""
+        self.forward_stats.count(0, candidates.numel())
         batch.forward_mode = ForwardMode.TARGET_VERIFY
         batch.input_ids = candidates.flatten()
         batch.out_cache_loc = slots.flatten()

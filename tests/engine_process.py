@@ -81,8 +81,12 @@ class EngineProcess:
                     raise ValueError(answer)
                 return answer if isinstance(answer, list) else [answer]
         time.sleep(1)  # let the dying processes finish their tracebacks
-        self._log.seek(0)
-        raise RuntimeError(f"the engine ended; the end of its log:\n{self._log.read()[-6000:]}")
+        raise RuntimeError(f"the engine ended; the end of its log:\n{self.log()[-6000:]}")
+
+    def log(self) -> str:
+        """What the engine's processes have logged so far."""
+        self._log.flush()
+        return Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
 
 
 def main() -> None:

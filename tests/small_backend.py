@@ -9,7 +9,7 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.attention_backend.backend import MixedRows, SparseSpecAttnBackend
 from sglang_sparsespec.config import SparseSpecConfig
 
 NUM_LAYERS = 2
@@ -137,6 +137,38 @@ class SmallServer:
             out_cache_loc=torch.cat(slots).long(),
         )
         return self._run(batch, len(rows) * WINDOW, q)
+
+    def mixed(
+        self, drafts: list[tuple[int, int]], windows: list[tuple[int, int]], q: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Draft steps of (row, length with the current token), and windows of (row, committed length).
+
+        A draft of length 0 and a window of row 0 are padding.
+        """
+        draft_rows, draft_lens = torch.tensor(drafts, dtype=torch.int64).view(-1, 2).T.contiguous()
+        verify_rows, verify_lens = torch.tensor(windows, dtype=torch.int64).view(-1, 2).T.contiguous()
+        self.backend.begin_mixed(
+            MixedRows(
+                draft_rows=draft_rows,
+                draft_lens=draft_lens,
+                draft_offsets=torch.where(draft_lens > 0, 0, -1),
+                verify_rows=verify_rows,
+                verify_lens=verify_lens,
+                num_drafted=torch.full_like(verify_rows, WINDOW - 1),
+            )
+        )
+        positions = verify_lens.unsqueeze(1) + torch.arange(WINDOW)
+        slots = [
+            self.req_to_token[draft_rows, (draft_lens - 1).clamp(min=0)],
+            self.req_to_token[verify_rows.unsqueeze(1), positions].flatten(),
+        ]
+        tokens = len(drafts) + WINDOW * len(windows)
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE, batch_size=tokens, out_cache_loc=torch.cat(slots).long()
+        )
+        output = self._run(batch, tokens, q)
+        self.backend.end_mixed()
+        return output
 
     def selected(self, row: int, layer: int = 0, kv_head: int = 0) -> list[int]:
         """Positions that drafts of ``row`` attend to, besides the tail."""

@@ -31,6 +31,7 @@ OTHER_VALUES: dict[str, Any] = {
     "num_sinks": 7,
     "base_attention_backend": "torch_native",
     "kernels": "torch",
+    "schedule": "unified",
     "draft_cost": 0.5,
 }
 
@@ -397,9 +398,20 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-draft-policy",
         "pillar, window, streaming",
     ),
+    "adaptive drafts in staggered rounds": (
+        {"sparsespec_draft_policy": "adaptive", "sparsespec_schedule": "unified"},
+        "--sparsespec-schedule unified together with --sparsespec-draft-policy adaptive",
+        "use --sparsespec-schedule lockstep",
+    ),
+    "n-gram proposals in staggered rounds": (
+        {"sparsespec_draft_policy": "triforce", "sparsespec_schedule": "unified"},
+        "--sparsespec-schedule unified together with --sparsespec-draft-policy triforce",
+        "use --sparsespec-schedule lockstep",
+    ),
     "draft cost 0": ({"sparsespec_draft_cost": 0.0}, "--sparsespec-draft-cost", "0.15 is the default"),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
+    "schedule": ({"sparsespec_schedule": "x"}, "--sparsespec-schedule", "lockstep, unified"),
     "cuda kernels on cpu": (
         {"sparsespec_kernels": "cuda"},
         "--sparsespec-kernels cuda",

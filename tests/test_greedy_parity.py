@@ -18,11 +18,13 @@ REPO = Path(__file__).resolve().parent.parent
 PROGRAM = REPO / "benchmarks" / "parity.py"
 SIZE = ["--short", "6", "--problems", "5", "--long", "1", "--long-chars", "6800", "--max-new-tokens", "48"]
 
-#: k, concurrency, radix cache, overlap scheduling, chunked prefill size (0: SGLang's default).
+#: Schedule, k, concurrency, radix cache, overlap scheduling, chunked prefill size (0: SGLang's default).
 CONFIGURATIONS = [
-    (8, 16, "on", "on", 64),
-    (3, 1, "off", "off", 256),
-    (1, 16, "off", "on", 0),
+    ("lockstep", 8, 16, "on", "on", 64),
+    ("lockstep", 3, 1, "off", "off", 256),
+    ("lockstep", 1, 16, "off", "on", 0),
+    ("unified", 8, 5, "on", "on", 64),
+    ("unified", 3, 16, "off", "off", 256),
 ]
 
 
@@ -40,13 +42,20 @@ def baseline(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.mark.parametrize(("k", "concurrency", "radix", "overlap", "chunk"), CONFIGURATIONS)
+@pytest.mark.parametrize(("schedule", "k", "concurrency", "radix", "overlap", "chunk"), CONFIGURATIONS)
 def test_every_token_is_plain_sglangs(
-    model_path: str, baseline: Path, k: int, concurrency: int, radix: str, overlap: str, chunk: int
+    model_path: str,
+    baseline: Path,
+    schedule: str,
+    k: int,
+    concurrency: int,
+    radix: str,
+    overlap: str,
+    chunk: int,
 ) -> None:
     done = run(
-        model_path, "compare", "--baseline", str(baseline), "--k", str(k), "--concurrency", str(concurrency),
-        "--radix", radix, "--overlap", overlap, "--chunked-prefill-size", str(chunk),
+        model_path, "compare", "--baseline", str(baseline), "--schedule", schedule, "--k", str(k),
+        "--concurrency", str(concurrency), "--radix", radix, "--overlap", overlap, "--chunked-prefill-size", str(chunk),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     record = json.loads(done.stdout.strip().splitlines()[-1])

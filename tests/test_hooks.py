@@ -410,17 +410,47 @@ def test_two_windows_are_reserved_per_request(steps: int, make_args: Callable[..
     assert get_alloc_reserve_per_decode(make_args(speculative_num_steps=steps)) == 2 * (steps + 1)
 
 
+@pytest.mark.parametrize("overlap", [True, False])
+@pytest.mark.parametrize("steps", [1, 3, 8, 16])
+def test_a_staggered_round_stays_within_its_reserve(
+    steps: int, overlap: bool, make_args: Callable[..., Any]
+) -> None:
+    """All phases and accept lengths: the last position written is C + 3W - 2 if the CPU lags a round behind."""
+    from sglang.srt.mem_cache.allocation_sizing import get_alloc_reserve_per_decode
+
+    from sglang_sparsespec.scheduler_patch.unified_schedule import UnifiedSchedule
+
+    window = steps + 1
+    reserve = get_alloc_reserve_per_decode(make_args(speculative_num_steps=steps, sparsespec_schedule="unified"))
+    assert reserve == 3 * window
+    schedule = UnifiedSchedule(window)
+    requests = [(row, row) for row in range(1, 2 * window + 1)]
+    schedule.plan_round(requests)
+    last = 0
+    for accepted in range(1, window + 1):
+        # Committed on the CPU: 0. On the device: the round in flight has accepted as many.
+        lengths = dict.fromkeys(dict(requests), accepted if overlap else 0)
+        for forward in schedule.plan_round(requests):
+            for row, offset in forward.drafts:
+                last = max(last, lengths[row] + offset)
+            for row, _ in forward.verifications:
+                last = max(last, lengths[row] + window - 1)
+                lengths[row] += accepted
+    assert last == (3 * window - 2 if overlap else 2 * window - 2) < reserve
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "unified"])
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
 def test_a_request_at_the_context_limit_has_room_for_its_reserve(
-    steps: int, make_args: Callable[..., Any]
+    steps: int, schedule: str, make_args: Callable[..., Any]
 ) -> None:
-    """SGLang widens the rows of ``req_to_token`` by W + 4 entries, but a decode fills up to 2W."""
+    """SGLang widens the rows of ``req_to_token`` by W + 4 entries, but a decode fills up to 2W, or 3W."""
     from sglang.srt.mem_cache.allocation_sizing import (
         get_alloc_reserve_per_decode,
         get_req_to_token_extra_context_len,
     )
 
-    args = make_args(speculative_num_steps=steps)
+    args = make_args(speculative_num_steps=steps, sparsespec_schedule=schedule)
     # A running request has committed at most the context length less 4: one token for the
     # request limit, one for the scheduler's own, one for the output still to come, and one
     # because the last token's KV is not written yet.
@@ -576,6 +606,97 @@ def test_kv_read_counts_what_draft_steps_attend_to() -> None:
     assert server.backend.kv_read.tolist() == [read, full]
     server.verify([0], [0])  # a padding row
     assert server.backend.kv_read.tolist() == [read, full]
+
+
+@pytest.mark.parametrize("policy", ["pillar", "window"])
+def test_a_mixed_forward_does_what_a_draft_step_and_a_verification_do(policy: str) -> None:
+    """Requests 1 and 4 draft, request 2 verifies: outputs, KV, selections and counters are those of two forwards."""
+    from small_backend import HEAD_DIM, NUM_Q_HEADS, WINDOW, SmallServer
+
+    together, apart = SmallServer(draft_policy=policy), SmallServer(draft_policy=policy)
+    for server in (together, apart):
+        server.prefill([1, 2, 4], [40, 30, 20], [40, 30, 20])
+        server.pool.set_kv_buffer = lambda *args: None  # type: ignore[method-assign]
+    q = torch.randn(2 + WINDOW, NUM_Q_HEADS * HEAD_DIM, generator=together.generator)
+    drafted = apart.draft([1, 4], [41, 21], q[:2])
+    verified = apart.verify([2], [30], q[2:])
+    mixed = together.mixed([(1, 41), (4, 21)], [(2, 30)], q)
+    torch.testing.assert_close(mixed, torch.cat([drafted, verified]), rtol=1e-5, atol=1e-6)
+    tables = together.backend.table, apart.backend.table
+    for name in ("positions", "num_selected", "tail_start"):
+        assert torch.equal(*(getattr(table, name) for table in tables)), name
+
+
+def test_a_mixed_forward_writes_the_kv_of_all_its_tokens() -> None:
+    from small_backend import NUM_LAYERS, WINDOW, SmallServer
+
+    server = SmallServer()
+    server.prefill([1, 2], [40, 30], [40, 30])
+    before = server.pool.k.clone()
+    server.mixed([(1, 41)], [(2, 30)])
+    changed = (server.pool.k != before).flatten(2).any(-1)
+    written = [*server.req_to_token[2, 30 : 30 + WINDOW].tolist(), int(server.req_to_token[1, 40])]
+    for layer in range(NUM_LAYERS):
+        assert sorted(changed[layer].nonzero().flatten().tolist()) == sorted(written)
+
+
+def test_padding_of_a_mixed_forward_changes_nothing() -> None:
+    from small_backend import HEAD_DIM, NUM_Q_HEADS, WINDOW, SmallServer
+
+    plain, padded = SmallServer(), SmallServer()
+    for server in (plain, padded):
+        server.req_to_token[0] = int(server.req_to_token[0, 0])
+        server.prefill([1, 2], [40, 30], [40, 30])
+        server.pool.set_kv_buffer = lambda *args: None  # type: ignore[method-assign]
+    q = torch.randn(1 + WINDOW, NUM_Q_HEADS * HEAD_DIM, generator=plain.generator)
+    expected = plain.mixed([(1, 41)], [(2, 30)], q)
+    padding = torch.zeros(WINDOW, NUM_Q_HEADS * HEAD_DIM)
+    found = padded.mixed([(1, 41), (0, 0)], [(2, 30), (0, 0)], torch.cat([q[:1], padding[:1], q[1:], padding]))
+    torch.testing.assert_close(torch.cat([found[:1], found[2 : 2 + WINDOW]]), expected)
+    assert torch.equal(plain.backend.table.positions, padded.backend.table.positions)
+    assert torch.equal(plain.backend.kv_read, padded.backend.kv_read)
+
+
+def test_kv_read_of_mixed_forwards_adds_up_to_that_of_a_round() -> None:
+    """The same drafts, each counted in its own forward."""
+    from small_backend import WINDOW, SmallServer
+
+    lockstep, staggered = SmallServer(), SmallServer()
+    for server in (lockstep, staggered):
+        server.prefill([1, 2], [40, 6], [40, 6])
+    for step in range(1, WINDOW):
+        staggered.mixed([(1, 40 + step), (2, 6 + step)], [])
+    staggered.mixed([], [(1, 40), (2, 6)])
+    lockstep.verify([1, 2], [40, 6])
+    assert staggered.backend.kv_read.tolist() == lockstep.backend.kv_read.tolist()
+
+
+def test_log_sum_exps_of_drafts_reach_their_window_by_row() -> None:
+    """Also those of an earlier round; tokens after the last draft get its own, padding stays finite."""
+    from small_backend import NUM_LAYERS, NUM_Q_HEADS, ROWS, WINDOW, SmallServer
+
+    server = SmallServer()
+    backend = server.backend
+    backend.lse_hint = torch.zeros(NUM_LAYERS, ROWS, WINDOW, NUM_Q_HEADS)
+    backend.lse_step = torch.zeros(NUM_LAYERS, ROWS, NUM_Q_HEADS)
+    server.prefill([1, 2, 4], [40, 30, 20], [40, 30, 20])
+    server.mixed([(1, 41), (0, 0)], [])
+    step = backend.lse_step[:, 0].clone()
+    assert torch.equal(backend.lse_hint[:, 1, 0], step) and torch.isfinite(backend.lse_hint).all()
+    hints: list[torch.Tensor] = []
+    verify = backend.kernels.verify_attention
+    backend.kernels.verify_attention = lambda *args: (hints.append(args[-1]), verify(*args))[1]  # type: ignore
+    from sglang_sparsespec.attention_backend.backend import MixedRows
+
+    rows, none = torch.tensor([2, 1]), torch.zeros(0, dtype=torch.int64)
+    backend.begin_mixed(MixedRows(none, none, none, rows, torch.tensor([30, 40]), torch.tensor([0, 1])))
+    assert backend._hint_columns is not None
+    assert backend._hint_columns.tolist() == [[0] * WINDOW, [0] * WINDOW]
+    backend.end_mixed()
+    server.mixed([(1, 42)], [(4, 20), (1, 40)])
+    assert [hint.shape for hint in hints] == [(2, WINDOW, NUM_Q_HEADS)] * NUM_LAYERS
+    for layer, hint in enumerate(hints):
+        assert torch.equal(hint[1, 0], step[layer])
 
 
 # -------------------------------------------------------------------- 13. sampling on CPU

@@ -87,7 +87,7 @@ def drafted() -> Any:
         count_draft_queries=lambda rows, seq_lens: counted.append(int(seq_lens.sum())),
     )
     runner: Any = SimpleNamespace(model=model)
-    drafter = NgramDrafter(runner, backend, WINDOW, lambda greedy, *tensors: tensors)
+    drafter = NgramDrafter(runner, backend, WINDOW, lambda greedy, *tensors: tensors, lambda drafts, verified: None)
     prompts = [[10, 11, 12, 13, 10, 11, 12, 13], [1, 2, 3]]
     reqs = [SimpleNamespace(req_pool_idx=row, get_fill_ids=lambda p=p: p) for row, p in zip((2, 1), prompts, strict=True)]
     info = SimpleNamespace(

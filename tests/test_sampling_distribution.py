@@ -143,7 +143,7 @@ def engine_args(checkpoint: Path, **more: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sampler]]:
-    """Two engines that start at the same time: as it is, and with a rule that can be broken."""
+    """Engines that start at the same time: as it is, with a rule that can be broken, and with staggered rounds."""
     site = tmp_path_factory.mktemp("site")
     (site / "broken_rule.py").write_text(BROKEN_RULE_PLUGIN)
     info = site / "broken_rule-0.dist-info"
@@ -156,8 +156,13 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     with (
         EngineProcess(**engine_args(checkpoint, port=31160)) as plain,
         EngineProcess(env, **engine_args(checkpoint, port=31170, disable_overlap_schedule=True)) as breakable,
+        EngineProcess(**engine_args(checkpoint, port=31180, sparsespec_schedule="unified")) as unified,
     ):
-        yield {"overlap": Sampler(plain, None), "no overlap": Sampler(breakable, rule_file)}
+        yield {
+            "overlap": Sampler(plain, None),
+            "no overlap": Sampler(breakable, rule_file),
+            "unified": Sampler(unified, None),
+        }
 
 
 def p_value(found: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -> float:
@@ -191,10 +196,12 @@ MIXED = {
 UNFILTERED = {"temperature 1": 2000}
 
 
-@pytest.fixture(scope="module")
-def mixed_sequences(engines: dict[str, Sampler]) -> dict[str, Counter[tuple[int, ...]]]:
+@pytest.fixture(scope="module", params=["overlap", "unified"])
+def mixed_sequences(
+    request: pytest.FixtureRequest, engines: dict[str, Sampler]
+) -> dict[str, Counter[tuple[int, ...]]]:
     """Greedy requests and all kinds of sampled ones, served together."""
-    return engines["overlap"].sample(MIXED)
+    return engines[request.param].sample(MIXED)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "greedy"])
@@ -214,18 +221,18 @@ def test_greedy_requests_of_a_mixed_batch_are_exact(
     assert mixed_sequences["greedy"] == {best: MIXED["greedy"]}
 
 
-def test_drafts_are_neither_all_accepted_nor_all_rejected(
-    engines: dict[str, Sampler], mixed_sequences: dict[str, Counter[tuple[int, ...]]]
-) -> None:
+@pytest.mark.parametrize("schedule", ["overlap", "unified"])
+def test_drafts_are_neither_all_accepted_nor_all_rejected(schedule: str, engines: dict[str, Sampler]) -> None:
     """Otherwise the checks would say nothing about acceptance."""
-    accepted = engines["overlap"].accepted
+    engines[schedule].sample(UNFILTERED)
+    accepted = engines[schedule].accepted
     rounds = sum(accepted.values())
     assert all(accepted[n] > 0.02 * rounds for n in range(NUM_STEPS + 1)), accepted
     accept_length = 1 + sum(n * times for n, times in accepted.items()) / rounds
     assert 1.2 < accept_length < NUM_STEPS + 0.8
 
 
-@pytest.mark.parametrize("schedule", ["overlap", "no overlap"])
+@pytest.mark.parametrize("schedule", ["overlap", "no overlap", "unified"])
 def test_sequences_of_a_batch_without_filters_follow_the_target(
     schedule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
 ) -> None:
@@ -234,7 +241,7 @@ def test_sequences_of_a_batch_without_filters_follow_the_target(
     assert p_value(found, exact["temperature 1"]) >= BOUND
 
 
-@pytest.mark.parametrize("schedule", ["overlap", "no overlap"])
+@pytest.mark.parametrize("schedule", ["overlap", "no overlap", "unified"])
 def test_served_tokens_have_the_targets_own_probabilities(
     schedule: str, engines: dict[str, Sampler], checkpoint: Path
 ) -> None:

@@ -65,7 +65,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(folder)
 
 
-def outputs(checkpoint: str, env: dict[str, str]) -> list[list[int]]:
+def outputs(checkpoint: str, env: dict[str, str], schedule: str) -> list[list[int]]:
     settings = {
         "model_path": checkpoint,
         "device": "cpu",
@@ -75,6 +75,7 @@ def outputs(checkpoint: str, env: dict[str, str]) -> list[list[int]]:
         "max_running_requests": 3,
         "speculative_algorithm": "SPARSESPEC",
         "speculative_num_steps": 3,
+        "sparsespec_schedule": schedule,
         "sparsespec_min_budget": 16,
         "log_level": "warning",
     }
@@ -83,15 +84,22 @@ def outputs(checkpoint: str, env: dict[str, str]) -> list[list[int]]:
     return [answer["output_ids"] for answer in answers]
 
 
-def test_triton_kernels_serve_the_same_greedy_tokens_as_the_reference(checkpoint: str, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def reference(checkpoint: str) -> list[list[int]]:
+    return outputs(checkpoint, {}, "lockstep")
+
+
+@pytest.mark.parametrize("schedule", ["lockstep", "unified"])
+def test_triton_kernels_serve_the_same_greedy_tokens_as_the_reference(
+    schedule: str, checkpoint: str, reference: list[list[int]], tmp_path: Path
+) -> None:
     (tmp_path / "triton_on_cpu.py").write_text(KERNELS_PLUGIN)
     info = tmp_path / "triton_on_cpu-0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-on-cpu\nVersion: 0\n")
     # Plugins load in the order of their names: after the one it changes.
     (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_triton_on_cpu = triton_on_cpu:register\n")
-    reference = outputs(checkpoint, {})
     used = tmp_path / "used"
     env = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), "TRITON_KERNELS_USED": str(used)}
-    assert outputs(checkpoint, env) == reference
+    assert outputs(checkpoint, env, schedule) == reference
     assert used.exists()

@@ -1,0 +1,117 @@
+"""One engine start of ``run.py``, in a process of its own: a crash or a leak of an engine ends with the process.
+
+Reads a job (JSON, see :func:`job_contents`) from the file in the first argument and writes a JSON line per sample to the
+file descriptor in the second.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from _matrix import Job, Matrix
+from _workloads import Dataset
+
+
+def job_contents(job: Job, matrix: Matrix, log_level: str) -> dict[str, Any]:
+    """What the process needs to know."""
+    return {
+        "engine": job.engine.engine,
+        "settings": {
+            "model_path": job.model,
+            "load_format": matrix.load_format,
+            "device": matrix.device,
+            "dtype": matrix.dtype,
+            "log_level": log_level,
+            "random_prompts": all(cell.dataset.name == "random" for cell, _ in job.samples),
+            "prefill_backend": matrix.prefill_backend,
+            "k": matrix.k,
+            "engine_args": json.dumps({**matrix.engine_args, **job.engine.args}),
+        },
+        "ignore_eos": matrix.ignore_eos,
+        "samples": [
+            {
+                "key": cell.key(matrix),
+                "repeat": repeat,
+                "dataset": str(cell.dataset),
+                "batch": cell.batch,
+                "output_length": cell.output_length,
+                "temperature": cell.temperature,
+            }
+            for cell, repeat in job.samples
+        ],
+    }
+
+
+def prompts_of(samples: list[dict[str, Any]], model_path: str) -> dict[tuple[str, int], list[list[int]]]:
+    """Prompts by dataset and batch."""
+    from transformers import AutoTokenizer
+
+    wanted = {(sample["dataset"], sample["batch"]) for sample in samples}
+    needs_tokenizer = any(Dataset.parse(name).name != "random" for name, _ in wanted)
+    tokenizer = AutoTokenizer.from_pretrained(model_path) if needs_tokenizer else None
+    return {(name, batch): Dataset.parse(name).prompts(tokenizer, batch) for name, batch in wanted}
+
+
+def flush(engine: Any, timeout: float = 60) -> None:
+    """Drop what earlier runs left in the radix cache and in n-gram tables.
+
+    Raises:
+        RuntimeError: the engine refused, as it does while requests run, for ``timeout`` seconds.
+    """
+    deadline = time.monotonic() + timeout
+    while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the engine's cache could not be flushed for {timeout:g} s")
+        time.sleep(0.1)
+
+
+def run_sample(engine: Any, sample: dict[str, Any], prompts: list[list[int]], ignore_eos: bool) -> dict[str, Any]:
+    """One timed run, from a flushed cache."""
+    from throughput import prefill, run_case
+
+    flush(engine)
+    prefill_s = prefill(engine, prompts, [sample["temperature"]])
+    sampling = {
+        "temperature": sample["temperature"],
+        "max_new_tokens": sample["output_length"],
+        "ignore_eos": ignore_eos,
+    }
+    return {
+        **sample,
+        "timed": "decoding, prompts in the cache",
+        "prompt_tokens": sum(map(len, prompts)),
+        "distinct_prompts": len(set(map(tuple, prompts))),
+        "prefill_s": round(prefill_s, 2),
+        **run_case(engine, prompts, sampling, repeats=1),
+    }
+
+
+def main() -> int:
+    job, output = json.loads(Path(sys.argv[1]).read_text()), os.fdopen(int(sys.argv[2]), "w", buffering=1)
+    settings = argparse.Namespace(**job["settings"])
+    if settings.device == "cpu":
+        from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+
+        os.environ[CPU_BRIDGE_ENV] = "1"  # plain SGLang needs it too on a processor without AMX
+    import sglang
+    from throughput import engine_arguments
+
+    prompts = prompts_of(job["samples"], settings.model_path)
+    started = time.perf_counter()
+    engine = sglang.Engine(**engine_arguments(job["engine"], max(s["batch"] for s in job["samples"]), settings))
+    start_s = round(time.perf_counter() - started, 1)
+    for sample in job["samples"]:
+        record = run_sample(engine, sample, prompts[sample["dataset"], sample["batch"]], job["ignore_eos"])
+        output.write(json.dumps({**record, "engine_start_s": start_s}) + "\n")
+    engine.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

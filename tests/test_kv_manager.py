@@ -1,0 +1,186 @@
+"""The KV manager in a server: outputs are those of an ample pool, whatever was moved, and pools end empty.
+
+``SPARSESPEC_TEST_OFFLOAD_INTERVAL`` has a request offloaded, and evicted from the device, every
+second iteration, in a KV pool that the requests overflow besides.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+from engine_process import EngineProcess
+from quickstart import Server, choose_port, server_environment
+from server_client import Client
+from tiny_model import VOCAB, write_tiny_llama
+
+pytestmark = pytest.mark.slow
+
+CONTEXT = 1024
+KV_TOKENS = 1600
+ENGINE = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "speculative_algorithm": "SPARSESPEC",
+    "sparsespec_min_budget": 32,
+    "context_length": CONTEXT,
+    "max_running_requests": 12,
+}
+
+
+def make_calls() -> list[dict[str, Any]]:
+    """Greedy requests of varied lengths; the second half shares a long prefix."""
+    rng = random.Random(0)
+
+    def tokens(low: int, high: int) -> list[int]:
+        return [rng.randrange(VOCAB) for _ in range(rng.randrange(low, high))]
+
+    shared = tokens(300, 301)
+    prompts = [tokens(5, 60) for _ in range(12)] + [shared + tokens(1, 30) for _ in range(6)]
+    return [{"prompt": prompt, "max_new_tokens": rng.randrange(60, 300)} for prompt in prompts]
+
+
+CALLS = make_calls()
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama", seed=1, context=CONTEXT))
+
+
+@pytest.fixture(scope="module")
+def expected(tiny_model: str) -> list[list[int]]:
+    """Output ids of ``CALLS`` with an ample pool and no host tier."""
+    with EngineProcess(model_path=tiny_model, max_total_tokens=30000, log_level="error", **ENGINE) as engine:
+        outputs = engine.generate(
+            input_ids=[call["prompt"] for call in CALLS],
+            sampling_params=[
+                {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": call["max_new_tokens"]} for call in CALLS
+            ],
+        )
+    return [output["output_ids"] for output in outputs]
+
+
+@contextmanager
+def serve(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str) -> Iterator[Client]:
+    port = choose_port(0)
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
+    for name, value in ENGINE.items():
+        command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
+    command += ["--max-total-tokens", str(KV_TOKENS), "--sparsespec-host-kv-gb", host_kv_gb]
+    command += ["--enable-metrics", "--decode-log-interval", "5", *flags]
+    with Server(command, port, log, {**server_environment(True), **environment}) as server:
+        server.wait_until_ready(300)
+        yield Client(port)
+        server.check_alive()
+    assert "leak" not in log.read_text(errors="replace")
+
+
+@pytest.fixture(scope="module")
+def moving(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+    """A server that moves every request again and again."""
+    log = tmp_path_factory.mktemp("moving") / "server.log"
+    with serve(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as client:
+        yield client
+
+
+def test_requests_that_are_moved_several_times_keep_their_outputs(
+    moving: Client, expected: list[list[int]]
+) -> None:
+    answers = moving.generate_all(CALLS)
+    assert [answer["output_ids"] for answer in answers] == expected
+    state = moving.state()
+    assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
+    assert state["sparsespec_kv_requests_restored"] > 0
+    assert state["sparsespec_kv_bytes_to_host"] > 0 and state["sparsespec_kv_bytes_from_host"] > 0
+    assert state["sparsespec_kv_tokens_recomputed"] == 0
+    moving.assert_pool_empties()
+    assert state_of_host(moving) == "empty"
+
+
+def test_aborts_while_requests_are_moved_leave_the_others_alone(moving: Client, expected: list[list[int]]) -> None:
+    rng = random.Random(1)
+
+    def ask_and_abort(index: int) -> None:
+        rid = f"doomed-{index}"
+        body = {"input_ids": CALLS[index]["prompt"], "rid": rid}
+        body["sampling_params"] = {"temperature": 0.0, "ignore_eos": True, "max_new_tokens": 600}
+        timer = threading.Timer(
+            rng.uniform(0.1, 1.5),
+            lambda: requests.post(f"{moving.url}/abort_request", json={"rid": rid}, timeout=60),
+        )
+        timer.start()
+        answer = requests.post(f"{moving.url}/generate", json=body, timeout=300).json()
+        assert answer["meta_info"]["finish_reason"]["type"] in ("abort", "length")
+
+    threads = [threading.Thread(target=ask_and_abort, args=(index,)) for index in range(8)]
+    for thread in threads:
+        thread.start()
+    answers = moving.generate_all(CALLS[8:])
+    for thread in threads:
+        thread.join(timeout=120)
+    assert not any(thread.is_alive() for thread in threads)
+    assert [answer["output_ids"] for answer in answers] == expected[8:]
+    moving.assert_pool_empties()
+    assert state_of_host(moving) == "empty"
+
+
+def test_a_flush_is_refused_while_requests_are_offloaded(moving: Client, expected: list[list[int]]) -> None:
+    statuses: list[int] = []
+    done = threading.Event()
+
+    def flush() -> None:
+        while not done.is_set():
+            statuses.append(requests.post(f"{moving.url}/flush_cache", timeout=60).status_code)
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=flush)
+    thread.start()
+    try:
+        answers = moving.generate_all(CALLS)
+    finally:
+        done.set()
+        thread.join(timeout=60)
+    assert [answer["output_ids"] for answer in answers] == expected
+    assert any(status != 200 for status in statuses)
+    moving.assert_pool_empties()
+
+
+def test_moves_are_counted_for_prometheus(moving: Client) -> None:
+    moving.generate_all(CALLS[:6])
+    metrics = requests.get(f"{moving.url}/metrics", timeout=60).text
+    for name in ("requests_offloaded_total", "requests_restored_total", "bytes_to_host_total", "utilisation"):
+        assert re.search(rf"^sparsespec:kv_{name}{{", metrics, re.MULTILINE), name
+
+
+def test_a_full_host_tier_falls_back_to_retraction(
+    tiny_model: str, tmp_path: Path, expected: list[list[int]]
+) -> None:
+    log = tmp_path / "server.log"
+    # About 400 tokens of 256 bytes.
+    with serve(tiny_model, log, "0.0001", SPARSESPEC_TEST_OFFLOAD_INTERVAL="3") as client:
+        answers = client.generate_all(CALLS)
+        assert [answer["output_ids"] for answer in answers] == expected
+        state = client.state()
+        assert state["sparsespec_kv_host_full"] > 0
+        assert state["sparsespec_kv_requests_retracted"] >= state["sparsespec_kv_host_full"]
+        assert state["sparsespec_kv_tokens_recomputed"] > 0
+        client.assert_pool_empties()
+        assert state_of_host(client) == "empty"
+    assert "The host KV tier is full" in log.read_text(errors="replace")
+
+
+def state_of_host(client: Client) -> str:
+    state = client.state()
+    free, total = state["host_kv_tokens_free"], state["host_kv_tokens_total"]
+    return "empty" if free == total else f"{total - free} of {total} tokens in use"

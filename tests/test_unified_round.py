@@ -1,0 +1,355 @@
+"""Staggered rounds on a model that is a rule: what is fed, drafted, accepted and carried over.
+
+Captured forwards run here too, replayed as plain calls: with their padding, static plans and counter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from sglang_sparsespec import ALGORITHM
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+VOCAB = 64
+WINDOW = 4
+ROWS = 20
+CONTEXT = 200
+
+
+def target_after(token: int, position: int) -> int:
+    return (5 * token + position + 1) % VOCAB
+
+
+def draft_after(token: int, position: int) -> int:
+    """Wrong at every fifth position."""
+    return (target_after(token, position) + (position % 5 == 0)) % VOCAB
+
+
+class RuleBackend:
+    """Stands in for the attention backend; keeps what the forwards were given."""
+
+    def __init__(self) -> None:
+        req_to_token = torch.arange(ROWS * CONTEXT, dtype=torch.int32).view(ROWS, CONTEXT)
+        req_to_token[0] = 0
+        generation = torch.zeros(ROWS, dtype=torch.int64)
+        self.req_to_token_pool = SimpleNamespace(req_to_token=req_to_token, req_generation=generation)
+        self.mixed: Any = None
+        self.forwards: list[tuple[int, int]] = []
+
+    def begin_mixed(self, mixed: Any) -> None:
+        self.mixed = mixed
+        assert mixed.verify_lens.is_contiguous() and mixed.draft_lens.is_contiguous()
+        self.forwards.append((int((mixed.draft_lens > 0).sum()), int((mixed.verify_lens > 0).sum())))
+
+    def end_mixed(self) -> None:
+        self.mixed = None
+
+
+class RuleModel:
+    """Draft tokens continue by ``draft_after``, windows by ``target_after``; inputs are checked."""
+
+    def __init__(self, backend: RuleBackend) -> None:
+        self.backend = backend
+
+    def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, forward_batch: Any) -> Any:
+        from sglang.srt.model_executor.forward_context import get_attn_backend
+
+        assert get_attn_backend() is self.backend and forward_batch.forward_mode.is_decode()
+        mixed = self.backend.mixed
+        drafts = len(mixed.draft_rows)
+        assert len(input_ids) == drafts + WINDOW * len(mixed.verify_rows)
+        slots = self.backend.req_to_token_pool.req_to_token[forward_batch.req_pool_indices, positions]
+        assert torch.equal(forward_batch.out_cache_loc, slots.long())
+        live = mixed.draft_lens > 0
+        assert torch.equal(mixed.draft_lens[live], positions[:drafts][live] + 1)
+        windows = positions[drafts:].view(-1, WINDOW)
+        assert torch.equal(windows, mixed.verify_lens.unsqueeze(1) + torch.arange(WINDOW))
+        rules = [draft_after] * drafts + [target_after] * windows.numel()
+        pairs = zip(rules, input_ids.tolist(), positions.tolist(), strict=True)
+        following = torch.tensor([rule(token, position) for rule, token, position in pairs], dtype=torch.int64)
+        logits = torch.nn.functional.one_hot(following, VOCAB).float()
+        buffer = forward_batch.next_token_logits_buffer
+        if buffer is not None:  # as SGLang's LogitsProcessor does
+            assert buffer.shape == logits.shape
+            logits = buffer.copy_(logits)
+        return SimpleNamespace(next_token_logits=logits)
+
+
+class GraphCalls:
+    """Stands in for SGLang's ``FullCudaGraphBackend``: a replay calls what was captured."""
+
+    def __init__(self, runner: Any) -> None:
+        self.steps: dict[Any, Callable[[], torch.Tensor]] = {}
+
+    def capture_session(self, stream: Any) -> Any:
+        return contextlib.nullcontext()
+
+    def capture_one(self, key: Any, step: Callable[[], torch.Tensor]) -> None:
+        for _ in range(3):  # two warm-ups and the capture
+            step()
+        self.steps[key] = step
+
+    def replay(self, key: Any, batch: Any) -> torch.Tensor:
+        return self.steps[key]()
+
+
+@pytest.fixture
+def rule_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], RuleServer]:
+    monkeypatch.setattr("sglang_sparsespec.unified_round.get_tp_group", lambda: SimpleNamespace(world_size=1))
+    monkeypatch.setattr("sglang_sparsespec.step_graphs.get_tp_group", lambda: SimpleNamespace(rank_in_group=0))
+    monkeypatch.setattr("sglang_sparsespec.step_graphs.FullCudaGraphBackend", GraphCalls)
+    monkeypatch.setattr("sglang_sparsespec.step_graphs.model_capture_mode", contextlib.nullcontext)
+    stream: Any = contextlib.nullcontext(SimpleNamespace(stream=None))
+    monkeypatch.setattr("sglang_sparsespec.step_graphs.graph_capture", lambda: stream)
+    monkeypatch.setattr("sglang_sparsespec.step_graphs.get_available_gpu_memory", lambda *args, **kwargs: 1.0)
+    monkeypatch.setattr(
+        "sglang_sparsespec.step_graphs.get_batch_sizes_to_capture", lambda runner, width: ([2, 8, 16], [])
+    )
+    return RuleServer
+
+
+class RuleServer:
+    """Requests of the rule model, served by staggered rounds.
+
+    Attributes:
+        sequences: all tokens of each request, by row: the prompt, then what was committed.
+    """
+
+    def __init__(self, graphs: bool) -> None:
+        from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
+        from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+
+        from sglang_sparsespec.unified_graph import UnifiedGraphs
+        from sglang_sparsespec.unified_round import UnifiedRounds
+
+        self.backend = RuleBackend()
+        self.runner: Any = SimpleNamespace(
+            model=RuleModel(self.backend),
+            spec_algorithm=SpeculativeAlgorithm.from_string(ALGORITHM),
+            model_config=SimpleNamespace(vocab_size=VOCAB),
+            device="cpu",
+            gpu_id=0,
+            graph_shared_output=GraphSharedOutput(device=torch.device("cpu"), max_rows=16 * WINDOW),
+        )
+        self.counted: list[tuple[int, int]] = []
+        backend: Any = self.backend
+        self.rounds = UnifiedRounds(
+            self.runner,
+            backend,
+            WINDOW,
+            None,
+            lambda is_all_greedy, *tensors: tensors,
+            lambda drafts, verifications: self.counted.append((drafts, verifications)),
+        )
+        if graphs:
+            self.rounds.graphs = UnifiedGraphs(self.runner, backend, self.rounds.state)
+        self.sequences: dict[int, list[int]] = {}
+
+    def admit(self, row: int, length: int) -> None:
+        """A request of ``length`` prompt tokens, with the token that its prefill gives."""
+        prompt = [(row + i) % VOCAB for i in range(length)]
+        self.sequences[row] = [*prompt, target_after(prompt[-1], length - 1)]
+        self.rounds.schedule.forget([row])
+
+    def round(self, rows: list[int], **batch_args: Any) -> Any:
+        """One round of ``rows``; commits what was accepted. Returns its result."""
+        sequences = [self.sequences[row] for row in rows]
+        info = {"is_all_greedy": True, "logit_bias": None, "sampling_seed": None, **batch_args.pop("info", {})}
+        names = ("temperatures", "top_ks", "top_ps", "min_ps")
+        needs = ("need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling")
+        sampling_info = SimpleNamespace(**{**dict.fromkeys(names), **dict.fromkeys(needs, False), **info})
+        batch: Any = SimpleNamespace(
+            reqs=[SimpleNamespace(req_pool_idx=row, rid=f"request {row}") for row in rows],
+            req_pool_indices=torch.tensor(rows),
+            seq_lens=torch.tensor([len(sequence) - 1 for sequence in sequences]),
+            sampling_info=sampling_info,
+            has_grammar=False,
+            return_hidden_states=False,
+            return_logprob=False,
+        )
+        batch.__dict__.update(batch_args)
+        result = self.rounds.run(batch, torch.tensor([sequence[-1] for sequence in sequences]))
+        accepted = zip(rows, result.tokens.tolist(), result.accept_lens.tolist(), strict=True)
+        for row, tokens, count in accepted:
+            self.sequences[row] += tokens[:count]
+        assert result.new_seq_lens.tolist() == [len(self.sequences[row]) - 1 for row in rows]
+        assert result.bonus_tokens.tolist() == [self.sequences[row][-1] for row in rows]
+        assert int(self.rounds.state.lens[0]) == 0, "the padding row stays empty"
+        return result
+
+    def assert_targets_output(self, row: int) -> None:
+        tokens = self.sequences[row]
+        prompt = next(i for i, (a, b) in enumerate(zip(tokens, tokens[1:], strict=False)) if b != a + 1)
+        for position in range(prompt, len(tokens) - 1):
+            assert tokens[position + 1] == target_after(tokens[position], position)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_requests_that_come_and_go_get_the_targets_tokens(
+    rule_server: Callable[[bool], RuleServer], graphs: bool, by_hand: bool
+) -> None:
+    """With log-probabilities wanted, tokens are chosen outside of the (captured) step."""
+    server = rule_server(graphs)
+    running: list[int] = []
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(12):
+        running = [row for row in running if torch.rand((), generator=generator) > 0.15]
+        for row in range(1, 14):
+            if row not in running and torch.rand((), generator=generator) < 0.3:
+                server.admit(row, 3 + row)
+                running.append(row)
+        result = server.round(running, return_logprob=by_hand)
+        assert result.used_graph == graphs
+        if by_hand:
+            logits = result.logits_output.next_token_logits.view(len(running), WINDOW, VOCAB)
+            assert torch.equal(logits.argmax(-1), result.tokens)
+    for row in running:
+        server.assert_targets_output(row)
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_the_sampler_gets_the_positions_of_the_verified_windows(
+    rule_server: Callable[[bool], RuleServer], graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Seeded sampling depends on them; a replayed step has moved the lengths on already."""
+    from sglang_sparsespec import sampling
+
+    server = rule_server(graphs)
+    rows = [2, 3, 5, 7, 11]
+    for row in rows:
+        server.admit(row, 4 + row)
+    original = sampling.accept
+    seen: list[tuple[int, list[int]]] = []
+
+    def accept(candidates: Any, logits: Any, info: Any, positions: torch.Tensor, *rest: Any) -> Any:
+        seen.extend(zip(rest[1].tolist(), positions.view(-1, WINDOW).tolist(), strict=True))
+        return original(candidates, logits, info, positions, *rest)
+
+    monkeypatch.setattr(sampling, "accept", accept)
+    for _ in range(2):
+        lengths = [len(server.sequences[row]) - 1 for row in rows]
+        server.round(rows, return_logprob=True)
+        assert sorted(seen) == [(i, list(range(n, n + WINDOW))) for i, n in enumerate(lengths)]
+        seen.clear()
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_a_steady_batch_accepts_as_in_lockstep(rule_server: Callable[[bool], RuleServer], graphs: bool) -> None:
+    """Windows are whole from the second round on: drafts fail at every fifth position only."""
+    server = rule_server(graphs)
+    rows = list(range(1, 9))
+    for row in rows:
+        server.admit(row, 10)
+    server.round(rows)
+    for _ in range(4):
+        before = [len(server.sequences[row]) for row in rows]
+        result = server.round(rows)
+        for length, count in zip(before, result.accept_lens.tolist(), strict=True):
+            # The last committed token is at position length - 1; the draft after position p fails if 5 divides p.
+            wrong = next((i for i in range(WINDOW - 1) if (length - 1 + i) % 5 == 0), WINDOW - 1)
+            assert count == wrong + 1
+    assert server.counted[-WINDOW:] == [(6, 2 * WINDOW)] * WINDOW
+    assert server.backend.forwards[-WINDOW:] == [(6, 2)] * WINDOW
+
+
+def test_a_first_window_accepts_no_more_than_was_drafted(rule_server: Callable[[bool], RuleServer]) -> None:
+    """Old tokens in the rest of the window may be right by chance, but are no drafts."""
+    server = rule_server(False)
+    rows = list(range(1, 5))
+    for row in rows:
+        server.admit(row, 6)
+        tokens = [server.sequences[row][-1]]
+        for position in range(6, 6 + WINDOW - 1):
+            tokens.append(target_after(tokens[-1], position))
+        server.rounds.state.candidates[row] = torch.tensor(tokens)
+    result = server.round(rows)
+    phases = [server.rounds.schedule.phase(row) for row in rows]
+    assert sorted(phases) == [0, 1, 2, 3]
+    assert all(count <= phase + 1 for count, phase in zip(result.accept_lens.tolist(), phases, strict=True))
+
+
+def test_a_logit_bias_changes_what_is_accepted_of_its_request_only(
+    rule_server: Callable[[bool], RuleServer],
+) -> None:
+    server = rule_server(False)
+    for row in (3, 5):
+        server.admit(row, 6)
+    bias = torch.zeros(2, VOCAB)
+    bias[1, 7] = 100.0
+    server.round([3, 5], info={"logit_bias": bias})
+    server.assert_targets_output(3)
+    assert server.sequences[5][7:] and set(server.sequences[5][7:]) == {7}
+
+
+def test_a_plan_is_uploaded_once_while_nothing_changes(rule_server: Callable[[bool], RuleServer]) -> None:
+    server = rule_server(False)
+    for row in (1, 2, 3):
+        server.admit(row, 5)
+    server.round([1, 2, 3])
+    server.round([1, 2, 3])
+    uploaded = server.rounds._uploaded
+    server.round([1, 2, 3])
+    assert server.rounds._uploaded is uploaded
+
+
+@pytest.mark.parametrize("feature", ["has_grammar", "return_hidden_states"])
+def test_batches_that_cannot_be_staggered_are_counted_and_lose_their_drafts(
+    rule_server: Callable[[bool], RuleServer], feature: str
+) -> None:
+    server = rule_server(False)
+    for row in (1, 2):
+        server.admit(row, 5)
+    server.round([1, 2])
+    reqs = [SimpleNamespace(req_pool_idx=row) for row in (1, 2)]
+    batch: Any = SimpleNamespace(reqs=reqs, has_grammar=False, return_hidden_states=False)
+    assert not server.rounds.must_run_in_lockstep(batch) and server.rounds.fallbacks == 0
+    setattr(batch, feature, True)
+    assert server.rounds.must_run_in_lockstep(batch) and server.rounds.fallbacks == 1
+    server.round([1, 2])
+    phases = [server.rounds.schedule.phase(row) for row in (1, 2)]
+    assert phases == [3, 2]
+    server.assert_targets_output(1)
+    server.assert_targets_output(2)
+
+
+def test_a_sampled_window_of_fewer_drafts_ends_with_a_token_of_the_target() -> None:
+    """Neither an old token nor what is left of the target beside it."""
+    from sglang_sparsespec.sampling import accept
+
+    torch.manual_seed(0)
+    batch, width, vocab = 4000, 3, 4
+    target = torch.tensor([0.1, 0.2, 0.3, 0.4])
+    info: Any = SimpleNamespace(
+        is_all_greedy=False,
+        temperatures=torch.ones(batch, 1),
+        top_ks=torch.full((batch,), vocab),
+        top_ps=torch.ones(batch),
+        min_ps=torch.zeros(batch),
+        sampling_seed=None,
+        need_top_k_sampling=False,
+        need_top_p_sampling=False,
+        need_min_p_sampling=False,
+    )
+    candidates = torch.full((batch, width), 3)
+    draft_probs = torch.zeros(batch, width - 1, vocab)
+    draft_probs[..., 3] = 1.0
+    tokens, accept_lens = accept(
+        candidates,
+        target.log().expand(batch * width, vocab),
+        info,
+        torch.zeros(batch * width, dtype=torch.int64),
+        draft_probs,
+        index=torch.arange(batch),
+        num_drafted=torch.zeros(batch, dtype=torch.int64),
+    )
+    assert accept_lens.tolist() == [1] * batch
+    found = torch.bincount(tokens[:, 0], minlength=vocab) / batch
+    torch.testing.assert_close(found, target, rtol=0, atol=0.04)
