@@ -21,7 +21,9 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     metrics = getattr(processor.model_worker, "sparsespec_metrics", None)
     if metrics is not None:
         drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
-        metrics.count([count for req, count in drafts if not (req.is_retracted or req.finished())])
+        accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
+        metrics.count(accepted, round_result.num_drafted)
+        processor.model_worker.attn_backend.policy.note_acceptance(accepted, round_result.num_drafted)
 
 
 def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:
