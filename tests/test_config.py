@@ -33,6 +33,7 @@ OTHER_VALUES: dict[str, Any] = {
     "kernels": "torch",
     "schedule": "unified",
     "draft_cost": 0.5,
+    "host_kv_gb": 0.5,
 }
 
 LLAMA: dict[str, Any] = {
@@ -417,6 +418,23 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-kernels cuda",
         "--sparsespec-kernels auto",
     ),
+    "negative host tier": ({"sparsespec_host_kv_gb": -1.0}, "--sparsespec-host-kv-gb", "0 for no host tier"),
+    "host tier by name": ({"sparsespec_host_kv_gb": "all"}, "--sparsespec-host-kv-gb", "'auto'"),
+    "host tier without radix cache": (
+        {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
+        "--disable-radix-cache with --sparsespec-host-kv-gb",
+        "--sparsespec-host-kv-gb 0",
+    ),
+    "two host tiers": (
+        {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
+        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
+    "host tier and stripped thinking": (
+        {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
+        "--strip-thinking-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
     "draft model": ({"speculative_draft_model_path": "LLAMA"}, "--speculative-draft-model-path", "remove it"),
     "eagle topk": ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk", "remove it"),
     "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive", "remove it"),
@@ -603,3 +621,24 @@ def test_the_attention_backend_alone_is_refused(
 def test_an_unknown_prefill_backend_is_refused(name: str, resolve: Callable[..., Any]) -> None:
     with pytest.raises(ValueError, match=f"--sparsespec-base-attention-backend {name}.*leave it out"):
         resolve(sparsespec_base_attention_backend=name)
+
+
+def test_the_host_tier_is_sglangs_hierarchical_cache(llama: str, resolve: Callable[..., Any]) -> None:
+    args = resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2)
+    assert args.enable_hierarchical_cache and args.hicache_size == 1.5
+    # write_back copies while it evicts, in the way of the next round.
+    assert args.hicache_write_policy == "write_through_selective"
+    assert not resolve(model_path=llama).enable_hierarchical_cache
+
+
+def test_an_automatic_host_tier_takes_half_of_the_free_memory(
+    llama: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+    from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES as RESERVE
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE + 8e9, total=64e9))
+    assert resolve(model_path=llama, sparsespec_host_kv_gb="auto").hicache_size == pytest.approx(4.0)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE - 1, total=64e9))
+    with pytest.raises(ValueError, match="--sparsespec-host-kv-gb auto: no host memory"):
+        resolve(model_path=llama, sparsespec_host_kv_gb="auto")
