@@ -46,17 +46,19 @@ def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) 
 def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """``Scheduler.get_internal_state``: SGLang's answer to ``/server_info``."""
     metrics = _metrics_of(scheduler)
-    if metrics is not None:
-        metrics.refresh(wait=True)
-        result.internal_state.update(metrics.as_dict())
-        # After a flush of the radix cache of an idle server, free must equal total again.
-        result.internal_state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
-        result.internal_state["kv_tokens_total"] = scheduler.max_total_num_tokens
+    if metrics is None:
+        return
+    metrics.refresh(wait=True)
+    state = result.internal_state
+    state.update(metrics.as_dict())
+    # After a flush of the radix cache of an idle server, free must equal total again.
+    state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
+    state["kv_tokens_total"] = scheduler.max_total_num_tokens
     manager = manager_of(scheduler)
     if manager is not None:
-        result.internal_state.update(manager.metrics.as_dict(manager.utilisation))
-        result.internal_state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
-        result.internal_state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
+        state.update(manager.metrics.as_dict(manager.utilisation))
+        state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
+        state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
 
 
 def register_metrics_hooks() -> None:
