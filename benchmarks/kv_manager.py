@@ -1,250 +1,444 @@
-"""The KV manager on outputs of varied lengths: plain SGLang, SPARSESPEC with its retraction, SPARSESPEC with a host tier.
+"""KV pool utilisation, recomputed tokens and throughput where outputs of varied lengths overflow the KV pool.
 
-    python benchmarks/kv_manager.py --model-path M --requests 96 --max-total-tokens 200000 \\
-        --min-tokens 200 --max-tokens 16000 --results kv_manager.jsonl --plot kv_manager.png
+On one H100, two engines in about 150 s (the model is the user's):
 
-Each engine serves the same requests, all sent at once, in a process of its own; output lengths are
-log-uniform. From its log, at every ``--log-interval`` rounds: share of the KV pool in use, running
-requests, seconds per round. Recomputed tokens are the prefilled tokens of the timed run beyond the
-prompts. The steady state is what lies before the last waiting request was admitted.
+    python benchmarks/kv_manager.py --model-path Qwen2.5-1.5B-Instruct \\
+        --engines sparsespec:retract sparsespec:host --host-kv-gb 16 --requests 192 --prompt-tokens 512 \\
+        --min-new-tokens 200 --max-new-tokens 4000 --max-total-tokens 80000 --max-running-requests 128 \\
+        --time-limit 120 --results kv_manager.jsonl --plot kv_manager.png
 
-Step times with and without copies under way are compared at equal numbers of running requests (only
-where the log shows both), weighted by the rarer of the two.
+On a CPU, for a look at the records only:
+
+    python benchmarks/kv_manager.py --model-path smollm2-135m-float32 --device cpu --dtype float32 \\
+        --prefill-backend torch_native --decode-backend torch_native --host-kv-gb 1 --requests 10 \\
+        --prompt-tokens 64 --min-new-tokens 16 --max-new-tokens 128 --max-total-tokens 800 \\
+        --max-running-requests 8 --results kv_manager.jsonl --plot kv_manager.png
+
+Engines (``--engines``), started one after the other with the same flags but for these:
+
+  plain:default                 SGLang without speculation
+  plain:aggressive              the same, --schedule-conservativeness 0: waiting requests are admitted as soon as their
+                                prompts fit (after a retraction SGLang keeps room for an estimate again)
+  sparsespec:retract            SPARSESPEC; a full pool retracts requests, which are computed again
+  sparsespec:retract-aggressive the same, --schedule-conservativeness 0
+  sparsespec:host               SPARSESPEC with --sparsespec-host-kv-gb: requests move to host memory and back
+
+``:unified`` behind a sparsespec engine turns on --sparsespec-schedule unified. All requests are sent at once, greedy;
+output lengths are drawn log-uniformly (``--seed``) and forced (ignore_eos, in the record as ``forced_lengths``). Prompts
+begin with 8 random tokens each, so that none is found in another's cached prefix.
+
+How the figures come about. Every ``--sample-seconds`` SGLang's load snapshot is read (shared memory, which the scheduler
+writes every ``--publish-interval`` decode rounds); with a host tier the KV manager's counters (/server_info) too.
+
+  tokens_per_s        output tokens of the whole run / its time, prefills included
+  utilisation         1 - (free + evictable) / pool, SGLang's num_used_tokens. With a host tier that is what requests
+                      hold which are not offloaded, and slots reserved for the next rounds in all of SPARSESPEC's
+  utilisation_steady  its mean, weighted by time, from the first to the last sample after the first decode round in
+                      which requests wait or are offloaded; None if none ever does
+  recomputed_tokens   tokens prefilled in the run (SGLang's total_prefill_uncached_tokens) less the prompts' tokens: what
+                      retracted requests were prefilled again, less what the radix cache still had of them. None if
+                      --time-limit cut the run (then some prompts may not have been prefilled)
+  retractions         sum of SGLang's num_retractions over the requests
+  offloads, restores, bytes_to_host, bytes_from_host    the KV manager's counters
+  step_ms_moving, step_ms_still    mean time from one decode round's launch to the next's over the intervals between
+                      samples without a prefill in which, by the counters, requests were moved, or were not. A copy is
+                      shorter than an interval, so that a slow-down is diluted
+  step_ratio_moving   the same as a ratio at equal batch sizes, weighted by the rarer of the two; None without both
+  equal_outputs       share of the requests with the same output as the first sparsespec engine's (of those that no time
+                      limit cut); None for engines that ran before it
+
+A run that --time-limit cuts counts the tokens of its decode rounds (SGLang's), whatever became of their requests.
 """
 
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import math
 import os
 import random
-import re
-import subprocess
 import sys
 import time
 from collections import defaultdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from statistics import mean, median
+from statistics import fmean, median
 from typing import Any
 
-from _common import append_json_line, stamp
+from _common import append_json_line, say, stamp
+from _engine_job import flush
+from _report import load_pyplot
+from throughput import add_model_options, digest, engine_arguments, make_inputs
 
-ENGINES: dict[str, dict[str, Any]] = {
-    "plain-default": {},
-    "plain-aggressive": {"schedule_conservativeness": 0.0},
-    "sparsespec-retraction": {"speculative_algorithm": "SPARSESPEC", "schedule_conservativeness": 0.0},
-    "sparsespec-host-tier": {"speculative_algorithm": "SPARSESPEC", "sparsespec_host_kv_gb": "auto"},
+ADMISSION: dict[str, dict[str, Any]] = {
+    "default": {},
+    "aggressive": {"schedule_conservativeness": 0.0},
+    "retract": {},
+    "retract-aggressive": {"schedule_conservativeness": 0.0},
+    "host": {},
 }
-START, END = "BENCHMARK-START", "BENCHMARK-END"
-DECODE = re.compile(r"Decode batch.*#running-req: (\d+), #token: (\d+), token usage: ([\d.]+).*#queue-req: (\d+)")
-PREFILL = re.compile(r"Prefill batch.*#new-token: (\d+)")
-RETRACT = re.compile(r"Retract requests.*#retracted_reqs: (\d+)")
-MOVED = re.compile(r"SPARSESPEC KV manager:.*offloaded (\d+) and restored (\d+) requests, ([\d.]+) GB.* ([\d.]+) GB back")
+VARIANTS = {"sparsespec": ("retract", "retract-aggressive", "host"), "plain": ("default", "aggressive")}
+ENGINES = [f"{kind}:{variant}" for kind, variants in VARIANTS.items() for variant in variants]
+#: Tokens that make a prompt's prefix its own.
+UNIQUE_TOKENS = 8
+#: Figures from the KV manager's counters; the first four are of moves.
+COUNTERS = {
+    "offloads": "sparsespec_kv_requests_offloaded",
+    "restores": "sparsespec_kv_requests_restored",
+    "bytes_to_host": "sparsespec_kv_bytes_to_host",
+    "bytes_from_host": "sparsespec_kv_bytes_from_host",
+    "transfer_waits": "sparsespec_kv_transfer_waits",
+    "host_full": "sparsespec_kv_host_full",
+    "manager_recomputed_tokens": "sparsespec_kv_tokens_recomputed",
+}
+MOVES = tuple(COUNTERS)[:4]
+#: Options that a record repeats.
+RECORDED = (
+    "requests",
+    "prompt_tokens",
+    "min_new_tokens",
+    "max_new_tokens",
+    "max_total_tokens",
+    "max_running_requests",
+    "k",
+    "seed",
+    "sample_seconds",
+    "publish_interval",
+)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """The scheduler's state at one time.
+
+    Attributes:
+        t: seconds since the requests were sent.
+        used: share of the KV pool.
+        running, waiting, offloaded: requests.
+        prefilled: tokens prefilled so far.
+        rounds, batch_sum, round_us, generated: decode rounds so far, and the sums of their batch sizes, times and tokens.
+        moved: the KV manager's counters.
+    """
+
+    t: float
+    used: float
+    running: int
+    waiting: int
+    offloaded: int
+    prefilled: int
+    rounds: float
+    batch_sum: float
+    round_us: float
+    generated: float
+    moved: dict[str, int]
+
+
+# --------------------------------------------------------------------------- engine
+
+
+def settings_of(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """An engine's name as ``sglang.Engine`` arguments.
+
+    Raises:
+        SystemExit: no such name.
+    """
+    kind, variant, schedule = (name.split(":") + ["", ""])[:3]
+    if variant not in VARIANTS.get(kind, ()) or schedule not in (("", "unified") if kind == "sparsespec" else ("",)):
+        raise SystemExit(f"--engines {name}: expected one of {', '.join(ENGINES)} (sparsespec's also with :unified)")
+    base = f"plain:{args.decode_backend}" if kind == "plain" else f"sparsespec:pillar:{schedule}"
+    settings = {
+        "max_total_tokens": args.max_total_tokens,
+        "load_snapshot_publish_interval": args.publish_interval,
+        **ADMISSION[variant],
+        **engine_arguments(base, args.max_running_requests, args),
+    }
+    if variant == "host":
+        settings["sparsespec_host_kv_gb"] = args.host_kv_gb
+    return settings
 
 
 def make_requests(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]:
-    """Prompts (token ids) and output lengths; the same for every engine."""
+    """Prompts (token ids) and output lengths, the same for every engine."""
     rng = random.Random(args.seed)
-    low, high = math.log(args.min_tokens), math.log(args.max_tokens)
+    low, high = math.log(args.min_new_tokens), math.log(args.max_new_tokens)
     lengths = [round(math.exp(rng.uniform(low, high))) for _ in range(args.requests)]
-    if args.random_prompts:
-        return [[rng.randrange(args.vocab) for _ in range(args.prompt_tokens)] for _ in lengths], lengths
-    from accept_length import make_prompts
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    bodies = make_prompts(tokenizer, ["code", "math"], args.prompt_tokens - 8, args.requests)
-    # A first line of their own, so that no prompt is another's prefix.
-    return [[rng.randrange(1000, 20000) for _ in range(8)] + body for body in bodies], lengths
+    bodies = make_inputs(args, args.prompt_tokens - UNIQUE_TOKENS, args.requests)
+    prompts = [[rng.randrange(1000, 20000) for _ in range(UNIQUE_TOKENS)] + body for body in bodies]
+    return prompts, lengths
 
 
-def serve(args: argparse.Namespace) -> None:
-    """Child process: one engine, a warm-up, then all requests; prints one line of JSON."""
+class Sampler:
+    """Reads one engine's state.
+
+    Args:
+        has_host_tier: ask for the KV manager's counters too.
+    """
+
+    def __init__(self, engine: Any, has_host_tier: bool) -> None:
+        self._manager = engine.tokenizer_manager
+        self._has_host_tier = has_host_tier
+        self.samples: list[Sample] = []
+
+    async def read(self, since: float) -> Sample:
+        """The state now; ``since``: the clock's value when the requests were sent."""
+        moved: dict[str, int] = {}
+        if self._has_host_tier:
+            (state,) = await self._manager.get_internal_state()
+            moved = {name: state[key] for name, key in COUNTERS.items()}
+        load = self._manager.load_snapshot_reader.read_all()[0]
+        rounds, batch_sum, round_us, _, _, generated = load.decode_moments or [0.0] * 6
+        return Sample(
+            t=time.perf_counter() - since,
+            used=load.num_used_tokens / load.max_total_num_tokens,
+            running=load.num_running_reqs,
+            waiting=load.num_waiting_reqs,
+            offloaded=moved.get("offloads", 0) - moved.get("restores", 0),
+            prefilled=load.total_prefill_uncached_tokens,
+            rounds=rounds,
+            batch_sum=batch_sum,
+            round_us=round_us,
+            generated=generated,
+            moved=moved,
+        )
+
+    async def idle(self) -> Sample:
+        """The state once nothing runs; an idle scheduler publishes its load at once."""
+        while True:
+            sample = await self.read(time.perf_counter())
+            if sample.running == sample.waiting == 0:
+                return sample
+            await asyncio.sleep(0.02)
+
+    async def follow(self, since: float, interval: float, answers: asyncio.Task[Any]) -> None:
+        """Sample until there are answers."""
+        while not answers.done():
+            self.samples.append(await self.read(since))
+            await asyncio.sleep(interval)
+
+
+async def run_requests(
+    engine: Any, prompts: list[list[int]], lengths: list[int], args: argparse.Namespace, has_host_tier: bool
+) -> dict[str, Any]:
+    """Serve all requests at once; the run's figures, ``outputs`` and ``samples`` among them."""
+    sampler = Sampler(engine, has_host_tier)
+    before = await sampler.idle()
+    sampling = [{"temperature": 0.0, "ignore_eos": True, "max_new_tokens": length} for length in lengths]
+    started = time.perf_counter()
+    answers = asyncio.create_task(engine.async_generate(input_ids=prompts, sampling_params=sampling))
+    following = asyncio.create_task(sampler.follow(started, args.sample_seconds, answers))
+    done, _ = await asyncio.wait([answers], timeout=args.time_limit or None)
+    seconds = time.perf_counter() - started
+    cut = not done
+    if cut:
+        engine.tokenizer_manager.abort_request(abort_all=True)
+    outputs = await answers
+    await following
+    after = await sampler.idle()
+    meta = [output["meta_info"] for output in outputs]
+    generated = after.generated - before.generated
+    tokens = round(generated) if cut else sum(entry["completion_tokens"] for entry in meta)
+    accept = [entry["spec_accept_length"] for entry in meta if entry.get("spec_accept_length")]
+    return {
+        "seconds": round(seconds, 2),
+        "cut_by_time_limit": cut,
+        "prompt_tokens": sum(map(len, prompts)),
+        "output_tokens": tokens,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "accept_length": round(fmean(accept), 3) if accept else None,
+        "retractions": sum(entry.get("num_retractions", 0) for entry in meta),
+        "recomputed_tokens": None if cut else after.prefilled - before.prefilled - sum(map(len, prompts)),
+        **{name: value - before.moved[name] for name, value in after.moved.items()},
+        **summary(sampler.samples),
+        "outputs": [output["output_ids"] if is_whole(output) else None for output in outputs],
+        "samples": sampler.samples,
+    }
+
+
+def is_whole(output: dict[str, Any]) -> bool:
+    """Whether an output was not cut by the time limit."""
+    return output["meta_info"]["finish_reason"]["type"] == "length"
+
+
+# -------------------------------------------------------------------------- figures
+
+
+def steady_state(samples: list[Sample]) -> list[Sample]:
+    """From the first to the last sample, of those after the first decode round, in which requests wait."""
+    first = samples[0].rounds if samples else 0
+    contended = [i for i, s in enumerate(samples) if s.rounds > first and (s.waiting or s.offloaded)]
+    return samples[contended[0] : contended[-1] + 1] if contended else []
+
+
+def mean_over_time(samples: list[Sample]) -> float | None:
+    """Mean utilisation; each sample counts for the time until the next."""
+    spans = [(right.t - left.t, left.used) for left, right in zip(samples, samples[1:], strict=False)]
+    total = sum(span for span, _ in spans)
+    return round(sum(span * used for span, used in spans) / total, 4) if total else None
+
+
+def summary(samples: list[Sample]) -> dict[str, Any]:
+    """Utilisation and round times of one run."""
+    steady = steady_state(samples)
+    rounds = round_times(samples)
+    return {
+        "utilisation_steady": mean_over_time(steady),
+        "utilisation_mean": mean_over_time(samples),
+        "utilisation_peak": round(max((sample.used for sample in samples), default=0.0), 4),
+        "steady_from_s": round(steady[0].t, 2) if steady else None,
+        "steady_to_s": round(steady[-1].t, 2) if steady else None,
+        "mean_running_steady": round(fmean(sample.running for sample in steady), 1) if steady else None,
+        **{f"step_ms_{name}": mean_round(rounds, moving) for name, moving in (("moving", True), ("still", False))},
+        "step_ratio_moving": ratio_of_rounds(rounds),
+    }
+
+
+#: (batch size, whether requests were moved): (rounds, milliseconds per round) of intervals.
+RoundTimes = dict[tuple[int, bool], list[tuple[float, float]]]
+
+
+def round_times(samples: list[Sample]) -> RoundTimes:
+    """Decode rounds between consecutive samples without a prefill."""
+    found: RoundTimes = defaultdict(list)
+    for left, right in zip(samples, samples[1:], strict=False):
+        rounds = right.rounds - left.rounds
+        if rounds > 0 and right.prefilled == left.prefilled:
+            size = round((right.batch_sum - left.batch_sum) / rounds)
+            moving = any(left.moved.get(name) != right.moved.get(name) for name in MOVES)
+            found[size, moving].append((rounds, (right.round_us - left.round_us) / rounds / 1e3))
+    return found
+
+
+def mean_round(times: RoundTimes, moving: bool) -> float | None:
+    """Milliseconds per round over all batch sizes."""
+    chosen = [entry for (_, moved), entries in times.items() if moved == moving for entry in entries]
+    rounds = sum(count for count, _ in chosen)
+    return round(sum(count * ms for count, ms in chosen) / rounds, 3) if rounds else None
+
+
+def ratio_of_rounds(times: RoundTimes) -> float | None:
+    """Time of a round while requests are moved / without, at equal batch sizes."""
+    pairs = []
+    for size in {size for size, _ in times}:
+        moving, still = ([ms for _, ms in times.get((size, flag), [])] for flag in (True, False))
+        if moving and still:
+            pairs.append((min(len(moving), len(still)), median(moving) / median(still)))
+    weight = sum(count for count, _ in pairs)
+    return round(sum(count * ratio for count, ratio in pairs) / weight, 3) if weight else None
+
+
+def equal_share(outputs: list[Any], reference: list[Any]) -> float | None:
+    """Share of equal outputs among those that neither run cut short; None if there are none."""
+    pairs = [(a, b) for a, b in zip(outputs, reference, strict=True) if a is not None and b is not None]
+    return round(fmean(a == b for a, b in pairs), 4) if pairs else None
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """Draw utilisation, and running requests, over time: a line per engine."""
+    plt = load_pyplot()
+    figure, panels = plt.subplots(2, 1, figsize=(9, 6), sharex=True, layout="constrained")
+    for record in records:
+        times = [sample["t"] for sample in record["samples"]]
+        steady = record["utilisation_steady"]
+        label = record["engine"] + (f" (steady state {steady:.1%})" if steady is not None else "")
+        panels[0].plot(times, [100 * sample["used"] for sample in record["samples"]], label=label)
+        panels[1].plot(times, [sample["running"] for sample in record["samples"]], label=record["engine"])
+    panels[0].set(ylabel="KV pool held by requests on the device, %", ylim=(0, 101))
+    panels[1].set(ylabel="running requests", xlabel="seconds", ylim=(0, None))
+    panels[0].set_title(f"{records[0]['model']}, KV pool of {records[0]['max_total_tokens']} tokens", fontsize=9)
+    panels[0].legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def measure(name: str, prompts: list[list[int]], lengths: list[int], args: argparse.Namespace) -> dict[str, Any]:
+    """Start an engine, warm it up, serve the requests."""
     import sglang
 
-    prompts, lengths = make_requests(args)
-    settings: dict[str, Any] = {
-        "model_path": args.model_path,
-        "dtype": args.dtype,
-        "random_seed": 0,
-        "log_level": "info",
-        "skip_tokenizer_init": args.random_prompts,
-        "max_total_tokens": args.max_total_tokens,
-        "max_running_requests": args.max_running_requests,
-        "decode_log_interval": args.log_interval,
-        **ENGINES[args.child],
-        **json.loads(args.engine_args),
-    }
+    settings = settings_of(name, args)
     engine = sglang.Engine(**settings)
-    sampling = [{"temperature": args.temperature, "ignore_eos": True, "max_new_tokens": n} for n in lengths]
-    warm_up = {"temperature": args.temperature, "ignore_eos": True, "max_new_tokens": 64}
-    rng = random.Random(args.seed + 1)
-    others = [[rng.randrange(100, args.vocab) if args.vocab > 100 else 0 for _ in range(64)] for _ in prompts]
-    engine.generate(input_ids=others, sampling_params=warm_up)
-    time.sleep(1)
-    engine.flush_cache()
-    print(START, file=sys.stderr, flush=True)
-    started = time.perf_counter()
-    outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
-    seconds = time.perf_counter() - started
-    print(END, file=sys.stderr, flush=True)
-    state = engine.get_server_info()["internal_states"][0]
-    result = {
-        "seconds": seconds,
-        "prompt_tokens": sum(len(prompt) for prompt in prompts),
-        "output_tokens": sum(output["meta_info"]["completion_tokens"] for output in outputs),
-        "accept_length": mean(output["meta_info"].get("spec_accept_length") or 1 for output in outputs),
-        "state": {key: value for key, value in state.items() if key.startswith("sparsespec_")},
-    }
-    print("RESULT " + json.dumps(result), flush=True)
-    engine.shutdown()
-
-
-def watch(command: list[str], log: Path) -> tuple[dict[str, Any], list[tuple[float, str]]]:
-    """Run a child; its result, and its log lines of the timed run with the time each was read."""
-    lines: list[tuple[float, str]] = []
-    timed = False
-    result: dict[str, Any] | None = None
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    with log.open("w") as sink, subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-    ) as child:
-        assert child.stdout is not None
-        for line in child.stdout:
-            now = time.monotonic()
-            sink.write(line)
-            timed = (timed or START in line) and END not in line
-            if timed:
-                lines.append((now, line))
-            if line.startswith("RESULT "):
-                result = json.loads(line.removeprefix("RESULT "))
-    if result is None:
-        raise SystemExit(f"The engine failed; see {log}.")
-    return result, lines
-
-
-def analyse(lines: list[tuple[float, str]], prompt_tokens: int, interval: int) -> dict[str, Any]:
-    """Utilisation, recomputed tokens and step times, from a log."""
-    begin = lines[0][0]
-    samples: list[dict[str, float]] = []
-    prefilled = retracted = 0
-    steps: dict[tuple[int, bool], list[float]] = defaultdict(list)
-    last: float | None = None
-    moved: tuple[str, ...] = ()
-    moving = False
-    pending: tuple[int, float] | None = None
-    for now, line in lines:
-        if found := DECODE.search(line):
-            running, tokens, usage, queued = found.groups()
-            samples.append({"t": now - begin, "usage": float(usage), "running": int(running), "queued": int(queued)})
-            pending = (int(running), (now - last) / interval) if last is not None else None
-            last = now
-            if not moved and pending is not None:
-                steps[pending[0], False].append(pending[1])
-        elif found := MOVED.search(line):
-            moving = bool(moved) and found.groups() != moved
-            if moved and pending is not None:
-                steps[pending[0], moving].append(pending[1])
-            moved = found.groups()
-        elif found := PREFILL.search(line):
-            prefilled += int(found.group(1))
-            last = None  # the time until the next line is not decoding alone
-        elif found := RETRACT.search(line):
-            retracted += int(found.group(1))
-    contended = [sample for sample in samples if sample["queued"] > 0]
-    # The pool fills up first.
-    steady = contended[len(contended) // 5 :] or samples
-    return {
-        "utilisation_steady": mean(sample["usage"] for sample in steady) if steady else None,
-        "recomputed_tokens": prefilled - prompt_tokens,
-        "retracted_requests": retracted,
-        "step_ms_ratio_moving": ratio_of_steps(steps),
-        "samples": samples,
-    }
-
-
-def ratio_of_steps(steps: dict[tuple[int, bool], list[float]]) -> float | None:
-    """Time of a round with copies under way / without, at equal batch sizes; None without both."""
-    pairs = []
-    for running in {running for running, _ in steps}:
-        still, moving = steps.get((running, False), []), steps.get((running, True), [])
-        if still and moving:
-            pairs.append((min(len(still), len(moving)), median(moving) / median(still)))
-    weight = sum(count for count, _ in pairs)
-    return sum(count * ratio for count, ratio in pairs) / weight if weight else None
-
-
-def plot(series: dict[str, list[dict[str, float]]], path: Path) -> None:
-    """Draw utilisation over time, one line per engine."""
+    say(f"{name}: ready")
     try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("--plot needs matplotlib: pip install matplotlib, or leave --plot out.") from error
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(9, 4))
-    for name, samples in series.items():
-        axes.plot([sample["t"] for sample in samples], [100 * sample["usage"] for sample in samples], label=name)
-    axes.set(xlabel="seconds", ylabel="KV pool in use by running requests, %", ylim=(0, 101))
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path, dpi=150)
+        rng = random.Random(args.seed + 1)
+        others = [[rng.randrange(1000, 20000) for _ in range(32)] for _ in range(args.max_running_requests)]
+        engine.generate(input_ids=others, sampling_params={"temperature": 0.0, "ignore_eos": True, "max_new_tokens": 16})
+        flush(engine)
+        has_host_tier = "sparsespec_host_kv_gb" in settings
+        return engine.loop.run_until_complete(run_requests(engine, prompts, lengths, args, has_host_tier))
+    finally:
+        engine.shutdown()
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True)
-    parser.add_argument("--engines", nargs="+", choices=list(ENGINES), default=list(ENGINES))
-    parser.add_argument("--requests", type=int, default=96)
+    add_model_options(parser)
+    parser.add_argument("--engines", nargs="+", default=ENGINES, metavar="ENGINE", help="see above; default: all")
+    parser.add_argument("--decode-backend", default="flashinfer", help="of the plain engines")
+    parser.add_argument("--host-kv-gb", type=float, default=32.0, help="sparsespec:host's --sparsespec-host-kv-gb")
+    parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--prompt-tokens", type=int, default=512)
-    parser.add_argument("--min-tokens", type=int, default=200, help="shortest output")
-    parser.add_argument("--max-tokens", type=int, default=16000, help="longest output")
-    parser.add_argument("--max-total-tokens", type=int, default=200_000, help="KV pool of every engine")
+    parser.add_argument("--min-new-tokens", type=int, default=200, help="shortest output")
+    parser.add_argument("--max-new-tokens", type=int, default=16_000, help="longest output")
+    parser.add_argument("--max-total-tokens", type=int, default=200_000, help="size of the KV pool")
     parser.add_argument("--max-running-requests", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--time-limit", type=float, default=0, help="seconds after which a run is cut; 0: none")
+    parser.add_argument("--sample-seconds", type=float, default=0.25, help="time between samples")
+    parser.add_argument("--publish-interval", type=int, default=4, help="decode rounds between load snapshots")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--log-interval", type=int, default=4, help="rounds between samples")
-    parser.add_argument("--random-prompts", action="store_true")
-    parser.add_argument("--vocab", type=int, default=20000, help="token ids of random prompts are below this")
-    parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
-    parser.add_argument("--logs", type=Path, default=Path("kv_manager_logs"), help="folder for the engines' logs")
     parser.add_argument("--results", help="JSON-lines file to append to")
-    parser.add_argument("--plot", type=Path, help="image of utilisation over time")
-    parser.add_argument("--child", choices=list(ENGINES), help=argparse.SUPPRESS)
-    return parser.parse_args()
+    parser.add_argument("--plot", type=Path, help="image of utilisation over time to write")
+    args = parser.parse_args()
+    if args.prompt_tokens <= UNIQUE_TOKENS:
+        parser.error(f"--prompt-tokens must be above {UNIQUE_TOKENS}")
+    if not 0 < args.min_new_tokens <= args.max_new_tokens:
+        parser.error("--min-new-tokens must be positive, and --max-new-tokens no smaller")
+    for name in args.engines:
+        settings_of(name, args)
+    return args
 
 
 def main() -> int:
     args = parse_arguments()
-    if args.child:
-        serve(args)
-        return 0
+    if args.plot:
+        load_pyplot()  # fails now if it is missing
+    if args.device == "cpu":
+        from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+
+        os.environ[CPU_BRIDGE_ENV] = "1"  # plain SGLang needs it too on a processor without AMX
+    prompts, lengths = make_requests(args)
     environment = stamp()
-    args.logs.mkdir(parents=True, exist_ok=True)
-    series = {}
+    described = {
+        "model": Path(args.model_path).name,
+        "load_format": args.load_format,
+        "forced_lengths": True,
+        "temperature": 0.0,
+        **{name: getattr(args, name) for name in RECORDED},
+    }
+    records: list[dict[str, Any]] = []
+    reference: list[Any] | None = None
     for name in args.engines:
-        command = [sys.executable, __file__, *sys.argv[1:], "--child", name]
-        result, lines = watch(command, args.logs / f"{name}.log")
-        found = analyse(lines, result["prompt_tokens"], args.log_interval)
-        series[name] = found["samples"]
+        figures = measure(name, prompts, lengths, args)
+        outputs = figures.pop("outputs")
+        if reference is None and name.startswith("sparsespec"):
+            reference = outputs
         record = {
             **environment,
-            "model": Path(args.model_path).name,
+            **described,
             "engine": name,
-            "requests": args.requests,
-            "output_lengths": [args.min_tokens, args.max_tokens],
-            "max_total_tokens": args.max_total_tokens,
-            **result,
-            "tokens_per_s": result["output_tokens"] / result["seconds"],
-            **found,
+            "host_kv_gb": args.host_kv_gb if ":host" in name else 0.0,
+            "equal_outputs": equal_share(outputs, reference) if reference is not None else None,
+            "outputs_digest": digest(outputs),
+            **figures,
+            "samples": [asdict(sample) for sample in figures["samples"]],
         }
+        records.append(record)
         append_json_line(args.results, record)
-        print(json.dumps({key: value for key, value in record.items() if key != "samples"}), flush=True)
-    if args.plot:
-        plot(series, args.plot)
+        print(json.dumps({name: value for name, value in record.items() if name not in {*environment, "samples"}}))
+        if args.plot:
+            plot(records, args.plot)
     return 0
 
 

@@ -150,10 +150,15 @@ def make_inputs(args: argparse.Namespace, context: int, batch: int) -> list[list
 
 def add_engine_options(parser: argparse.ArgumentParser) -> None:
     """Options that say which engines run which requests."""
-    parser.add_argument("--model-path", required=True)
+    add_model_options(parser)
     parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "plain:triton", "sparsespec"])
-    parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
     parser.add_argument("--new-tokens", type=int, default=512)
+
+
+def add_model_options(parser: argparse.ArgumentParser) -> None:
+    """What all engines have in common, and where prompts come from."""
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
