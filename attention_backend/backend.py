@@ -24,8 +24,8 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.interface import PillarKernels, score_row
-from sglang_sparsespec.attention_backend.page_table import SelectionTable, num_selected
-from sglang_sparsespec.attention_backend.policy import write_pattern
+from sglang_sparsespec.attention_backend.page_table import SelectionTable
+from sglang_sparsespec.attention_backend.policy import POLICIES
 from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 from sglang_sparsespec.config import get_config
 
@@ -145,6 +145,7 @@ class SparseSpecAttnBackend(AttentionBackend):
     """See the module's docstring.
 
     Attributes:
+        policy: what drafts attend to, and how many of them a round makes.
         table: the sparse page table of all requests.
         lse_step: float32 [layers, rows, Hq], log-sum-exp of the draft step just run.
         lse_hint: float32 [layers, rows, W, Hq], those of the window's drafts: by batch index in
@@ -170,22 +171,24 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.num_kv_heads = layers[0].tp_k_head_num
         self.num_q_heads = layers[0].tp_q_head_num
         num_rows, max_context = self.req_to_token_pool.req_to_token.shape
-        capacity = SelectionTable.capacity_for(
-            max_context, self.config.budget_ratio, self.config.min_budget
-        )
+        self.policy = POLICIES[self.config.draft_policy](self.config, self.window)
+        capacity = self.policy.capacity(max_context)
         self.table = SelectionTable(self.num_layers, num_rows, self.num_kv_heads, capacity, self.device)
         self.max_context = max_context
         self.max_bs = num_rows
         self.kernels = make_kernels(
             self.config.kernels,
             self.device,
-            max_batch=num_rows,
+            max_batch=num_rows * (1 + self.policy.num_proposals),
             num_q_heads=self.num_q_heads,
             num_kv_heads=self.num_kv_heads,
             head_dim=layers[0].head_dim,
             window=self.window,
             capacity=capacity,
             max_context=max_context,
+            longest_list=self.policy.longest_list(max_context),
+            # An early start would read the selection that the kernel just before is writing.
+            early_start=not self.policy.rescores_each_step,
         )
         reference = isinstance(self.kernels, TorchPillarKernels)
         # Scores are compared, not summed: 16 bits rank 32K positions well (probabilities
@@ -198,13 +201,17 @@ class SparseSpecAttnBackend(AttentionBackend):
         # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
         self.lse_step: torch.Tensor | None = None
-        if not reference:
+        # With several queries of a request in one step, these would not be the steps' ones.
+        if not reference and not self.policy.num_proposals:
             hints = (self.num_layers, num_rows, self.window, self.num_q_heads)
             self.lse_hint = torch.zeros(hints, dtype=torch.float32, device=self.device)
             self.lse_step = torch.zeros(
                 (self.num_layers, num_rows, self.num_q_heads), dtype=torch.float32, device=self.device
             )
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
+        # On the device, since the captured verification reads it; the host knows it too.
+        self._draft_length = torch.tensor(self.window - 1, dtype=torch.float64, device=self.device)
+        self._draft_length_set = self.window - 1
         self._counts: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
         self._mixed: MixedRows | None = None
@@ -220,6 +227,8 @@ class SparseSpecAttnBackend(AttentionBackend):
             type(self.kernels).__name__,
             SelectionTable.bytes_for(self.num_layers, num_rows, self.num_kv_heads, capacity) / 1e9,
         )
+        if self.policy.warning:
+            logger.warning("%s", self.policy.warning)
 
     # ------------------------------------------------------------------ metadata
 
@@ -286,24 +295,29 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._begin_selection(lengths, forward_batch.req_pool_indices)
 
     def _begin_selection(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
-        """Decide the sizes of the next selection, made from positions [0, length)."""
-        config = self.config
-        self._lengths = lengths
-        self._counts = num_selected(
-            lengths,
-            config.budget_ratio,
-            config.min_budget,
-            self.window,
-            self.table.positions.shape[-1],
-        )
-        self.table.set_window(rows, self._counts, lengths)
-        if config.draft_policy != "pillar":
-            num_sinks = config.num_sinks if config.draft_policy == "streaming" else 0
-            write_pattern(lengths, self._counts, rows, num_sinks, self.table.positions)
+        """Decide the sizes of the next selection, made from positions of [0, length)."""
+        counts, tail_start = self.policy.plan(lengths, self.table.positions.shape[-1])
+        self._counts, self._lengths = counts, tail_start
+        self.table.set_window(rows, counts, tail_start)
+        self.policy.write(lengths, counts, rows, self.table.positions)
+
+    def set_draft_length(self, steps: int) -> None:
+        """Say how many tokens the round drafts, before its verification."""
+        if steps != self._draft_length_set:
+            self._draft_length.fill_(steps)
+            self._draft_length_set = steps
+
+    def count_draft_queries(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
+        """Account draft queries of a round whose draft length is set to 0 (int64 [queries]; length 0: none)."""
+        live = (seq_lens > 0).to(torch.float64)
+        skipped = (self.table.tail_start[rows] - self.table.num_selected[rows]) * live
+        full = seq_lens.sum(dtype=torch.float64)
+        self.kv_read[0] += full - skipped.sum()
+        self.kv_read[1] += full
 
     def _count_kv_read(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
         """Account the round's draft steps: step j (1-based) saw length + j tokens."""
-        steps = self.window - 1
+        steps = self._draft_length
         live = (lengths > 0).to(torch.float64)
         later = steps * (steps + 1) / 2
         full = (lengths * steps + later) * live
@@ -335,7 +349,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         if forward_batch.forward_mode.is_target_verify():
             return self._forward_verify(q, k, v, layer, forward_batch, save_kv_cache)
         out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if self.config.draft_policy == "pillar":
+        if self.policy.uses_scores:
             k_descale, _ = kv_descales(layer)
             self.kernels.prefill_scores(
                 q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
@@ -383,7 +397,6 @@ class SparseSpecAttnBackend(AttentionBackend):
             q, out: [batch * W, Hq * D]. rows, lengths: int [batch].
             hint: float32 [batch, W, Hq]; one that is far off costs time, not exactness.
         """
-        pillar = self.config.draft_policy == "pillar"
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
         self.kernels.verify_attention(
@@ -396,12 +409,12 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.window,
             layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
-            self.scores if pillar else None,
+            self.scores if self.policy.uses_scores else None,
             hint,
         )
         if v_descale != 1.0:
             out.mul_(v_descale)
-        if pillar:
+        if self.policy.uses_scores:
             self._select(layer.layer_id, rows)
 
     def _select(self, layer_id: int, rows: torch.Tensor) -> None:
@@ -444,6 +457,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         self, q: torch.Tensor, layer: RadixAttention, rows: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
     ) -> None:
         """q, out: [batch, Hq * D]; rows, seq_lens (with the current token): int [batch]."""
+        if self.policy.rescores_each_step:
+            self._select_for_query(q, layer, rows, seq_lens)
         lse = self.lse_step[layer.layer_id, : len(rows)] if self.lse_step is not None else None
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
@@ -463,6 +478,41 @@ class SparseSpecAttnBackend(AttentionBackend):
         )
         if v_descale != 1.0:
             out.mul_(v_descale)
+
+    def _select_for_query(
+        self, q: torch.Tensor, layer: RadixAttention, rows: torch.Tensor, seq_lens: torch.Tensor
+    ) -> None:
+        """Select the best tokens before the tail for the queries of a draft step: a window of one row.
+
+        Args:
+            q: [batch, Hq * D]. rows, seq_lens (with the current token): int [batch].
+        """
+        k_descale, _ = kv_descales(layer)
+        self.kernels.prefill_scores(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            rows,
+            seq_lens,
+            torch.arange(len(rows), device=self.device),
+            (seq_lens > 0).to(torch.int32),
+            1,
+            layer.scaling * k_descale,
+            self.scores,
+        )
+        self.kernels.select(
+            self.scores,
+            self.table.tail_start[rows],
+            rows,
+            self.table.num_selected[rows],
+            self.table.positions[layer.layer_id],
+        )
+
+    def fill_lse_hint(self, batch_size: int, steps: int) -> None:
+        """Let the last of ``steps`` drafts stand in for the window's tokens that were not drafted."""
+        if self.lse_hint is not None and steps < self.window - 1:
+            hint = self.lse_hint[:, :batch_size]
+            hint[:, :, steps:] = hint[:, :, steps - 1 : steps]
 
     def store_lse_hint(self, batch_size: int, step: torch.Tensor) -> None:
         """Keep the log-sum-exps of draft step ``step`` (int64 [1]) for the verification."""

@@ -24,6 +24,10 @@ class CudaPillarKernels:
         capacity: entries per selection list (last axis of ``SelectionTable.positions``).
         max_context: longest request in tokens (sets how far a request may be split).
         device: where the caches live.
+        longest_list: most tokens that a draft step attends to (sets how far a list may be split); None: a full
+            selection and the tail of two windows.
+        early_start: kernels may start while the one before them runs. Not where draft attention follows a selection
+            without another kernel in between.
         draft_config, verify_config, select_config, scores_config: launch parameters; the defaults were measured on an
             H100.
     """
@@ -38,6 +42,8 @@ class CudaPillarKernels:
         capacity: int,
         max_context: int,
         device: torch.device | str,
+        longest_list: int | None = None,
+        early_start: bool = True,
         draft_config: triton_draft.DraftConfig | None = None,
         verify_config: triton_verify.VerifyConfig | None = None,
         select_config: triton_select.SelectConfig | None = None,
@@ -59,6 +65,7 @@ class CudaPillarKernels:
         self.window = window
         self.capacity = capacity
         self.max_context = max_context
+        self.longest_list = longest_list if longest_list is not None else capacity + 2 * window
         self.device = torch.device(device)
         self._draft_config = draft_config
         self.verify_config = verify_config or triton_verify.VerifyConfig()
@@ -69,7 +76,7 @@ class CudaPillarKernels:
             properties = torch.cuda.get_device_properties(self.device)
             self.num_sms = properties.multi_processor_count
             # Programmatic dependent launch: a kernel's programs start before the kernel before it has ended.
-            self.pdl = properties.major >= 9
+            self.pdl = early_start and properties.major >= 9
         self.verify_programs = triton_verify.verify_num_programs(num_kv_heads, self.num_sms, self.verify_config)
         self._outgrown: list[torch.Tensor] = []
         self._reserve(max_batch)
@@ -80,8 +87,8 @@ class CudaPillarKernels:
 
     def draft_splits(self, batch: int) -> int:
         """Programs per (request, KV head) of draft attention."""
-        pairs, entries = batch * self.num_kv_heads, self.capacity + 2 * self.window
-        return triton_draft.draft_num_splits(pairs, entries, self.num_sms, self.draft_config(batch))
+        pairs, config = batch * self.num_kv_heads, self.draft_config(batch)
+        return triton_draft.draft_num_splits(pairs, self.longest_list, self.num_sms, config)
 
     def scores_splits(self, batch: int) -> int:
         """Programs per (request, KV head) of the passes over K."""

@@ -3,6 +3,9 @@
     python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 \
         --contexts 2048 4096 8192 --policies pillar window --results accept-length.jsonl
 
+``--policies`` are values of ``--sparsespec-draft-policy``; ``--k`` and ``--budget-ratio`` that are not
+given are each policy's own.
+
 Every policy drafts the same text: outputs are lossless, so greedy outputs are equal (checked), and
 accept lengths are compared on the same tokens. ``window`` (the newest tokens, same budget) is the
 control of ``pillar``. Prompts are cut to the wanted number of tokens from two corpora:
@@ -30,7 +33,7 @@ from _common import append_json_line
 from _workloads import LEAST_DISTINCT, distinct_share, make_prompts
 
 
-def run_context(engine: Any, prompts: list[list[int]], args: argparse.Namespace) -> list[dict[str, Any]]:
+def run_context(engine: Any, prompts: list[list[int]], k: int, args: argparse.Namespace) -> list[dict[str, Any]]:
     """Generate for all prompts at once; per prompt the tokens, accept length and first round's."""
     sampling = {
         "temperature": args.temperature,
@@ -42,11 +45,14 @@ def run_context(engine: Any, prompts: list[list[int]], args: argparse.Namespace)
         row, meta = rows[chunk["index"]], chunk["meta_info"]
         row["tokens"].append(meta["completion_tokens"])
         # Chunks may be merged on their way; the first round is known if the first two were not.
-        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= args.k + 1:
+        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= k + 1:
             row["first_round"] = row["tokens"][1] - 1
         row["output_ids"] = chunk["output_ids"]
-        row["accept_length"] = meta.get("spec_accept_length")
-        row["histogram"] = meta.get("spec_accept_histogram")
+        row["histogram"] = meta.get("spec_correct_drafts_histogram")
+    for row in rows:
+        # SGLang's spec_accept_length divides all tokens, the prefill's too, by the verifications.
+        rounds = row["histogram"]
+        row["accept_length"] = 1 + sum(n * count for n, count in enumerate(rounds)) / sum(rounds)
     return rows
 
 
@@ -69,14 +75,18 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
     """All contexts under one policy, in one engine."""
     import sglang
 
+    from sglang_sparsespec.attention_backend.policy import POLICIES
+
+    k = args.k or POLICIES[policy].default_num_steps
+    ratio = args.budget_ratio or POLICIES[policy].default_budget_ratio
     engine = sglang.Engine(
         model_path=args.model_path,
         device=args.device,
         dtype=args.dtype,
         speculative_algorithm="SPARSESPEC",
-        speculative_num_steps=args.k,
+        speculative_num_steps=k,
         sparsespec_draft_policy=policy,
-        sparsespec_budget_ratio=args.budget_ratio,
+        sparsespec_budget_ratio=ratio,
         sparsespec_min_budget=args.min_budget,
         max_running_requests=args.prompts,
         disable_radix_cache=True,
@@ -88,7 +98,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
     results = {}
     for context in args.contexts:
         started = time.perf_counter()
-        rows = run_context(engine, make_prompts(tokenizer, args.corpora, context, args.prompts), args)
+        rows = run_context(engine, make_prompts(tokenizer, args.corpora, context, args.prompts), k, args)
         state = engine.get_server_info()["internal_states"][0]
         record = {
             "date": time.strftime("%Y-%m-%d"),
@@ -101,10 +111,11 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
             "corpora": args.corpora,
             "new_tokens": args.new_tokens,
             "temperature": args.temperature,
-            "k": args.k,
-            "budget": max(args.min_budget, -(-context * args.budget_ratio // 1)),
+            "k": k,
+            "budget": max(args.min_budget, -(-context * ratio // 1)),
             **summarise(rows),
             "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
+            "draft_length_so_far": round(state["sparsespec_draft_length"], 3),
             "seconds": round(time.perf_counter() - started, 1),
         }
         print(append_json_line(args.results, record), flush=True)
@@ -126,8 +137,8 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=8, help="prompts per context, run together")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--budget-ratio", type=float, default=0.05)
+    parser.add_argument("--k", type=int, help="tokens drafted per round (default: the policy's own)")
+    parser.add_argument("--budget-ratio", type=float, help="default: the policy's own")
     parser.add_argument("--min-budget", type=int, default=128)
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--results", help="JSON-lines file to append to")

@@ -21,7 +21,9 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     metrics = getattr(processor.model_worker, "sparsespec_metrics", None)
     if metrics is not None:
         drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
-        metrics.count([count for req, count in drafts if not (req.is_retracted or req.finished())])
+        accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
+        metrics.count(accepted, round_result.num_drafted)
+        processor.model_worker.attn_backend.policy.note_acceptance(accepted, round_result.num_drafted)
 
 
 def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:
@@ -44,17 +46,19 @@ def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) 
 def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """``Scheduler.get_internal_state``: SGLang's answer to ``/server_info``."""
     metrics = _metrics_of(scheduler)
-    if metrics is not None:
-        metrics.refresh(wait=True)
-        result.internal_state.update(metrics.as_dict())
-        # After a flush of the radix cache of an idle server, free must equal total again.
-        result.internal_state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
-        result.internal_state["kv_tokens_total"] = scheduler.max_total_num_tokens
+    if metrics is None:
+        return
+    metrics.refresh(wait=True)
+    state = result.internal_state
+    state.update(metrics.as_dict())
+    # After a flush of the radix cache of an idle server, free must equal total again.
+    state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
+    state["kv_tokens_total"] = scheduler.max_total_num_tokens
     manager = manager_of(scheduler)
     if manager is not None:
-        result.internal_state.update(manager.metrics.as_dict(manager.utilisation))
-        result.internal_state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
-        result.internal_state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
+        state.update(manager.metrics.as_dict(manager.utilisation))
+        state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
+        state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
 
 
 def register_metrics_hooks() -> None:

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.policy import POLICIES, Pillar
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV, install_cpu_bridge
 
 if TYPE_CHECKING:
@@ -25,11 +26,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_NUM_DRAFT_STEPS = 8
+DEFAULT_NUM_DRAFT_STEPS = Pillar.default_num_steps
 #: Requests running at once, unless ``--max-running-requests`` says otherwise. SGLang uses
 #: 48 for its own algorithms; self-speculation has no draft model to make room for.
 DEFAULT_MAX_RUNNING_REQUESTS = 256
-DRAFT_POLICIES = ("pillar", "window", "streaming")
+DRAFT_POLICIES = tuple(POLICIES)
 KERNELS = ("auto", "torch", "cuda")
 SCHEDULES = ("lockstep", "unified")
 #: ``--sparsespec-host-kv-gb``: this share of the free memory, beyond what SGLang leaves to others.
@@ -45,9 +46,7 @@ class SparseSpecConfig:
     Attributes:
         budget_ratio: share of a request's committed tokens that a draft step attends to.
         min_budget: lower bound of that number, in tokens.
-        draft_policy: which tokens those are. ``pillar``: by the last verification's
-            attention scores. ``window``: the newest ones (control). ``streaming``: the
-            first ``num_sinks`` and the newest ones (StreamingLLM, MagicDec).
+        draft_policy: which tokens those are, see ``attention_backend.policy``.
         num_sinks: sink tokens of ``streaming``.
         base_attention_backend: SGLang backend that runs prefill; None for the default of
             the device.
@@ -56,16 +55,19 @@ class SparseSpecConfig:
             holds drafts and verifications in the same proportion (paper section 4.2).
         host_kv_gb: pinned host memory, in GB, that running requests may be moved to (all GPUs
             of the server together); 0 for none, ``auto`` for half of the free memory.
+        draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
+            that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
     """
 
-    budget_ratio: float = 0.05
+    budget_ratio: float = Pillar.default_budget_ratio
     min_budget: int = 128
-    draft_policy: str = "pillar"
+    draft_policy: str = Pillar.name
     num_sinks: int = 4
     base_attention_backend: str | None = None
     kernels: str = "auto"
     schedule: str = "lockstep"
     host_kv_gb: float | str = 0.0
+    draft_cost: float = 0.15
 
     @property
     def has_host_tier(self) -> bool:
@@ -89,6 +91,10 @@ class SparseSpecConfig:
             )
         if self.num_sinks < 0:
             raise ValueError(f"--sparsespec-num-sinks must not be negative, got {self.num_sinks}.")
+        if not self.draft_cost > 0:
+            raise ValueError(
+                f"--sparsespec-draft-cost must be above 0, got {self.draft_cost}; 0.15 is the default."
+            )
         if self.kernels not in KERNELS:
             raise ValueError(
                 f"--sparsespec-kernels must be one of {', '.join(KERNELS)}, got {self.kernels!r}."
@@ -108,6 +114,12 @@ class SparseSpecConfig:
         return min(length, max(self.min_budget, math.ceil(self.budget_ratio * length)))
 
 
+def make_config(**given: Any) -> SparseSpecConfig:
+    """The settings that were given, and the policy's own defaults or the general ones for the others."""
+    policy = POLICIES.get(given.get("draft_policy", Pillar.name), Pillar)  # check() refuses unknown ones
+    return SparseSpecConfig(**{"budget_ratio": policy.default_budget_ratio, **given})
+
+
 FLAG_NAMES = tuple(field.name for field in dataclasses.fields(SparseSpecConfig))
 _ATTRIBUTE = "sparsespec_config"
 
@@ -120,6 +132,16 @@ def get_config(server_args: Any) -> SparseSpecConfig:
 # --------------------------------------------------------------------------- flags
 
 
+def _other_defaults(setting: str) -> str:
+    """" (0.07 with vegas)": the policies whose own default of ``setting`` differs from pillar's."""
+    others = [
+        f"{value} with {policy.name}"
+        for policy in POLICIES.values()
+        if (value := getattr(policy, setting)) != getattr(Pillar, setting)
+    ]
+    return f" ({', '.join(others)})" if others else ""
+
+
 def add_cli_args(parser: argparse.ArgumentParser) -> None:
     """Add the ``--sparsespec-*`` flags to SGLang's parser."""
     group = parser.add_argument_group(
@@ -128,9 +150,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--sparsespec-budget-ratio",
         type=float,
-        default=SparseSpecConfig.budget_ratio,
+        default=None,
         help="Share of a request's context that draft steps attend to, per layer and KV head. "
-        "Smaller is faster, larger is accepted more often. Default: %(default)s.",
+        f"Smaller is faster, larger is accepted more often. Default: {SparseSpecConfig.budget_ratio}"
+        f"{_other_defaults('default_budget_ratio')}.",
     )
     group.add_argument(
         "--sparsespec-min-budget",
@@ -143,15 +166,22 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=str,
         choices=DRAFT_POLICIES,
         default=SparseSpecConfig.draft_policy,
-        help="How the tokens that draft steps attend to are chosen: 'pillar' by the attention scores "
-        "of the last verification, 'window' the newest ones (a control for measurements), "
-        "'streaming' sinks and the newest ones. Default: %(default)s.",
+        help="How the tokens that draft steps attend to are chosen: "
+        + "; ".join(f"'{policy.name}' {policy.summary}" for policy in POLICIES.values())
+        + ". Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-num-sinks",
         type=int,
         default=SparseSpecConfig.num_sinks,
         help="Sink tokens of the draft policy 'streaming'. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-draft-cost",
+        type=float,
+        default=SparseSpecConfig.draft_cost,
+        help="Time of a draft step relative to a verification; the draft policy 'adaptive' drafts fewer "
+        "tokens where it is high. Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-base-attention-backend",
@@ -198,12 +228,9 @@ def _hook_add_cli_args(result: Any, parser: argparse.ArgumentParser) -> None:
 
 
 def _hook_from_cli_args(original: Any, cls: Any, args: argparse.Namespace) -> Any:
-    values = {
-        name: getattr(args, f"sparsespec_{name}")
-        for name in FLAG_NAMES
-        if hasattr(args, f"sparsespec_{name}")
-    }
-    token = _pending.set(SparseSpecConfig(**values))
+    asked = {name: getattr(args, f"sparsespec_{name}", None) for name in FLAG_NAMES}
+    values = {name: value for name, value in asked.items() if value is not None}
+    token = _pending.set(make_config(**values))
     try:
         return original(cls, args)
     finally:
@@ -215,7 +242,7 @@ def _hook_init(original: Any, self: Any, *args: Any, **kwargs: Any) -> None:
         name: kwargs.pop(f"sparsespec_{name}") for name in FLAG_NAMES if f"sparsespec_{name}" in kwargs
     }
     pending = _pending.get()
-    config = SparseSpecConfig(**values) if values or pending is None else pending
+    config = make_config(**values) if values or pending is None else pending
     if str(kwargs.get("speculative_algorithm") or "").upper() == ALGORITHM:
         config = claim_attention_backend(kwargs, config)
     elif values:
@@ -295,6 +322,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
 
     if server_args.device not in ("cpu", "cuda"):
         refuse(f"--device {server_args.device}", "only CPU and CUDA kernels exist", "use --device cuda or cpu")
+    if config.schedule == "unified" and POLICIES[config.draft_policy].lockstep_only:
+        refuse(
+            f"--sparsespec-schedule unified together with --sparsespec-draft-policy {config.draft_policy}",
+            "its drafts have no fixed length",
+            "use --sparsespec-schedule lockstep or another policy",
+        )
     if config.kernels == "cuda" and server_args.device != "cuda":
         refuse("--sparsespec-kernels cuda", "the device is not CUDA", "use --sparsespec-kernels auto")
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
@@ -317,7 +350,11 @@ def validate_server_args(server_args: ServerArgs) -> None:
     if server_args.speculative_eagle_topk not in (None, 1):
         refuse("--speculative-eagle-topk above 1", "drafts are one chain", "remove it")
     if server_args.speculative_adaptive:
-        refuse("--speculative-adaptive", "the draft length is fixed", "remove it")
+        refuse(
+            "--speculative-adaptive",
+            "SGLang adapts draft models only",
+            "remove it, and use --sparsespec-draft-policy adaptive",
+        )
     if (server_args.speculative_accept_threshold_single, server_args.speculative_accept_threshold_acc) != (1, 1):
         refuse(
             "--speculative-accept-threshold-single/-acc below 1",
@@ -458,7 +495,7 @@ def draft_steps(server_args: Any) -> int:
         return server_args.speculative_num_steps
     if server_args.speculative_num_draft_tokens is not None:
         return server_args.speculative_num_draft_tokens - 1
-    return DEFAULT_NUM_DRAFT_STEPS
+    return POLICIES[get_config(server_args).draft_policy].default_num_steps
 
 
 # ---------------------------------------------------------------------- resolution

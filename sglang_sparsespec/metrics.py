@@ -43,6 +43,8 @@ class DraftMetrics:
 
     Attributes:
         histogram: histogram[n] verifications accepted n of the k drafts.
+        drafted: drafts made, summed over verifications; k each unless the policy drafts fewer. (Where
+            requests of a round differ, the most that one of them could have.)
         unified: the worker's staggered rounds, None in lock-step.
     """
 
@@ -50,6 +52,7 @@ class DraftMetrics:
         self.unified: UnifiedRounds | None = None
         self._forward_stats = forward_stats
         self.histogram = [0] * (num_steps + 1)
+        self.drafted = 0
         self._kv_read = kv_read
         pinned = kv_read.is_cuda
         self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=pinned)
@@ -57,10 +60,11 @@ class DraftMetrics:
         self._exported_lockstep = 0
         self._exported = [0] * (num_steps + 1)
 
-    def count(self, num_correct_drafts: list[int]) -> None:
-        """Account one verification per request."""
+    def count(self, num_correct_drafts: list[int], num_drafted: int) -> None:
+        """Account one verification per request, of ``num_drafted`` drafts each."""
         for accepted in num_correct_drafts:
             self.histogram[accepted] += 1
+        self.drafted += num_drafted * len(num_correct_drafts)
 
     def refresh(self, wait: bool = False) -> None:
         """Fetch the device's counters; without ``wait`` they arrive for a later read."""
@@ -81,6 +85,7 @@ class DraftMetrics:
         return {
             "sparsespec_accept_histogram": list(self.histogram),
             "sparsespec_accept_length": 1 + accepted / rounds if rounds else 0.0,
+            "sparsespec_draft_length": self.drafted / rounds if rounds else 0.0,
             "sparsespec_kv_read_share": self.kv_read_share,
             "sparsespec_kv_tokens_read": int(self._kv_read_cpu[0]),
             "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),

@@ -376,7 +376,6 @@ class DraftSampler:
     """Draws the drafts of a round, keeps what they were drawn from, and accepts them.
 
     Args:
-        num_steps: k.
         logits_dtype: see :func:`draft_logits_dtype`.
         use_triton: batches without filters are drawn by ``triton_sampling``.
 
@@ -384,17 +383,17 @@ class DraftSampler:
         rows: the sampling parameters of the round.
     """
 
-    def __init__(self, num_steps: int, logits_dtype: torch.dtype, use_triton: bool) -> None:
-        self.num_steps = num_steps
+    def __init__(self, logits_dtype: torch.dtype, use_triton: bool) -> None:
         self.logits_dtype = logits_dtype
         self.use_triton = use_triton
         # Draft logits of all rounds: a graph's are overwritten by its next replay, before they can be compared.
         self._buffer = torch.empty(0, dtype=logits_dtype)
         self._probs: list[torch.Tensor] = []
 
-    def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req]) -> None:
-        """Start drafting for a batch with the parameters ``info``; forgets the drafts of the round before."""
+    def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req], num_steps: int) -> None:
+        """Start drafting ``num_steps`` tokens for a batch with the parameters ``info``; forgets the round before."""
         self.info = info
+        self.num_steps = num_steps
         self.rows = SamplingRows.of(info)
         self._step = 0
         self._probs = []

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,8 +30,10 @@ from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.config import get_config
 from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
+from sglang_sparsespec.draft_length import AcceptRule, accept_drafted, fill_window
 from sglang_sparsespec.forward_stats import ForwardStats, ForwardTrace
 from sglang_sparsespec.metrics import DraftMetrics
+from sglang_sparsespec.ngram_draft import NgramDrafter
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
@@ -71,13 +74,13 @@ class SparseSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens = self.window
         self.speculative_num_steps = self.num_steps
         self.draft_graphs: DraftGraphs | None = None
+        self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
         self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
-        self._sampler = sampling.DraftSampler(
-            self.num_steps, sampling.draft_logits_dtype(self.model_runner), use_triton=self.device == "cuda"
-        )
+        logits_dtype = sampling.draft_logits_dtype(self.model_runner)
+        self._sampler = sampling.DraftSampler(logits_dtype, use_triton=self.device == "cuda")
 
     # ------------------------------------------------------------ worker interface
 
@@ -104,6 +107,10 @@ class SparseSpecWorker(BaseSpecWorker):
                 self.forward_stats.count,
             )
             self.sparsespec_metrics.unified = self.unified
+        if self.attn_backend.policy.num_proposals:
+            self.ngram_drafter = NgramDrafter(
+                self.model_runner, self.attn_backend, self.window, self._from_first_rank, self.forward_stats.count
+            )
 
     def init_cuda_graphs(self) -> None:
         """Capture the draft graphs; SGLang has captured the verify graphs before.
@@ -115,7 +122,7 @@ class SparseSpecWorker(BaseSpecWorker):
         from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
         runner = self.model_runner.decode_cuda_graph_runner
-        if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner):
+        if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner) or self.ngram_drafter:
             return
         if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
             logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
@@ -175,6 +182,8 @@ class SparseSpecWorker(BaseSpecWorker):
     ) -> GenerationBatchResult:
         if self.unified is not None:
             self.unified.forget(batch)
+        if self.ngram_drafter is not None:
+            self.ngram_drafter.note_prompts(batch)
         result = self.target_worker.forward_batch_generation(batch)
         new_seq_lens = batch.seq_lens.clone()
         if on_publish is not None:
@@ -197,7 +206,7 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish(done.new_seq_lens)
         if batch.return_logprob:
             self._compute_logprobs(batch, done.logits_output, done.tokens)
-        return GenerationBatchResult(
+        result = GenerationBatchResult(
             logits_output=done.logits_output,
             next_token_ids=done.tokens.flatten(),
             can_run_cuda_graph=done.used_graph,
@@ -206,6 +215,8 @@ class SparseSpecWorker(BaseSpecWorker):
             next_draft_input=SparseSpecDraftInput(done.bonus_tokens, done.new_seq_lens),
             speculative_num_draft_tokens=self.window,
         )
+        result.num_drafted = self.num_steps
+        return result
 
     def _round(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
@@ -218,7 +229,8 @@ class SparseSpecWorker(BaseSpecWorker):
         # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
         # request), in position order.
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
-        candidates = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        drafted, rule = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        candidates = fill_window(drafted, self.window)
         record_stream_each((positions, slots, candidates), stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
@@ -226,9 +238,10 @@ class SparseSpecWorker(BaseSpecWorker):
         logits = logits_output.next_token_logits
         self._apply_bias_and_grammar(batch, logits, grammar_tree)
         if self._simulated is not None:
-            tokens, accept_lens = self._simulated.accept(candidates)
+            tokens, accept_lens = self._simulated.accept(drafted)
+            tokens = fill_window(tokens, self.window)
         else:
-            tokens, accept_lens = self._sampler.accept(candidates, logits, positions.flatten())
+            tokens, accept_lens = accept_drafted(drafted, logits, positions, rule)
         tokens, accept_lens = self._from_first_rank(batch.sampling_info.is_all_greedy, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
@@ -236,7 +249,7 @@ class SparseSpecWorker(BaseSpecWorker):
         bonus = tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1)
         if batch.return_logprob:
             self._compute_logprobs(batch, logits_output, tokens)
-        return GenerationBatchResult(
+        result = GenerationBatchResult(
             logits_output=logits_output,
             next_token_ids=tokens.flatten(),
             can_run_cuda_graph=can_run_graph,
@@ -245,6 +258,9 @@ class SparseSpecWorker(BaseSpecWorker):
             next_draft_input=SparseSpecDraftInput(bonus, new_seq_lens),
             speculative_num_draft_tokens=self.window,
         )
+        # Read when the round's acceptance is known on the host (metrics_hooks.count_verifications).
+        result.num_drafted = drafted.shape[1] - 1
+        return result
 
     def _draft(
         self,
@@ -252,19 +268,41 @@ class SparseSpecWorker(BaseSpecWorker):
         bonus_tokens: torch.Tensor,
         positions: torch.Tensor,
         slots: torch.Tensor,
-    ) -> torch.Tensor:
-        """Draft k tokens per request with sparse attention.
+    ) -> tuple[torch.Tensor, AcceptRule]:
+        """Draft n tokens per request with sparse attention; n is k, or less where the policy says so.
 
         Args:
             bonus_tokens: int64 [batch]. positions, slots: int64 [batch, W].
 
         Returns:
-            candidates int64 [batch, W]; the sampler keeps what they were drawn from.
+            candidates int64 [batch, n + 1], and how they are accepted.
         """
-        self._sampler.begin_round(batch.sampling_info, batch.reqs)
-        is_all_greedy = self._sampler.rows.is_all_greedy
+        if self.ngram_drafter is not None:
+            self.attn_backend.set_draft_length(0)  # the drafter counts its queries itself
+            drafted, probs, num_drafted = self.ngram_drafter.draft(batch, bonus_tokens)
+            return drafted, partial(
+                sampling.accept, info=batch.sampling_info, draft_probs=probs, num_drafted=num_drafted
+            )
+        steps = self.attn_backend.policy.next_draft_length()
+        self.attn_backend.set_draft_length(steps)
+        self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)
         if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions)
+            drafted = self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, steps)
+        else:
+            drafted = self._draft_eagerly(batch, bonus_tokens, positions, slots, steps)
+        self.attn_backend.fill_lse_hint(len(batch.seq_lens), steps)
+        return drafted, self._sampler.accept
+
+    def _draft_eagerly(
+        self,
+        batch: ScheduleBatch,
+        bonus_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        steps: int,
+    ) -> torch.Tensor:
+        """:meth:`_draft` without graphs."""
+        is_all_greedy = self._sampler.rows.is_all_greedy
         backend = self.attn_backend
         tokens = [bonus_tokens.long()]
         forward_batch = draft_forward_batch(
@@ -280,7 +318,7 @@ class SparseSpecWorker(BaseSpecWorker):
         # a DECODE batch, and leave an event that lets the scheduler write to req_to_token
         # before verification has read it (war_fastpath_read_done_event).
         with forward_context(ForwardContext(attn_backend=backend)):
-            for step in range(self.num_steps):
+            for step in range(steps):
                 self.forward_stats.count(len(tokens[-1]), 0)
                 forward_batch.input_ids = tokens[-1]
                 forward_batch.positions = positions[:, step].contiguous()
@@ -301,12 +339,13 @@ class SparseSpecWorker(BaseSpecWorker):
         batch: ScheduleBatch,
         bonus_tokens: torch.Tensor,
         positions: torch.Tensor,
+        steps: int,
     ) -> torch.Tensor:
         """:meth:`_draft` by replaying the captured step."""
         size = len(batch.seq_lens)
         is_all_greedy = self._sampler.rows.is_all_greedy
         key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
-        for step in range(self.num_steps):
+        for step in range(steps):
             self.forward_stats.count(size, 0)
             logits = graphs.replay(key)
             if not is_all_greedy:
@@ -314,7 +353,7 @@ class SparseSpecWorker(BaseSpecWorker):
                 graphs.override_token(step, token)
         # The static candidates are overwritten by the next round, which may be launched
         # before this one's results are read.
-        return graphs.candidates[:size].clone()
+        return graphs.candidates[:size, : steps + 1].clone()
 
     def _verify(
         self,

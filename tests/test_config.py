@@ -32,6 +32,7 @@ OTHER_VALUES: dict[str, Any] = {
     "base_attention_backend": "torch_native",
     "kernels": "torch",
     "schedule": "unified",
+    "draft_cost": 0.5,
     "host_kv_gb": 0.5,
 }
 
@@ -303,6 +304,21 @@ def test_prefill_runs_on_triton_on_cuda(resolve: Callable[..., Any]) -> None:
     assert get_config(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "triton"
 
 
+def test_vegas_has_a_draft_length_and_ratio_of_its_own(llama: str, resolve: Callable[..., Any]) -> None:
+    for args in (
+        resolve(sparsespec_draft_policy="vegas"),
+        parse("--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM,
+              "--sparsespec-draft-policy", "vegas"),
+    ):  # fmt: skip
+        assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (6, 7)
+        assert get_config(args).budget_ratio == 0.07
+
+
+def test_a_given_draft_length_and_ratio_are_kept_with_vegas(resolve: Callable[..., Any]) -> None:
+    args = resolve(sparsespec_draft_policy="vegas", speculative_num_steps=8, sparsespec_budget_ratio=0.05)
+    assert args.speculative_num_steps == 8 and get_config(args).budget_ratio == 0.05
+
+
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
 def test_either_flag_of_the_draft_length_sets_the_other(
     given: dict[str, int], resolve: Callable[..., Any]
@@ -383,6 +399,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-draft-policy",
         "pillar, window, streaming",
     ),
+    "adaptive drafts in staggered rounds": (
+        {"sparsespec_draft_policy": "adaptive", "sparsespec_schedule": "unified"},
+        "--sparsespec-schedule unified together with --sparsespec-draft-policy adaptive",
+        "use --sparsespec-schedule lockstep",
+    ),
+    "n-gram proposals in staggered rounds": (
+        {"sparsespec_draft_policy": "triforce", "sparsespec_schedule": "unified"},
+        "--sparsespec-schedule unified together with --sparsespec-draft-policy triforce",
+        "use --sparsespec-schedule lockstep",
+    ),
+    "draft cost 0": ({"sparsespec_draft_cost": 0.0}, "--sparsespec-draft-cost", "0.15 is the default"),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
     "schedule": ({"sparsespec_schedule": "x"}, "--sparsespec-schedule", "lockstep, unified"),

@@ -71,6 +71,11 @@ CPU_CASES = [
     # No selected positions at all: every entry is of the tail.
     Case("draft", g=2, d=64, lens=(20, 0, 7), budget=0, splits=100, hkv=1),
     Case("draft", g=2, d=64, lens=(20, 9), splits=100, hkv=1, wide=True),
+    # Tails of hundreds of tokens, in one part and in many.
+    Case("full", g=2, d=64, lens=(300, 0, 20), budget=0, splits=0.01, hkv=1),
+    Case("full", g=4, d=64, lens=(300, 0, 20), budget=0, splits=100, hkv=1),
+    Case("own_query", g=4, d=64, lens=(37, 0, 90, 5), splits=100),
+    Case("own_query", g=2, d=64, lens=(37, 90), splits=0.01, hkv=1, score_dtype="float16"),
     Case("verify", g=1, d=64, lens=RAGGED, programs=1),
     Case("verify", g=4, d=128, lens=(37, 0, 5), programs=4),
     Case("verify", g=4, d=64, lens=RAGGED, programs=7),
@@ -107,6 +112,9 @@ GPU_CASES = [
     Case("draft", g=4, d=128, lens=(32768,), budget=1639, window=9, splits=6, hkv=8, block_n=0),
     Case("draft", g=4, d=128, lens=(131072, 5), budget=6554, window=9, splits=6, hkv=2, block_n=0),
     Case("draft", g=4, d=128, lens=(1000, 17), budget=300, window=9, splits=6, hkv=8, block_n=0, wide=True),
+    Case("full", g=4, d=128, lens=LONG, budget=0, window=9, splits=4, hkv=8, block_n=0),
+    Case("full", g=6, d=128, lens=(131072, 5), budget=0, window=9, splits=4, hkv=2, block_n=0),
+    Case("own_query", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0, score_dtype="float16"),
     *[
         Case("verify", g=g, d=d, lens=LONG, window=w, programs=n, hkv=h, block_n=0, score_dtype=t)
         for g, d, h, w, n, t in [
@@ -249,6 +257,7 @@ def make_kernels(case: Case, p: Problem, max_batch: int | None = None):
         capacity=p.positions.shape[2],
         max_context=p.req_to_token.shape[1],
         device=p.device,
+        longest_list=p.req_to_token.shape[1] if case.kernel == "full" else None,
         draft_config=draft,
         verify_config=verify,
         select_config=select,
@@ -298,6 +307,42 @@ def check_draft(case: Case, p: Problem, kernels) -> None:
         assert per_row.max() < 2 * tolerance(p.dtype)
         if lse is not None:
             assert (lse[real] - ref_lse[real]).abs().max() < (1e-4 if p.dtype == torch.float32 else 2e-2)
+
+
+def check_full(case: Case, p: Problem, kernels) -> None:
+    """The policy ``full``: a table of one entry, and a tail that begins at position 0."""
+    p.num_selected.zero_()
+    p.tail_start.zero_()
+    assert p.positions.shape[2] == 1
+    assert case.splits < 1 or kernels.draft_splits(p.batch) > 1, "the lists are as long as the request"
+    check_draft(case, p, kernels)
+
+
+def check_own_query(case: Case, p: Problem, kernels) -> None:
+    """The policy ``oracle``: the best tokens before the tail for the query of a draft step."""
+    from sglang_sparsespec.attention_backend.torch_kernels import _probabilities
+
+    q = 2 * p.q1
+    scores = p.poison(p.batch, case.hkv, p.req_to_token.shape[1], dtype=getattr(torch, case.score_dtype))
+    poison_scratch(kernels)
+    starts, live = torch.arange(p.batch, device=p.device), (p.draft_lens > 0).to(torch.int32)
+    kernels.prefill_scores(q, p.k, p.req_to_token, p.rows, p.draft_lens, starts, live, 1, p.scaling, scores)
+    chosen = torch.full_like(p.positions, -7)
+    kernels.select(scores, p.tail_start[p.rows.long()], p.rows, p.num_selected[p.rows.long()], chosen)
+    for b, (row, length) in enumerate(zip(p.rows.tolist(), p.draft_lens.tolist(), strict=True)):
+        n, tail = int(p.num_selected[row]), int(p.tail_start[row])
+        if length == 0:
+            assert (chosen[row] == -7).all(), "a padding row was selected for"
+            continue
+        slots = p.req_to_token[row, :length].long()
+        exact = _probabilities(q[b : b + 1].float(), p.k[slots].float(), p.scaling, None)[0].mean(dim=(1, 2))[:, :tail]
+        for h in range(case.hkv):
+            got = chosen[row, h, :n].long()
+            assert got.unique().numel() == n and int(got.max()) < tail
+            reached = float(exact[h][got].sum() / exact[h].topk(n).values.sum())
+            assert reached > 1 - 2 * tolerance(p.dtype), f"request {b}, head {h}: {reached} of the best scores"
+            if p.dtype == torch.float32 and case.score_dtype == "float32":
+                assert set(got.tolist()) == set(exact[h].topk(n).indices.tolist())
 
 
 def reference_scores(p: Problem, hint: torch.Tensor | None) -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
@@ -493,6 +538,8 @@ def check_indices(case: Case, p: Problem, kernels) -> None:
 
 CHECKS = {
     "draft": check_draft,
+    "full": check_full,
+    "own_query": check_own_query,
     "verify": check_verify,
     "exact": check_exact,
     "prefill": check_prefill,

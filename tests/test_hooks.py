@@ -232,11 +232,19 @@ VOCAB = 32
 class ToyRunner:
     """A model runner whose model is a rule; it records the batches it was given."""
 
-    def __init__(self) -> None:
+    def __init__(self, draft_length: int) -> None:
         self.drafts: list[dict[str, Any]] = []
         self.verified: list[dict[str, Any]] = []
         self.war_fastpath_read_done_event = None
-        self.attn_backend = SimpleNamespace(store_lse_hint=lambda batch_size, step: None)
+        self.dtype = torch.float32
+        self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace())
+        self.server_args = SimpleNamespace(enable_fp32_lm_head=False)
+        self.attn_backend = SimpleNamespace(
+            store_lse_hint=lambda batch_size, step: None,
+            fill_lse_hint=lambda batch_size, steps: None,
+            set_draft_length=lambda steps: None,
+            policy=SimpleNamespace(next_draft_length=lambda: draft_length),
+        )
         self.model = SimpleNamespace(forward=self._draft)
 
     @staticmethod
@@ -280,7 +288,18 @@ class ToyRunner:
 
 
 @pytest.fixture
-def toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any) -> Any:
+def toy_round(run_toy_round: Callable[[int], Any]) -> Any:
+    """A round that drafts all k = 3 tokens."""
+    return run_toy_round(3)
+
+
+@pytest.fixture
+def run_toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any) -> Callable[[int], Any]:
+    """A round of the given draft length."""
+    return lambda draft_length: make_toy_round(monkeypatch, algorithm, draft_length)
+
+
+def make_toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any, draft_length: int) -> Any:
     """One greedy round of two requests: k = 3, committed 10 and 7 tokens, last tokens 1 and 3."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
@@ -288,7 +307,7 @@ def toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any) -> Any:
     from sglang_sparsespec.worker import SparseSpecWorker
 
     monkeypatch.setattr("sglang.srt.distributed.get_tp_group", lambda: SimpleNamespace(world_size=1))
-    runner = ToyRunner()
+    runner = ToyRunner(draft_length)
     target: Any = SimpleNamespace(model_runner=runner, forward_batch_generation=runner.verify)
     args: Any = SimpleNamespace(device="cpu", speculative_num_steps=3, speculative_num_draft_tokens=4)
     worker = SparseSpecWorker(args, 0, None, 0, target)
@@ -297,6 +316,7 @@ def toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any) -> Any:
     lengths = torch.tensor([10, 7])
     batch: Any = SimpleNamespace(
         forward_mode=ForwardMode.DECODE,
+        reqs=[],
         seq_lens=lengths,
         req_pool_indices=torch.tensor([2, 1]),
         input_ids=None,
@@ -369,6 +389,18 @@ def test_the_next_round_begins_after_the_accepted_tokens(toy_round: Any) -> None
     result = toy_round.result
     assert result.new_seq_lens.tolist() == [14, 9] and toy_round.published == [[14, 9]]
     assert result.next_draft_input.bonus_tokens.tolist() == [TARGET_BRANCH, TARGET_BRANCH]
+
+
+def test_a_shorter_draft_fills_the_window_and_is_accepted_no_further(run_toy_round: Callable[[int], Any]) -> None:
+    """Drafting one of k = 3: the filling (2 again, then 4) is verified and not accepted."""
+    done = run_toy_round(1)
+    assert len(done.runner.drafts) == 1
+    assert done.runner.verified[0]["tokens"] == [1, 2, 2, 2, 3, 4, 4, 4]
+    result = done.result
+    assert result.num_drafted == 1 and result.speculative_num_draft_tokens == 4
+    assert result.accept_lens.tolist() == [2, 2] and result.new_seq_lens.tolist() == [12, 9]
+    assert result.next_token_ids.view(2, 4)[:, :2].tolist() == [[2, 3], [4, TARGET_BRANCH]]
+    assert result.next_draft_input.bonus_tokens.tolist() == [3, TARGET_BRANCH]
 
 
 # ------------------------------------------------------------------ 7. reserved slots

@@ -392,13 +392,13 @@ def test_the_samplers_rounds_are_independent(name: str) -> None:
     torch.manual_seed(0)
     requests, width = REQUESTS[name], 3
     batch = len(requests)
-    sampler = sampling.DraftSampler(width - 1, torch.float32, use_triton=False)
+    sampler = sampling.DraftSampler(torch.float32, use_triton=False)
     other = [Sampling(top_k=2)]
-    sampler.begin_round(batch_info(other), as_requests(other))
+    sampler.begin_round(batch_info(other), as_requests(other), width - 1)
     sampler.draw(random_logits(1), torch.zeros(1, dtype=torch.int64))
     for seed in range(2):
         logits = random_logits(batch * width, seed)
-        sampler.begin_round(batch_info(requests), as_requests(requests))
+        sampler.begin_round(batch_info(requests), as_requests(requests), width - 1)
         positions = torch.zeros(batch, dtype=torch.int64)
         columns = [positions] + [sampler.draw(logits[step::width], positions) for step in range(width - 1)]
         tokens, accept_lens = sampler.accept(torch.stack(columns, 1), logits, positions.repeat_interleave(width))

@@ -525,6 +525,14 @@ def test_readme_lists_every_flag_with_its_default() -> None:
         assert rows[flag] == ("by device" if default is None else str(default)), flag
 
 
+def test_readme_lists_every_draft_policy() -> None:
+    from sglang_sparsespec.attention_backend.policy import POLICIES
+
+    text = (REPO / "README.md").read_text(encoding="utf-8")
+    section = text[text.index("## Draft policies") : text.index("## Metrics")]
+    assert sorted(re.findall(r"^\| `(\w+)` \|", section, re.MULTILINE)) == sorted(POLICIES)
+
+
 def test_readme_links_files_that_exist() -> None:
     text = (REPO / "README.md").read_text(encoding="utf-8")
     links = [link for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]

@@ -297,13 +297,13 @@ def test_a_round_of_the_sampler_keeps_logits_that_are_overwritten() -> None:
         temperatures=temperatures, top_ks=top_ks, top_ps=None, min_ps=None, sampling_seed=None, is_all_greedy=False,
         need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,
     )  # fmt: skip
-    sampler = DraftSampler(width - 1, torch.float32, use_triton=True)
+    sampler = DraftSampler(torch.float32, use_triton=True)
     target = random_logits(batch, width, vocab)
     positions = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
     results = []
     for size in (batch, 1, batch):
         info.temperatures, info.top_ks = temperatures[:size], top_ks[:size]
-        sampler.begin_round(info, [])
+        sampler.begin_round(info, [], width - 1)
         buffer = torch.empty(batch, vocab, device=DEVICE)
         columns = [positions[:size]]
         for step in range(width - 1):

@@ -123,6 +123,8 @@ def test_a_grammar_runs_its_rounds_in_lockstep_beside_other_requests(model_path:
         speculative_algorithm="SPARSESPEC",
         sparsespec_schedule="unified",
         max_total_tokens=4000,
+        grammar_backend="llguidance",  # SGLang's default pins host memory, which needs a GPU
+        log_level="info",
         port=31450,
     ) as engine:
         alone = engine.generate(prompt=prompts, sampling_params=greedy)

@@ -1,0 +1,187 @@
+"""Hierarchical drafts (the policy ``triforce``): n-grams propose, sparse attention checks.
+
+A forward of sparse attention takes the current token and g proposals for the tokens after it. Each of
+its 1 + g queries draws a draft token from its own distribution; the tokens are drafts as long as the
+proposals before them were drawn too. So every draft has exactly the distribution that sparse attention
+gives it, a proposal only decides how many come out of one forward, and verification accepts by the
+same rule as for any other draft.
+
+Nothing is known on the host: a fixed number of forwards is run, and requests end up with different
+numbers of drafts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
+
+from sglang_sparsespec import sampling
+from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_batch import draft_forward_batch
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+
+class TokenHistory:
+    """Token ids of all requests on the device, and proposals by their repetitions (prompt lookup).
+
+    Attributes:
+        tokens: int32 [rows, context], by row of ``req_to_token`` and position.
+    """
+
+    #: Longest suffix that is looked for; the longest match wins, then the most recent one.
+    SUFFIX = 3
+
+    def __init__(self, num_rows: int, context: int, device: torch.device | str) -> None:
+        self.tokens = torch.zeros((num_rows, context), dtype=torch.int32, device=device)
+
+    def note_prompts(self, rows: list[int], prompts: list[Any]) -> None:
+        """Store the tokens of prefilled requests (sequences of int, cached prefixes included)."""
+        for row, prompt in zip(rows, prompts, strict=True):
+            ids = torch.tensor(prompt, dtype=torch.int32, pin_memory=self.tokens.is_cuda)
+            self.tokens[row, : len(ids)].copy_(ids, non_blocking=True)
+
+    def write(self, rows: torch.Tensor, positions: torch.Tensor, tokens: torch.Tensor) -> None:
+        """Store ``tokens`` at ``positions`` (int64 [batch, n] each; those past the rows' end are dropped)."""
+        end = self.tokens.shape[1] - 1
+        # The last entry takes what is dropped; no request reads it, its position has no successor.
+        self.tokens[rows.unsqueeze(1), positions.clamp(max=end)] = tokens.to(torch.int32)
+
+    def propose(self, rows: torch.Tensor, last: torch.Tensor, count: int) -> torch.Tensor:
+        """What followed the latest occurrence of the requests' last tokens.
+
+        Args:
+            rows, last: int64 [batch], rows and positions of the last known tokens.
+            count: tokens to propose.
+
+        Returns:
+            int64 [batch, count]; the last token repeated where it did not occur before.
+        """
+        history = self.tokens[rows].long()
+        context = history.shape[1]
+        index = torch.arange(context, device=history.device).unsqueeze(0)
+        last = last.unsqueeze(1)
+        matches = torch.ones_like(history, dtype=torch.bool)
+        length = torch.zeros_like(history)
+        for back in range(self.SUFFIX):
+            earlier = torch.nn.functional.pad(history[:, : context - back], (back, 0), value=-1)
+            wanted = history.gather(1, (last - back).clamp(min=0))
+            matches = matches & (earlier == wanted) & (last >= back)
+            length = length + matches
+        key = torch.where(index < last, length * context + index, -1)
+        best = key.argmax(dim=1, keepdim=True)
+        found = length.gather(1, best) > 0
+        following = torch.where(found, best + 1, last) + torch.arange(count, device=history.device)
+        return history.gather(1, torch.minimum(following, last))
+
+
+class NgramDrafter:
+    """Drafts of one round in k / 2 forwards of sparse attention, rounded up.
+
+    Args:
+        from_first_rank: makes what was drawn at random equal on all tensor-parallel ranks.
+        count_forward: is told the draft tokens and the verified ones of each forward.
+    """
+
+    def __init__(
+        self,
+        model_runner: ModelRunner,
+        backend: SparseSpecAttnBackend,
+        window: int,
+        from_first_rank: Callable[..., tuple[torch.Tensor, ...]],
+        count_forward: Callable[[int, int], None],
+    ) -> None:
+        self.model_runner = model_runner
+        self.attn_backend = backend
+        self.window = window
+        self.num_proposals = backend.policy.num_proposals
+        self.num_forwards = window // 2
+        self._from_first_rank = from_first_rank
+        self._count_forward = count_forward
+        num_rows, context = backend.req_to_token_pool.req_to_token.shape
+        self.history = TokenHistory(num_rows, context, backend.device)
+        self._offsets = torch.arange(self.num_proposals + 1, device=backend.device)
+
+    def note_prompts(self, batch: ScheduleBatch) -> None:
+        """Take over the tokens of a prefill batch."""
+        self.history.note_prompts([req.req_pool_idx for req in batch.reqs], [req.get_fill_ids() for req in batch.reqs])
+
+    def draft(
+        self, batch: ScheduleBatch, bonus_tokens: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+        """Draft up to k tokens per request.
+
+        Args:
+            bonus_tokens: int64 [batch].
+
+        Returns:
+            candidates int64 [batch, W], the drafts' distributions float32 [batch, k, vocab] where
+            acceptance needs them, and how many drafts were made, int64 [batch]: the candidates and
+            distributions after these mean nothing.
+        """
+        rows, lengths = batch.req_pool_indices.long(), batch.seq_lens.long()
+        size, width = len(rows), self.window + self.num_proposals + 1
+        candidates = bonus_tokens.long().unsqueeze(1).repeat(1, width)
+        probs: torch.Tensor | None = None
+        drafted = torch.zeros_like(lengths)
+        self.history.write(rows, lengths.unsqueeze(1), candidates[:, :1])
+        for _ in range(self.num_forwards):
+            proposals = self.history.propose(rows, lengths + drafted, self.num_proposals)
+            current = candidates.gather(1, drafted.unsqueeze(1))
+            tokens, prob = self._check(batch, torch.cat([current, proposals], dim=1), lengths, drafted)
+            place = drafted.unsqueeze(1) + self._offsets
+            candidates.scatter_(1, place + 1, tokens)
+            self.history.write(rows, lengths.unsqueeze(1) + place + 1, tokens)
+            if prob is not None:
+                if probs is None:
+                    probs = prob.new_zeros(size, width - 1, prob.shape[-1])
+                probs[torch.arange(size, device=rows.device).unsqueeze(1), place] = prob
+            # Tokens past the first that was not proposed follow a token that is no draft; the next
+            # forward, which begins with that first one, writes over them.
+            right = (tokens[:, :-1] == proposals).to(torch.int64).cumprod(dim=1).sum(dim=1)
+            drafted = (drafted + 1 + right).clamp(max=self.window - 1)
+        return candidates[:, : self.window], None if probs is None else probs[:, : self.window - 1], drafted
+
+    def _check(
+        self, batch: ScheduleBatch, inputs: torch.Tensor, lengths: torch.Tensor, drafted: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """One forward: the draft token after each of ``inputs``, and its distribution.
+
+        Args:
+            inputs: int64 [batch, 1 + g], the current token and the proposals.
+            lengths, drafted: int64 [batch], committed tokens and drafts made: the current token's place.
+
+        Returns:
+            int64 [batch, 1 + g], and float32 [batch, 1 + g, vocab] where acceptance needs it.
+        """
+        size, queries = inputs.shape
+        place = drafted.unsqueeze(1) + self._offsets
+        # Queries beyond the window's last draft are padding: SGLang's slot 0, length 0.
+        live = (place < self.window - 1).flatten()
+        positions = torch.where(live, (lengths.unsqueeze(1) + place).flatten(), 0)
+        rows = batch.req_pool_indices.long().repeat_interleave(queries)
+        slots = self.attn_backend.req_to_token_pool.req_to_token[rows, positions].long()
+        forward_batch = draft_forward_batch(
+            inputs.flatten(),
+            rows,
+            positions,
+            torch.where(live, positions + 1, 0),
+            torch.where(live, slots, 0),
+            batch.spec_algorithm,
+            batch.spec_info,
+        )
+        self._count_forward(size * queries, 0)
+        self.attn_backend.count_draft_queries(rows, forward_batch.seq_lens)
+        # Called directly for the reasons given in SparseSpecWorker._draft_eagerly.
+        with forward_context(ForwardContext(attn_backend=self.attn_backend)):
+            output = self.model_runner.model.forward(forward_batch.input_ids, positions, forward_batch)
+        info = batch.sampling_info
+        sampled = sampling.SamplingRows.of(info, repeats=queries)
+        token, prob = sampling.sample_draft(output.next_token_logits, sampled, positions)
+        (token,) = self._from_first_rank(info.is_all_greedy, token)
+        return token.view(size, queries), None if prob is None else prob.view(size, queries, -1)

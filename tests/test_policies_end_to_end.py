@@ -1,0 +1,146 @@
+"""Every draft policy is lossless in a serving engine: greedy and sampled output is the target's.
+
+One engine serves all policies: a plugin of this test changes the policy before a prefill, between
+the test's calls, when no request is running.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_process import EngineProcess
+from test_sampling_distribution import BOUND, KINDS, LENGTH, NUM_STEPS, engine_args, p_value, prompt_of
+from tiny_model import Sampling, sequence_probabilities, write_tiny_llama
+from transformers import LlamaForCausalLM
+
+from sglang_sparsespec.attention_backend.policy import POLICIES
+
+pytestmark = pytest.mark.slow
+
+POLICY_ENV = "SPARSESPEC_TEST_POLICY_FILE"
+SWITCH_PLUGIN = f'''
+import dataclasses
+import os
+
+
+def register():
+    """Serve with the policy that a file names."""
+    from sglang_sparsespec.attention_backend.policy import POLICIES
+    from sglang_sparsespec.worker import SparseSpecWorker
+
+    original = SparseSpecWorker._prefill
+
+    def prefill(self, batch, on_publish):
+        name, backend = open(os.environ["{POLICY_ENV}"]).read(), self.attn_backend
+        if backend.policy.name != name:
+            config = dataclasses.replace(backend.config, draft_policy=name)
+            backend.policy = POLICIES[name](config, backend.window)
+            self.ngram_drafter = None
+            self.init_attention_backends()
+        return original(self, batch, on_publish)
+
+    SparseSpecWorker._prefill = prefill
+'''
+#: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
+ROUNDS = 8
+SAMPLED = 2000
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+
+
+class Server:
+    """An engine, and the file that names its policy."""
+
+    def __init__(self, engine: EngineProcess, policy_file: Path) -> None:
+        self.engine = engine
+        self.policy_file = policy_file
+
+    def generate(self, policy: str, prompts: list[list[int]], params: dict[str, Any]) -> list[dict[str, Any]]:
+        self.policy_file.write_text(policy)
+        return self.engine.generate(input_ids=prompts, sampling_params=params)
+
+
+@pytest.fixture(scope="module")
+def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    site = tmp_path_factory.mktemp("site")
+    (site / "policy_switch.py").write_text(SWITCH_PLUGIN)
+    info = site / "policy_switch-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: policy-switch\nVersion: 0\n")
+    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_policy_switch = policy_switch:register\n")
+    policy_file = site / "policy"
+    policy_file.write_text("pillar")
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    env = {POLICY_ENV: str(policy_file), "PYTHONPATH": os.pathsep.join(paths)}
+    # Drafting is dear enough for ``adaptive`` to stop early; a budget that leaves something to choose.
+    settings = {"sparsespec_draft_cost": 0.9, "sparsespec_min_budget": NUM_STEPS + 6, "port": 31180}
+    with EngineProcess(env, **engine_args(checkpoint, **settings)) as engine:
+        yield Server(engine, policy_file)
+
+
+def histogram(outputs: list[dict[str, Any]]) -> list[int]:
+    """Verifications by accepted drafts."""
+    each = [output["meta_info"]["spec_correct_drafts_histogram"] for output in outputs]
+    return [sum(row[n] for row in each if n < len(row)) for n in range(NUM_STEPS + 1)]
+
+
+@pytest.fixture(scope="module")
+def greedy(checkpoint: Path) -> dict[str, tuple[list[int], list[int]]]:
+    """Each kind's prompt and the target's greedy continuation, by transformers."""
+    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
+    found = {}
+    for kind in KINDS:
+        prompt = prompt_of(kind)
+        tokens = list(prompt)
+        with torch.no_grad():
+            for _ in range(1 + ROUNDS * (NUM_STEPS + 1)):
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+        found[kind] = (prompt, tokens[len(prompt) :])
+    return found
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_greedy_output_is_the_targets(
+    policy: str, server: Server, greedy: dict[str, tuple[list[int], list[int]]]
+) -> None:
+    length = 1 + ROUNDS * (NUM_STEPS + 1)
+    prompts = [prompt for prompt, _ in greedy.values()]
+    outputs = server.generate(policy, prompts, Sampling(temperature=0.0).as_request(length))
+    assert [output["output_ids"] for output in outputs] == [tokens for _, tokens in greedy.values()]
+    accepted = histogram(outputs)
+    if policy == "full":
+        assert accepted == [0] * NUM_STEPS + [ROUNDS * len(prompts)], "an accept length of k + 1 exactly"
+    else:
+        assert sum(accepted[1:]) > 0, "drafts were accepted"
+
+
+@pytest.fixture(scope="module")
+def exact(checkpoint: Path) -> dict[tuple[int, ...], float]:
+    """Sequence probabilities of the target at temperature 1."""
+    return sequence_probabilities(checkpoint, prompt_of("temperature 1"), LENGTH, Sampling())
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sampled_output_follows_the_target(
+    policy: str, server: Server, exact: dict[tuple[int, ...], float]
+) -> None:
+    prompts = [prompt_of("temperature 1")] * SAMPLED
+    outputs = server.generate(policy, prompts, Sampling().as_request(LENGTH))
+    assert p_value(Counter(tuple(output["output_ids"]) for output in outputs), exact) >= BOUND
+    accepted = histogram(outputs)
+    rounds = sum(accepted)
+    if policy == "full":
+        assert accepted[NUM_STEPS] > 0.99 * rounds, "draft and target have the same distribution"
+    else:
+        assert accepted[0] > 0.02 * rounds, "drafts were rejected too, or this says nothing about acceptance"
+    if policy == "adaptive":
+        assert accepted[NUM_STEPS] < 0.1 * rounds < accepted[1], "drafts were short"
