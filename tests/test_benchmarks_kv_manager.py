@@ -1,8 +1,12 @@
-"""What the KV manager's benchmark reads from an engine's log."""
+"""What the KV manager's benchmark makes of a scheduler's states."""
 
 from __future__ import annotations
 
+import argparse
+import asyncio
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -14,91 +18,174 @@ def _path(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
 
 
-def decode(running: int, usage: float, queued: int) -> str:
-    """A decode line as SGLang 0.5.17 writes it."""
-    return (
-        f"[2026-11-25 08:26:38] Decode batch, #running-req: {running}, #token: 1193, token usage: {usage:.2f}, "
-        f"accept len: 3.98, accept rate: 0.37, cpu graph: False, gen throughput (token/s): 2481.33, #queue-req: {queued}"
-    )
+def sample(t: float, **state: Any) -> Any:
+    from kv_manager import Sample
+
+    rounds = state.pop("rounds", t)
+    defaults = {"used": 0.5, "running": 8, "waiting": 1, "offloaded": 0, "prefilled": 100, "moved": {}}
+    sums = {"batch_sum": 8 * rounds, "round_us": 1e4 * rounds, "generated": 0.0}
+    return Sample(t=t, rounds=rounds, **{**defaults, **sums, **state})
 
 
-def prefill(tokens: int) -> str:
-    return (
-        f"[2026-11-25 08:26:38] Prefill batch, #new-seq: 1, #new-token: {tokens}, #cached-token: 1, token usage: 0.65, "
-        "#running-req: 4, #queue-req: 9, #pending-token: 338, cpu graph: False, input throughput (token/s): 30.71"
-    )
+def test_the_steady_state_is_from_the_first_to_the_last_contended_sample_after_the_first_round() -> None:
+    from kv_manager import steady_state
+
+    samples = [
+        sample(0.0, rounds=0.0),
+        sample(1.0, rounds=0.0),  # prefills only
+        sample(2.0, waiting=0),
+        sample(3.0),
+        sample(4.0, waiting=0),
+        sample(5.0, waiting=0, offloaded=1),
+        sample(6.0, waiting=0),
+    ]
+    assert [s.t for s in steady_state(samples)] == [3.0, 4.0, 5.0]
+    assert steady_state([sample(float(t), waiting=0) for t in range(3)]) == []
 
 
-def manager(gigabytes: float) -> str:
-    from sglang_sparsespec.metrics import KVManagerMetrics
+def test_utilisation_is_weighted_by_time() -> None:
+    from kv_manager import mean_over_time
 
-    lines: list[str] = []
-    metrics = KVManagerMetrics(1, 8, 7, int(gigabytes * 1e9), 0)
-    import logging
-
-    handler = logging.Handler()
-    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
-    logger = logging.getLogger("sglang_sparsespec.metrics")
-    logger.addHandler(handler)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    try:
-        metrics.log(0.9)
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(level)
-    return lines[0]
+    assert mean_over_time([sample(0, used=0.2), sample(1, used=1.0), sample(4, used=0.0)]) == pytest.approx(0.8)
+    assert mean_over_time([sample(0)]) is None
 
 
-def test_recomputed_tokens_are_those_beyond_the_prompts() -> None:
-    from kv_manager import analyse
-
-    lines = [(0.0, prefill(100)), (1.0, decode(4, 0.9, 2)), (2.0, prefill(30)), (3.0, decode(4, 0.5, 2))]
-    found = analyse(lines, prompt_tokens=100, interval=1)
-    assert found["recomputed_tokens"] == 30
-    assert found["utilisation_steady"] == pytest.approx(0.7)
-
-
-def test_retractions_are_counted() -> None:
-    from kv_manager import analyse
-
-    line = "KV cache pool is full. Retract requests. #retracted_reqs: 3, #new_tokens_gained: 100, #new_token_ratio: 0.1"
-    assert analyse([(0.0, line), (0.1, line)], 0, 1)["retracted_requests"] == 6
-
-
-def test_utilisation_leaves_out_the_time_when_nothing_waits() -> None:
-    from kv_manager import analyse
-
-    lines = [(float(i), decode(4, 0.96, 1)) for i in range(5)] + [(5.0, decode(1, 0.1, 0))]
-    assert analyse(lines, 0, 1)["utilisation_steady"] == pytest.approx(0.96)
+def moving_rounds(size: int, steps: list[tuple[float, bool]], prefill_at: int | None = None) -> list[Any]:
+    """One sample per (milliseconds of a round, whether a request was moved in it)."""
+    time, batch, moves, prefilled, samples = 0.0, 0.0, 0, 0, []
+    for index, (ms, moved) in enumerate([(0.0, False), *steps]):
+        time, batch, moves = time + 1e3 * ms, batch + size, moves + moved
+        prefilled += index == prefill_at
+        state = {"round_us": time, "batch_sum": batch, "prefilled": prefilled, "moved": {"offloads": moves}}
+        samples.append(sample(float(index), **state))
+    return samples
 
 
 def test_rounds_are_compared_at_equal_batch_sizes() -> None:
-    from kv_manager import analyse
+    from kv_manager import summary
 
-    lines = [(0.0, decode(8, 0.9, 1)), (0.0, manager(1))]
-    now = 0.0
-    for index in range(1, 9):
-        moving = index % 2
-        now += 0.012 if moving else 0.010
-        lines += [(now, decode(8, 0.9, 1)), (now, manager(1 + (index + 1) // 2))]
-    assert analyse(lines, 0, 1)["step_ms_ratio_moving"] == pytest.approx(1.2)
+    found = summary(moving_rounds(8, [(10, False), (12, True)] * 4))
+    assert (found["step_ms_still"], found["step_ms_moving"]) == (10, 12)
+    assert found["step_ratio_moving"] == pytest.approx(1.2)
+    assert summary(moving_rounds(8, [(10, False)] * 4))["step_ratio_moving"] is None
 
 
 def test_rounds_beside_a_prefill_do_not_count() -> None:
-    from kv_manager import analyse
+    from kv_manager import summary
 
-    lines = [
-        (0.0, decode(8, 0.9, 1)), (0.0, manager(1)),
-        (0.01, decode(8, 0.9, 1)), (0.01, manager(1)),
-        (0.5, prefill(10)),
-        (1.0, decode(8, 0.9, 1)), (1.0, manager(2)),
-        (1.02, decode(8, 0.9, 1)), (1.02, manager(3)),
-    ]  # fmt: skip
-    assert analyse(lines, 0, 1)["step_ms_ratio_moving"] == pytest.approx(2.0)
+    found = summary(moving_rounds(8, [(10, False), (500, False), (10, False)], prefill_at=2))
+    assert found["step_ms_still"] == 10
 
 
-def test_without_both_kinds_of_rounds_there_is_no_ratio() -> None:
-    from kv_manager import analyse
+def test_outputs_that_were_cut_are_not_compared() -> None:
+    from kv_manager import equal_share
 
-    assert analyse([(0.0, decode(8, 0.9, 1)), (1.0, decode(8, 0.9, 1))], 0, 1)["step_ms_ratio_moving"] is None
+    assert equal_share([[1], [2], None, [4]], [[1], [3], [5], None]) == 0.5
+    assert equal_share([None], [[1]]) is None
+
+
+class Manager:
+    """Stands in for SGLang's tokenizer manager: one request's worth of state."""
+
+    def __init__(self) -> None:
+        self.load = SimpleNamespace(
+            num_used_tokens=30,
+            max_total_num_tokens=100,
+            num_running_reqs=0,
+            num_waiting_reqs=0,
+            total_prefill_uncached_tokens=1000,
+            decode_moments=None,
+        )
+        self.load_snapshot_reader = SimpleNamespace(read_all=lambda: [self.load])
+        self.aborted = asyncio.Event()
+
+    async def get_internal_state(self) -> list[dict[str, int]]:
+        from kv_manager import COUNTERS
+
+        return [dict.fromkeys(COUNTERS.values(), 7)]
+
+    def abort_request(self, abort_all: bool) -> None:
+        assert abort_all
+        self.aborted.set()
+
+
+class Engine:
+    """Stands in for ``sglang.Engine``: prefills 60 tokens for prompts of 50; endless if ``endless``."""
+
+    def __init__(self, endless: bool) -> None:
+        self.endless = endless
+        self.tokenizer_manager = Manager()
+
+    async def async_generate(self, input_ids: list[list[int]], sampling_params: list[dict[str, Any]]) -> Any:
+        assert all(sampling["ignore_eos"] for sampling in sampling_params)
+        self.tokenizer_manager.load.total_prefill_uncached_tokens += 60
+        self.tokenizer_manager.load.decode_moments = [3.0, 6.0, 3e4, 12.0, 6e4, 9.0]
+        await (self.tokenizer_manager.aborted.wait() if self.endless else asyncio.sleep(0.03))
+        reason = {"type": "abort" if self.endless else "length"}
+        meta = {"completion_tokens": 4, "finish_reason": reason, "num_retractions": 1}
+        return [{"meta_info": meta, "output_ids": [1, 2, 3, 4]} for _ in input_ids]
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_recomputed_tokens_are_those_prefilled_beyond_the_prompts(endless: bool) -> None:
+    from kv_manager import run_requests
+
+    args = argparse.Namespace(sample_seconds=0.01, time_limit=0.05 if endless else 0)
+    found = asyncio.run(run_requests(Engine(endless), [[0] * 20, [0] * 30], [4, 4], args, True))
+    assert found["cut_by_time_limit"] == endless
+    assert found["recomputed_tokens"] == (None if endless else 10)
+    assert found["output_tokens"] == (9 if endless else 8)
+    assert found["outputs"] == ([None, None] if endless else [[1, 2, 3, 4]] * 2)
+    assert found["retractions"] == 2 and found["offloads"] == 0
+    assert len(found["samples"]) > 1 and found["utilisation_mean"] == pytest.approx(0.3)
+
+
+ARGUMENTS = {
+    "model_path": "m",
+    "load_format": "auto",
+    "device": "cuda",
+    "dtype": "bfloat16",
+    "log_level": "warning",
+    "random_prompts": True,
+    "prefill_backend": "triton",
+    "decode_backend": "flashinfer",
+    "k": 8,
+    "engine_args": "{}",
+    "max_total_tokens": 1000,
+    "max_running_requests": 4,
+    "publish_interval": 4,
+    "host_kv_gb": 2.0,
+    "requests": 200,
+    "prompt_tokens": 20,
+    "min_new_tokens": 10,
+    "max_new_tokens": 1000,
+    "seed": 0,
+}
+
+
+def test_engines_differ_in_what_their_names_say() -> None:
+    from kv_manager import ENGINES, settings_of
+
+    args = argparse.Namespace(**ARGUMENTS)
+    retract = settings_of("sparsespec:retract", args)
+    assert settings_of("sparsespec:host", args) == {**retract, "sparsespec_host_kv_gb": 2.0}
+    assert settings_of("sparsespec:retract-aggressive", args) == {**retract, "schedule_conservativeness": 0.0}
+    assert settings_of("sparsespec:host:unified", args)["sparsespec_schedule"] == "unified"
+    assert "speculative_algorithm" not in settings_of("plain:aggressive", args)
+    assert all(settings_of(name, args)["max_total_tokens"] == 1000 for name in ENGINES)
+    for unknown in ("plain:host", "sparsespec", "plain:default:unified", "other:default"):
+        with pytest.raises(SystemExit, match=unknown):
+            settings_of(unknown, args)
+
+
+def test_requests_are_the_same_every_time_and_share_no_prefix() -> None:
+    from kv_manager import make_requests
+
+    args = argparse.Namespace(**ARGUMENTS)
+    prompts, lengths = make_requests(args)
+    assert make_requests(args) == (prompts, lengths)
+    assert len({tuple(prompt[:2]) for prompt in prompts}) == 200
+    assert all(len(prompt) == 20 for prompt in prompts)
+    assert 10 <= min(lengths) < 20 and 500 < max(lengths) <= 1000
+    # Log-uniform: half of them are below the geometric mean.
+    assert 70 < sum(length < 100 for length in lengths) < 130
