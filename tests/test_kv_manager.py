@@ -6,6 +6,7 @@ second iteration, in a KV pool that the requests overflow besides.
 
 from __future__ import annotations
 
+import contextlib
 import random
 import re
 import sys
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import requests
 from engine_process import EngineProcess
@@ -72,7 +74,9 @@ def expected(tiny_model: str) -> list[list[int]]:
 
 
 @contextmanager
-def serve(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str) -> Iterator[Client]:
+def start(
+    model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str
+) -> Iterator[tuple[Server, Client]]:
     port = choose_port(0)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model, "--port", str(port)]
     for name, value in ENGINE.items():
@@ -81,7 +85,13 @@ def serve(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: st
     command += ["--enable-metrics", "--decode-log-interval", "5", *flags]
     with Server(command, port, log, {**server_environment(True), **environment}) as server:
         server.wait_until_ready(300)
-        yield Client(port)
+        yield server, Client(port)
+
+
+@contextmanager
+def serve(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str) -> Iterator[Client]:
+    with start(model, log, host_kv_gb, *flags, **environment) as (server, client):
+        yield client
         server.check_alive()
     assert "leak" not in log.read_text(errors="replace")
 
@@ -163,12 +173,13 @@ def test_moves_are_counted_for_prometheus(moving: Client) -> None:
         assert re.search(rf"^sparsespec:kv_{name}{{", metrics, re.MULTILINE), name
 
 
-def test_a_full_host_tier_falls_back_to_retraction(
+def test_a_full_host_tier_falls_back_to_retraction_and_a_kill_leaves_nothing_in_a_new_servers_way(
     tiny_model: str, tmp_path: Path, expected: list[list[int]]
 ) -> None:
+    """The new server runs the unified schedule: a request that was moved has lost its drafts."""
     log = tmp_path / "server.log"
     # About 400 tokens of 256 bytes.
-    with serve(tiny_model, log, "0.0001", SPARSESPEC_TEST_OFFLOAD_INTERVAL="3") as client:
+    with start(tiny_model, log, "0.0001", SPARSESPEC_TEST_OFFLOAD_INTERVAL="3") as (server, client):
         answers = client.generate_all(CALLS)
         assert [answer["output_ids"] for answer in answers] == expected
         state = client.state()
@@ -177,7 +188,41 @@ def test_a_full_host_tier_falls_back_to_retraction(
         assert state["sparsespec_kv_tokens_recomputed"] > 0
         client.assert_pool_empties()
         assert state_of_host(client) == "empty"
-    assert "The host KV tier is full" in log.read_text(errors="replace")
+        kill_scheduler_while_requests_are_offloaded(server, client)
+    text = log.read_text(errors="replace")
+    assert "The host KV tier is full" in text and "leak" not in text
+    unified = ("--sparsespec-schedule", "unified")
+    with serve(tiny_model, tmp_path / "new.log", "0.01", *unified, SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as client:
+        assert [answer["output_ids"] for answer in client.generate_all(CALLS)] == expected
+        state = client.state()
+        assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
+        assert state["sparsespec_kv_tokens_recomputed"] == 0
+        client.assert_pool_empties()
+        assert state_of_host(client) == "empty"
+
+
+def kill_scheduler_while_requests_are_offloaded(server: Server, client: Client) -> None:
+    def ask() -> None:
+        with contextlib.suppress(requests.RequestException, AssertionError):
+            client.generate_all(CALLS)
+
+    before = client.state()
+    thread = threading.Thread(target=ask)
+    thread.start()
+    deadline = time.monotonic() + 60
+    while True:
+        state = client.state()
+        offloaded = state["sparsespec_kv_requests_offloaded"]
+        stored = state["host_kv_tokens_total"] - state["host_kv_tokens_free"]
+        if offloaded > before["sparsespec_kv_requests_offloaded"] and stored > 0:
+            break
+        assert time.monotonic() < deadline
+    children = psutil.Process(server.process.pid).children(recursive=True)
+    (scheduler,) = [child for child in children if "scheduler" in "".join(child.cmdline())]
+    scheduler.kill()
+    server.stop()
+    thread.join(timeout=60)
+    assert not thread.is_alive()
 
 
 def state_of_host(client: Client) -> str:
