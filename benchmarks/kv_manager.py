@@ -202,12 +202,19 @@ class Sampler:
             moved=moved,
         )
 
-    async def idle(self) -> Sample:
-        """The state once nothing runs; an idle scheduler publishes its load at once."""
+    async def idle(self, timeout: float = 30) -> Sample:
+        """The state once nothing runs; an idle scheduler publishes its load at once.
+
+        Raises:
+            RuntimeError: something still runs after ``timeout`` seconds.
+        """
+        since = time.perf_counter()
         while True:
-            sample = await self.read(time.perf_counter())
+            sample = await self.read(since)
             if sample.running == sample.waiting == 0:
                 return sample
+            if sample.t > timeout:
+                raise RuntimeError(f"{sample.running} requests run and {sample.waiting} wait when nothing should")
             await asyncio.sleep(0.02)
 
     async def follow(self, since: float, interval: float, answers: asyncio.Task[Any]) -> None:
