@@ -11,7 +11,7 @@ On a CPU, for a look at the records only:
 
     python benchmarks/kv_manager.py --model-path smollm2-135m-float32 --device cpu --dtype float32 \\
         --prefill-backend torch_native --decode-backend torch_native --host-kv-gb 1 --requests 10 \\
-        --prompt-tokens 64 --min-new-tokens 16 --max-new-tokens 128 --max-total-tokens 800 \\
+        --prompt-tokens 64 --min-new-tokens 16 --max-new-tokens 128 --max-total-tokens 500 --publish-interval 1 \\
         --max-running-requests 8 --results kv_manager.jsonl --plot kv_manager.png
 
 Engines (``--engines``), started one after the other with the same flags but for these:
@@ -249,7 +249,7 @@ async def run_requests(
     return {
         "seconds": round(seconds, 2),
         "cut_by_time_limit": cut,
-        "prompt_tokens": sum(map(len, prompts)),
+        "all_prompt_tokens": sum(map(len, prompts)),
         "output_tokens": tokens,
         "tokens_per_s": round(tokens / seconds, 1),
         "accept_length": round(fmean(accept), 3) if accept else None,
