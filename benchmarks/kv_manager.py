@@ -350,7 +350,7 @@ def plot(records: list[dict[str, Any]], path: Path) -> None:
         label = record["engine"] + (f" (steady state {steady:.1%})" if steady is not None else "")
         panels[0].plot(times, [100 * sample["used"] for sample in record["samples"]], label=label)
         panels[1].plot(times, [sample["running"] for sample in record["samples"]], label=record["engine"])
-    panels[0].set(ylabel="KV pool held by requests on the device, %", ylim=(0, 101))
+    panels[0].set(ylabel="KV pool in use, %", ylim=(0, 101))
     panels[1].set(ylabel="running requests", xlabel="seconds", ylim=(0, None))
     panels[0].set_title(f"{records[0]['model']}, KV pool of {records[0]['max_total_tokens']} tokens", fontsize=9)
     panels[0].legend(fontsize=8)
