@@ -61,9 +61,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: str) -> list[list[int]]:
-    """Output ids of ``CALLS`` with an ample pool and no host tier."""
-    with EngineProcess(model_path=tiny_model, max_total_tokens=30000, log_level="error", **ENGINE) as engine:
+def ample_engine(tiny_model: str) -> EngineProcess:
+    """An ample pool, no host tier; it starts while the first server does, and is ended by ``expected``."""
+    return EngineProcess(model_path=tiny_model, max_total_tokens=30000, log_level="error", **ENGINE)
+
+
+@pytest.fixture(scope="module")
+def expected(ample_engine: EngineProcess) -> list[list[int]]:
+    """Output ids of ``CALLS``."""
+    with ample_engine as engine:
         outputs = engine.generate(
             input_ids=[call["prompt"] for call in CALLS],
             sampling_params=[
@@ -88,20 +94,27 @@ def start(
         yield server, Client(port)
 
 
-@contextmanager
-def serve(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str) -> Iterator[Client]:
-    with start(model, log, host_kv_gb, *flags, **environment) as (server, client):
-        yield client
-        server.check_alive()
-    assert "leak" not in log.read_text(errors="replace")
+def check(server: Server) -> None:
+    """It runs, and SGLang's checks of its pools found nothing."""
+    server.check_alive()
+    assert "leak" not in server.log.read_text(errors="replace")
 
 
 @pytest.fixture(scope="module")
-def moving(tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server that moves every request again and again."""
+def moving_server(
+    tiny_model: str, ample_engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[Server, Client]]:
+    """A server that moves every request again and again; the last test's to kill."""
     log = tmp_path_factory.mktemp("moving") / "server.log"
-    with serve(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as client:
-        yield client
+    with start(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as (server, client):
+        yield server, client
+
+
+@pytest.fixture
+def moving(moving_server: tuple[Server, Client]) -> Iterator[Client]:
+    server, client = moving_server
+    yield client
+    check(server)
 
 
 def test_requests_that_are_moved_several_times_keep_their_outputs(
@@ -173,32 +186,26 @@ def test_moves_are_counted_for_prometheus(moving: Client) -> None:
         assert re.search(rf"^sparsespec:kv_{name}{{", metrics, re.MULTILINE), name
 
 
-def test_a_full_host_tier_falls_back_to_retraction_and_a_kill_leaves_nothing_in_a_new_servers_way(
-    tiny_model: str, tmp_path: Path, expected: list[list[int]]
+def test_a_new_server_after_a_kill_in_mid_transfer_retracts_when_its_host_tier_is_full(
+    moving_server: tuple[Server, Client], tiny_model: str, tmp_path: Path, expected: list[list[int]]
 ) -> None:
-    """The new server runs the unified schedule: a request that was moved has lost its drafts."""
+    """The new server runs the unified schedule, where a request that was moved has lost its drafts."""
+    kill_scheduler_while_requests_are_offloaded(*moving_server)
     log = tmp_path / "server.log"
+    unified = ("--sparsespec-schedule", "unified")
     # About 400 tokens of 256 bytes.
-    with start(tiny_model, log, "0.0001", SPARSESPEC_TEST_OFFLOAD_INTERVAL="3") as (server, client):
+    with start(tiny_model, log, "0.0001", *unified, SPARSESPEC_TEST_OFFLOAD_INTERVAL="3") as (server, client):
         answers = client.generate_all(CALLS)
         assert [answer["output_ids"] for answer in answers] == expected
         state = client.state()
+        assert state["sparsespec_kv_requests_restored"] > 0 and state["sparsespec_kv_bytes_from_host"] > 0
         assert state["sparsespec_kv_host_full"] > 0
         assert state["sparsespec_kv_requests_retracted"] >= state["sparsespec_kv_host_full"]
         assert state["sparsespec_kv_tokens_recomputed"] > 0
         client.assert_pool_empties()
         assert state_of_host(client) == "empty"
-        kill_scheduler_while_requests_are_offloaded(server, client)
-    text = log.read_text(errors="replace")
-    assert "The host KV tier is full" in text and "leak" not in text
-    unified = ("--sparsespec-schedule", "unified")
-    with serve(tiny_model, tmp_path / "new.log", "0.01", *unified, SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as client:
-        assert [answer["output_ids"] for answer in client.generate_all(CALLS)] == expected
-        state = client.state()
-        assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
-        assert state["sparsespec_kv_tokens_recomputed"] == 0
-        client.assert_pool_empties()
-        assert state_of_host(client) == "empty"
+        check(server)
+    assert "The host KV tier is full" in log.read_text(errors="replace")
 
 
 def kill_scheduler_while_requests_are_offloaded(server: Server, client: Client) -> None:
