@@ -34,17 +34,7 @@ def job_contents(job: Job, matrix: Matrix, log_level: str) -> dict[str, Any]:
             "engine_args": json.dumps({**matrix.engine_args, **job.engine.args}),
         },
         "ignore_eos": matrix.ignore_eos,
-        "samples": [
-            {
-                "key": cell.key(matrix),
-                "repeat": repeat,
-                "dataset": str(cell.dataset),
-                "batch": cell.batch,
-                "output_length": cell.output_length,
-                "temperature": cell.temperature,
-            }
-            for cell, repeat in job.samples
-        ],
+        "samples": [cell.sample(matrix, repeat) for cell, repeat in job.samples],
     }
 
 

@@ -165,6 +165,17 @@ class Cell:
         load = f"b{self.batch}|o{self.output_length}|t{self.temperature:g}"
         return f"{Path(self.model).name}|{self.engine.label}|{self.dataset}|{load}|{digest}"
 
+    def sample(self, matrix: Matrix, repeat: int) -> dict[str, Any]:
+        """What a record of the cell's ``repeat``-th run begins with."""
+        return {
+            "key": self.key(matrix),
+            "repeat": repeat,
+            "dataset": str(self.dataset),
+            "batch": self.batch,
+            "output_length": self.output_length,
+            "temperature": self.temperature,
+        }
+
 
 def cells(matrix: Matrix, model: str, engine: EngineSpec) -> list[Cell]:
     """The cells of one model and engine."""

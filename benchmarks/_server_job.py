@@ -105,12 +105,7 @@ def run_samples(job: Job, matrix: Matrix, url: str, log: Path) -> Iterator[dict[
             if done.returncode or not output.exists():
                 raise RuntimeError(f"bench_serving ended with {done.returncode}: {(done.stderr or done.stdout)[-300:]}")
             yield {
-                "key": cell.key(matrix),
-                "repeat": repeat,
-                "dataset": str(cell.dataset),
-                "batch": cell.batch,
-                "output_length": cell.output_length,
-                "temperature": cell.temperature,
+                **cell.sample(matrix, repeat),
                 "server_url": url,
                 "distinct_prompts": len(set(prompts)),
                 **as_record(json.loads(output.read_text().splitlines()[-1]), tokenizer, cell.batch),

@@ -8,15 +8,13 @@ from __future__ import annotations
 
 import math
 import os
-import re
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 import triton
 import triton.language as tl
+from interpreter_child import assert_passes_in_the_interpreter
 from scipy.stats import chisquare, kstest
 
 from sglang_sparsespec import triton_sampling
@@ -319,11 +317,4 @@ def test_a_round_of_the_sampler_keeps_logits_that_are_overwritten() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    for name in [name for name in env if name.startswith("PYTEST_XDIST")]:
-        del env[name]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = re.search(r"(\d+) passed, 1 skipped", done.stdout)
-    assert passed and int(passed.group(1)) >= 28, done.stdout[-500:]
+    assert_passes_in_the_interpreter(__file__, at_least=28)

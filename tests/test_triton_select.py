@@ -7,12 +7,10 @@ imported, and would break other tests of this process.
 from __future__ import annotations
 
 import os
-import re
-import subprocess
-import sys
 
 import pytest
 import torch
+from interpreter_child import assert_passes_in_the_interpreter
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -130,11 +128,4 @@ def test_a_wrong_sample_costs_passes_only() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", os.path.abspath(__file__)]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
-    for name in [name for name in env if name.startswith("PYTEST_XDIST")]:
-        del env[name]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
-    assert done.returncode == 0, done.stdout[-4000:]
-    passed = re.search(r"(\d+) passed, 1 skipped", done.stdout)
-    assert passed and int(passed.group(1)) >= 60, done.stdout[-500:]
+    assert_passes_in_the_interpreter(__file__, at_least=60)
