@@ -38,7 +38,8 @@ class EngineProcess:
         # waiting for each other.
         defaults = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
         self._child = subprocess.Popen(
-            [sys.executable, str(Path(__file__)), json.dumps(engine_args)],
+            # An idle scheduler would keep a core from the engines beside it.
+            [sys.executable, str(Path(__file__)), json.dumps({"sleep_on_idle": True, **engine_args})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

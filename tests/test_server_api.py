@@ -24,6 +24,7 @@ DEVICE = os.environ.get("SPARSESPEC_TEST_DEVICE", "cpu")
 def port(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
     port = choose_port(0)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path, "--port", str(port)]
+    command += ["--sleep-on-idle"]
     command += ["--speculative-algorithm", "SPARSESPEC", "--served-model-name", "model"]
     if DEVICE == "cpu":
         command += ["--device", "cpu", "--dtype", "float32", "--max-total-tokens", "8000"]

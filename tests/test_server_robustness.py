@@ -33,7 +33,7 @@ def client(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     log = tmp_path_factory.mktemp("server") / "server.log"
     port = choose_port(0)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path, "--device", "cpu"]
-    command += ["--dtype", "float32", "--port", str(port), "--speculative-algorithm", "SPARSESPEC"]
+    command += ["--sleep-on-idle", "--dtype", "float32", "--port", str(port), "--speculative-algorithm", "SPARSESPEC"]
     command += ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
     command += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
     # Admit as if outputs were short, so that a full pool retracts requests.
