@@ -116,6 +116,9 @@ class KVManager:
         self._offload(running)
         running = self._restore(running)
         self._wait_if_full(running)
+        if running.is_empty():
+            # SGLang resets it when requests end only: with all of them gone, none would be admitted again.
+            running.batch_is_full = False
         return running
 
     def _register(self, running: ScheduleBatch) -> None:
