@@ -266,11 +266,7 @@ class SparseSpecAttnBackend(AttentionBackend):
     def begin_mixed(self, mixed: MixedRows) -> None:
         """Plan a mixed forward; the DECODE forward up to :meth:`end_mixed` is taken as one. Recordable."""
         self._mixed = mixed
-        live = (mixed.draft_lens > 0).to(torch.float64)
-        skipped = (self.table.tail_start[mixed.draft_rows] - self.table.num_selected[mixed.draft_rows]) * live
-        full = mixed.draft_lens.sum(dtype=torch.float64)
-        self.kv_read[0] += full - skipped.sum()
-        self.kv_read[1] += full
+        self.count_draft_queries(mixed.draft_rows, mixed.draft_lens)
         self._begin_selection(mixed.verify_lens, mixed.verify_rows)
         if self.lse_hint is not None:
             # A window's token was a draft query if its offset is below the number of drafts; the last
@@ -308,7 +304,7 @@ class SparseSpecAttnBackend(AttentionBackend):
             self._draft_length_set = steps
 
     def count_draft_queries(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
-        """Account draft queries of a round whose draft length is set to 0 (int64 [queries]; length 0: none)."""
+        """Account draft queries (int64 [queries]; length 0: none) that no lock-step verification accounts."""
         live = (seq_lens > 0).to(torch.float64)
         skipped = (self.table.tail_start[rows] - self.table.num_selected[rows]) * live
         full = seq_lens.sum(dtype=torch.float64)

@@ -336,6 +336,13 @@ def test_a_full_host_retracts_the_request(world: Any) -> None:
     assert w.manager.metrics.host_full == 1 and w.manager.metrics.requests_offloaded == 0
 
 
+def test_a_batch_whose_last_request_has_left_admits_again(world: Any) -> None:
+    w = world(free=10_000)
+    batch = Batch([])
+    batch.batch_is_full = True
+    assert not w.manager.step(batch).batch_is_full
+
+
 def test_retracting_all_queues_every_offloaded_request(world: Any) -> None:
     w = world(free=0)
     batch = Batch(requests_of(100, 50, 60))
