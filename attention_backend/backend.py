@@ -26,6 +26,7 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.interface import PillarKernels, score_row
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import POLICIES
+from sglang_sparsespec.attention_backend.side_stream import SideStream
 from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 from sglang_sparsespec.config import get_config
 
@@ -173,23 +174,28 @@ class SparseSpecAttnBackend(AttentionBackend):
         num_rows, max_context = self.req_to_token_pool.req_to_token.shape
         self.policy = POLICIES[self.config.draft_policy](self.config, self.window)
         capacity = self.policy.capacity(max_context)
+        # Where drafts make scores of their own, they and the verification take turns.
+        self._side_stream = SideStream(self.device, enabled=not self.policy.rescores_each_step)
         self.table = SelectionTable(self.num_layers, num_rows, self.num_kv_heads, capacity, self.device)
         self.max_context = max_context
         self.max_bs = num_rows
-        self.kernels = make_kernels(
-            self.config.kernels,
-            self.device,
-            max_batch=num_rows * (1 + self.policy.num_proposals),
-            num_q_heads=self.num_q_heads,
-            num_kv_heads=self.num_kv_heads,
-            head_dim=layers[0].head_dim,
-            window=self.window,
-            capacity=capacity,
-            max_context=max_context,
-            longest_list=self.policy.longest_list(max_context),
-            # An early start would read the selection that the kernel just before is writing.
-            early_start=not self.policy.rescores_each_step,
-        )
+        sizes = {
+            "max_batch": num_rows * (1 + self.policy.num_proposals),
+            "num_q_heads": self.num_q_heads,
+            "num_kv_heads": self.num_kv_heads,
+            "head_dim": layers[0].head_dim,
+            "window": self.window,
+            "capacity": capacity,
+            "max_context": max_context,
+            "longest_list": self.policy.longest_list(max_context),
+        }
+        # An early start would read the selection that the kernel just before is writing.
+        early_start = not self.policy.rescores_each_step
+        self.kernels = make_kernels(self.config.kernels, self.device, early_start=early_start, **sizes)
+        # For mixed forwards' work beside: with scratch of its own, and started by events alone.
+        self._side_kernels = self.kernels
+        if self.config.schedule == "unified":
+            self._side_kernels = make_kernels(self.config.kernels, self.device, early_start=False, **sizes)
         reference = isinstance(self.kernels, TorchPillarKernels)
         # Scores are compared, not summed: 16 bits rank 32K positions well (probabilities
         # down to 6e-8), and halve what selection reads.
@@ -215,7 +221,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._counts: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
         self._mixed: MixedRows | None = None
-        self._hint_columns: torch.Tensor | None = None
+        self._hints: torch.Tensor | None = None
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page "
             "table %.2f GB.",
@@ -272,12 +278,14 @@ class SparseSpecAttnBackend(AttentionBackend):
             # A window's token was a draft query if its offset is below the number of drafts; the last
             # of these stands in for the tokens after it. (Without any: an old one.)
             offsets = torch.arange(self.window, device=self.device)
-            self._hint_columns = torch.minimum(offsets, (mixed.num_drafted - 1).clamp(min=0).unsqueeze(1))
+            columns = torch.minimum(offsets, (mixed.num_drafted - 1).clamp(min=0).unsqueeze(1))
+            self._hints = self.lse_hint[:, mixed.verify_rows.unsqueeze(1), columns]
 
     def end_mixed(self) -> None:
         """Keep the log-sum-exps of the forward's drafts for their verifications. Recordable."""
         mixed = self._mixed
         assert mixed is not None
+        self._side_stream.join()
         if self.lse_hint is not None and self.lse_step is not None:
             step = self.lse_step[:, : len(mixed.draft_rows)]
             # Padding writes to row 0: zeros, since its own log-sum-exp is no number.
@@ -359,7 +367,7 @@ class SparseSpecAttnBackend(AttentionBackend):
                 layer.scaling * k_descale,
                 self.scores,
             )
-            self._select(layer.layer_id, forward_batch.req_pool_indices)
+            self._select(self.kernels, self.scores, layer.layer_id, forward_batch.req_pool_indices)
         return out
 
     def _forward_verify(
@@ -375,7 +383,10 @@ class SparseSpecAttnBackend(AttentionBackend):
             self._save_kv(k, v, layer, forward_batch)
         out = torch.empty_like(q)
         hint = self.lse_hint[layer.layer_id, : forward_batch.batch_size] if self.lse_hint is not None else None
-        self._verify_attention(q, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, hint, out)
+        rows = forward_batch.req_pool_indices
+        self._verify_attention(q, layer, rows, forward_batch.seq_lens, hint, self.scores, out)
+        if self.policy.uses_scores:
+            self._select(self.kernels, self.scores, layer.layer_id, rows)
         return out
 
     def _verify_attention(
@@ -385,14 +396,18 @@ class SparseSpecAttnBackend(AttentionBackend):
         rows: torch.Tensor,
         lengths: torch.Tensor,
         hint: torch.Tensor | None,
+        scores: torch.Tensor,
         out: torch.Tensor,
     ) -> None:
-        """Full attention of the windows, then their rows' selections in this layer.
+        """Full attention of the windows, with scores if the policy uses them.
 
         Args:
             q, out: [batch * W, Hq * D]. rows, lengths: int [batch].
             hint: float32 [batch, W, Hq]; one that is far off costs time, not exactness.
+            scores: as :attr:`scores`, at least ``batch`` of its rows.
         """
+        if not len(rows):
+            return
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
         self.kernels.verify_attention(
@@ -405,17 +420,15 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.window,
             layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
-            self.scores if self.policy.uses_scores else None,
+            scores if self.policy.uses_scores else None,
             hint,
         )
         if v_descale != 1.0:
             out.mul_(v_descale)
-        if self.policy.uses_scores:
-            self._select(layer.layer_id, rows)
 
-    def _select(self, layer_id: int, rows: torch.Tensor) -> None:
+    def _select(self, kernels: PillarKernels, scores: torch.Tensor, layer_id: int, rows: torch.Tensor) -> None:
         assert self._counts is not None and self._lengths is not None
-        self.kernels.select(self.scores, self._lengths, rows, self._counts, self.table.positions[layer_id])
+        kernels.select(scores, self._lengths, rows, self._counts, self.table.positions[layer_id])
 
     def forward_decode(
         self,
@@ -435,30 +448,55 @@ class SparseSpecAttnBackend(AttentionBackend):
         if self._mixed is not None:
             self._mixed_attention(q, layer, self._mixed, out)
         else:
-            self._draft_attention(q, layer, forward_batch.req_pool_indices, forward_batch.seq_lens, out)
+            rows = forward_batch.req_pool_indices
+            self._draft_attention(self.kernels, q, layer, rows, forward_batch.seq_lens, out)
         return out
 
     def _mixed_attention(self, q: torch.Tensor, layer: RadixAttention, mixed: MixedRows, out: torch.Tensor) -> None:
-        """Draft attention of the first D tokens, verification of the V windows after them."""
-        drafts = len(mixed.draft_rows)
-        if drafts:
-            self._draft_attention(q[:drafts], layer, mixed.draft_rows, mixed.draft_lens, out[:drafts])
-        if len(mixed.verify_rows):
-            hint = None
-            if self.lse_hint is not None:
-                hint = self.lse_hint[layer.layer_id][mixed.verify_rows.unsqueeze(1), self._hint_columns]
-            self._verify_attention(q[drafts:], layer, mixed.verify_rows, mixed.verify_lens, hint, out[drafts:])
+        """Draft attention of the first D tokens beside verification of the V windows after them.
+
+        The selection runs beside the rest of the layer and joins with the next layer's draft attention.
+        """
+        drafts, windows = len(mixed.draft_rows), len(mixed.verify_rows)
+        with self._side_stream.beside():
+            kernels = self._side_kernels
+            self._draft_attention(kernels, q[:drafts], layer, mixed.draft_rows, mixed.draft_lens, out[:drafts])
+        scores = self._scores_of(layer.layer_id, windows)
+        hint = self._hints[layer.layer_id] if self._hints is not None else None
+        self._verify_attention(q[drafts:], layer, mixed.verify_rows, mixed.verify_lens, hint, scores, out[drafts:])
+        self._side_stream.join()
+        if self.policy.uses_scores and windows:
+            with self._side_stream.beside():
+                self._select(self._side_kernels, scores, layer.layer_id, mixed.verify_rows)
+
+    def _scores_of(self, layer_id: int, windows: int) -> torch.Tensor:
+        """Where a layer of a mixed forward keeps scores: the layers take turns in two halves of the buffer.
+
+        The selection of the layer before may still read its half. That of two layers before is done: draft attention
+        of the layer before ran after it, and was joined.
+        """
+        half = len(self.scores) // 2
+        assert windows <= half, f"{windows} windows in a mixed forward, room for the scores of {half}"
+        return self.scores[half * (layer_id % 2) :]
 
     def _draft_attention(
-        self, q: torch.Tensor, layer: RadixAttention, rows: torch.Tensor, seq_lens: torch.Tensor, out: torch.Tensor
+        self,
+        kernels: PillarKernels,
+        q: torch.Tensor,
+        layer: RadixAttention,
+        rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        out: torch.Tensor,
     ) -> None:
         """q, out: [batch, Hq * D]; rows, seq_lens (with the current token): int [batch]."""
+        if not len(rows):
+            return
         if self.policy.rescores_each_step:
             self._select_for_query(q, layer, rows, seq_lens)
         lse = self.lse_step[layer.layer_id, : len(rows)] if self.lse_step is not None else None
         k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, v_descale = kv_descales(layer)
-        self.kernels.draft_attention(
+        kernels.draft_attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k_cache,
             v_cache,

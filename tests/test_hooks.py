@@ -694,8 +694,9 @@ def test_log_sum_exps_of_drafts_reach_their_window_by_row() -> None:
 
     rows, none = torch.tensor([2, 1]), torch.zeros(0, dtype=torch.int64)
     backend.begin_mixed(MixedRows(none, none, none, rows, torch.tensor([30, 40]), torch.tensor([0, 1])))
-    assert backend._hint_columns is not None
-    assert backend._hint_columns.tolist() == [[0] * WINDOW, [0] * WINDOW]
+    assert backend._hints is not None
+    expected = backend.lse_hint[:, rows, :1].expand(-1, -1, WINDOW, -1)  # the only draft's, for all tokens of a window
+    assert torch.equal(backend._hints, expected)
     backend.end_mixed()
     server.mixed([(1, 42)], [(4, 20), (1, 40)])
     assert [hint.shape for hint in hints] == [(2, WINDOW, NUM_Q_HEADS)] * NUM_LAYERS
