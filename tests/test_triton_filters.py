@@ -1,0 +1,95 @@
+"""Floors of top-k and top-p by the Triton kernel against their definition.
+
+Without a GPU a child process runs this file in Triton's interpreter, as ``test_triton_sampling.py``.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from interpreter_child import assert_passes_in_the_interpreter
+
+from sglang_sparsespec import triton_filters, triton_sampling
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
+kernels_run_here = pytest.mark.skipif(
+    DEVICE == "cpu" and not INTERPRETED, reason="no CUDA GPU: test_every_case_in_the_interpreter runs it in a child process"
+)
+BLOCK, ROOM = 64, 32
+NO_TOP_K = 1 << 30
+INF = float("inf")
+
+
+def found_floors(
+    logits: torch.Tensor, temperatures: list[float], top_ks: list[int], top_ps: list[float], room: int = ROOM
+) -> torch.Tensor:
+    given = torch.tensor([[t] for t in temperatures], device=DEVICE)
+    ks = torch.tensor(top_ks, dtype=torch.int32, device=DEVICE)
+    ps = torch.tensor(top_ps, device=DEVICE)
+    logits = logits.to(DEVICE)
+    maxima, sums = triton_sampling.row_sums(logits, given, ks, block=BLOCK)
+    return triton_filters.floors(logits, given, ks, ps, maxima, sums, BLOCK, room).cpu()
+
+
+def kept_by_definition(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    """bool [vocab], token by token; the mass of likelier tokens may lie at the edge up to rounding (None of these cases)."""
+    probs = torch.softmax(logits.double() / temperature, -1)
+    likelier = logits.unsqueeze(0) > logits.unsqueeze(1)
+    count = likelier.sum(1)
+    mass = (likelier * probs).sum(1)
+    assert top_p >= 1 or ((mass - top_p).abs() > 1e-6).all(), "a case at the edge"
+    return (count < top_k) & ((mass < top_p) | (top_p >= 1))
+
+
+def random_logits(*shape: int, spread: float, seed: int = 0) -> torch.Tensor:
+    return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = [(20, 1.0), (NO_TOP_K, 0.95), (20, 0.95), (3, 0.5), (NO_TOP_K, 0.01), (1000, 0.999), (2, 1.0)]
+
+
+@kernels_run_here
+@pytest.mark.parametrize("spread", [6.0, 1.0, 0.1], ids=["peaked", "flat", "flatter"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_floors_keep_what_the_definition_keeps(spread: float, dtype: torch.dtype) -> None:
+    """Peaked rows are decided among the collected logits, flat ones over the whole row; bfloat16 logits are often tied."""
+    temperatures = [0.6, 1.0, 1.7, 0.3, 0.8, 1.0, 1.2]
+    logits = random_logits(len(CASES), 300, spread=spread).to(dtype).float()
+    floors = found_floors(logits, temperatures, [k for k, _ in CASES], [p for _, p in CASES])
+    for row, (temperature, (top_k, top_p)) in enumerate(zip(temperatures, CASES, strict=True)):
+        expected = kept_by_definition(logits[row], temperature, top_k, top_p)
+        assert torch.equal(logits[row] >= floors[row], expected), (row, int(expected.sum()))
+
+
+@kernels_run_here
+def test_rows_without_filters_and_greedy_rows_have_no_floor() -> None:
+    floors = found_floors(random_logits(3, 100, spread=3.0), [1.0, 1.0, 1.0], [NO_TOP_K, 1, 100], [1.0, 0.9, 1.0])
+    assert floors.tolist() == [-INF] * 3
+
+
+@kernels_run_here
+def test_every_request_has_its_own_filters_in_all_of_its_rows() -> None:
+    logits = random_logits(6, 100, spread=4.0, seed=2)
+    floors = found_floors(logits, [0.7, 1.3], [5, NO_TOP_K], [1.0, 0.8])
+    for row in range(6):
+        top_k, top_p, temperature = ((5, 1.0, 0.7), (NO_TOP_K, 0.8, 1.3))[row // 3]
+        assert torch.equal(logits[row] >= floors[row], kept_by_definition(logits[row], temperature, top_k, top_p))
+
+
+@kernels_run_here
+def test_all_tokens_tied_at_the_edge_stay_and_impossible_ones_go() -> None:
+    """Three of the largest and two ties around the second place of a top-k of 2; negative zero equals zero."""
+    logits = torch.full((2, 70), -INF)
+    logits[0, [3, 68, 40]] = torch.tensor([2.0, 1.0, 1.0])
+    logits[1, [0, 1, 2]] = torch.tensor([0.0, -0.0, -1.0])
+    kept = logits >= found_floors(logits, [1.0, 1.0], [2, 2], [1.0, 1.0]).unsqueeze(1)
+    assert kept[0].nonzero().flatten().tolist() == [3, 40, 68]
+    assert kept[1].nonzero().flatten().tolist() == [0, 1]
+
+
+@pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
+def test_every_case_in_the_interpreter() -> None:
+    assert_passes_in_the_interpreter(__file__, at_least=9)
