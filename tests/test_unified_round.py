@@ -147,6 +147,8 @@ class RuleServer:
             None,
             lambda is_all_greedy, *tensors: tensors,
             lambda drafts, verifications: self.counted.append((drafts, verifications)),
+            torch.float32,
+            use_triton=False,
         )
         if graphs:
             self.rounds.graphs = UnifiedGraphs(self.runner, backend, self.rounds.state)
