@@ -10,7 +10,7 @@
   drafts sample from p. Any draft distribution q keeps the target's distribution.
 
 Logits are float32 here: SGLang's ``LogitsProcessor`` converts what the head computed, into a static buffer where there
-is one. On CUDA, batches without filters are drafted and accepted from them by ``triton_sampling``, which writes no
+is one. On CUDA, batches without filters (staggered: requests without filters) are drafted and accepted from them by ``triton_sampling``, which writes no
 probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer.
 """
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
+    from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -355,10 +356,14 @@ def has_filters(info: SamplingBatchInfo, reqs: Sequence[Req]) -> bool:
     """
     if not (info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling):
         return False
+    return any(is_filtered(req.sampling_params) for req in reqs)
+
+
+def is_filtered(params: SamplingParams) -> bool:
+    """Whether a request samples, and with a top-k, a top-p or a min-p."""
     from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
-    params = (req.sampling_params for req in reqs)
-    return any(p.top_k != 1 and (p.top_k != TOP_K_ALL or p.top_p != 1.0 or p.min_p > 0) for p in params)
+    return params.top_k != 1 and (params.top_k != TOP_K_ALL or params.top_p != 1.0 or params.min_p > 0)
 
 
 def draft_logits_dtype(model_runner: ModelRunner) -> torch.dtype:

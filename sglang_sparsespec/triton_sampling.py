@@ -9,6 +9,9 @@ Acceptance reads the target's logits once (sums of the blocks), and both logits 
 of the residual max(p - q, 0) per block).  Draws are exponential races, argmax of weight / Exp(1): unlike a cumulative
 sum, they give rare tokens their share, and never one of weight 0.
 
+What drafts were drawn from is kept by request of the batch and step, or, where windows outlive their batch, in slots of
+the caller's choice (``slots`` of :func:`draft`, ``rows`` and ``num_drafted`` of :func:`accept`).
+
 Greedy rows (top-k 1) draw the first largest logit, as ``torch.argmax``.  The oracles are ``sampling.target_probabilities``
 and ``sampling.accept_by_rejection``.
 """
@@ -26,6 +29,8 @@ LOG2E = tl.constexpr(1.4426950408889634)
 DRAW_BLOCK = tl.constexpr(0)
 DRAW_TOKEN = tl.constexpr(1)
 COINS = tl.constexpr(2)
+#: Arguments that may be views of a plan: their alignment differs from forward to forward, and must compile nothing anew.
+VIEWS = ("rows_ptr", "num_drafted_ptr")
 
 
 @triton.jit
@@ -79,6 +84,26 @@ def _row_sums(maxima, sums, rows, scale, BLOCKS: tl.constexpr, PADDED: tl.conste
 
 
 @triton.jit
+def _entry(indices_ptr, i):
+    """Entry ``i`` of the indices as int64; without indices ``i`` itself."""
+    if indices_ptr is None:
+        entry = i
+    else:
+        entry = tl.load(indices_ptr + i)
+    return entry.to(tl.int64)
+
+
+@triton.jit
+def _made(num_drafted_ptr, b, K: tl.constexpr):
+    """How many drafts request ``b`` has: all K unless there are counts."""
+    if num_drafted_ptr is None:
+        made = b * 0 + K
+    else:
+        made = tl.load(num_drafted_ptr + b).to(tl.int32)
+    return made
+
+
+@triton.jit
 def _sums_kernel(
     logits_ptr,
     stride,
@@ -86,6 +111,7 @@ def _sums_kernel(
     top_ks_ptr,
     kept_ptr,
     kept_stride,
+    slots_ptr,
     maxima_ptr,
     sums_ptr,
     vocab,
@@ -102,7 +128,8 @@ def _sums_kernel(
     if KEEP:
         offs = block * BLOCK + tl.arange(0, BLOCK)
         kept = logits.to(kept_ptr.dtype.element_ty)
-        tl.store(kept_ptr + row.to(tl.int64) * kept_stride + offs, kept, mask=offs < vocab)
+        slot = _entry(slots_ptr, row)
+        tl.store(kept_ptr + slot * kept_stride + offs, kept, mask=offs < vocab)
         # A draft's distribution is the one of the logits that acceptance will read.
         logits = tl.where(greedy, logits, kept.to(tl.float32))
     largest = tl.max(logits, 0)
@@ -123,6 +150,7 @@ def _draw_kernel(
     seeds_ptr,
     step,
     kept_ptr,
+    slots_ptr,
     tokens_ptr,
     lse_ptr,
     lse_stride,
@@ -139,7 +167,11 @@ def _draw_kernel(
     else:
         scale = LOG2E / tl.load(temperatures_ptr + b)
         weights, lse = _row_sums(maxima_ptr, sums_ptr, b + tl.arange(0, 1), scale, BLOCKS, PADDED)
-        tl.store(lse_ptr + b * lse_stride + step + tl.arange(0, 1), lse)
+        if slots_ptr is None:
+            at = b * lse_stride + step
+        else:
+            at = tl.load(slots_ptr + b)
+        tl.store(lse_ptr + at + tl.arange(0, 1), lse)
         seed = tl.load(seeds_ptr + step)
         block = _race(tl.sum(weights, 0), seed, b, DRAW_BLOCK, PADDED)
         logits = _block_logits(logits_row, block, vocab, BLOCK).to(kept_ptr.dtype.element_ty).to(tl.float32)
@@ -148,13 +180,15 @@ def _draw_kernel(
     tl.store(tokens_ptr + b, tl.minimum(token, vocab - 1).to(tl.int64))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def _accept_kernel(
     candidates_ptr,
     logits_ptr,
     stride,
     kept_ptr,
     draft_lse_ptr,
+    rows_ptr,
+    num_drafted_ptr,
     temperatures_ptr,
     top_ks_ptr,
     maxima_ptr,
@@ -165,6 +199,7 @@ def _accept_kernel(
     final_lse_ptr,
     vocab,
     K: tl.constexpr,
+    SLOTS: tl.constexpr,
     PADDED_W: tl.constexpr,
     BLOCKS: tl.constexpr,
     PADDED: tl.constexpr,
@@ -174,6 +209,7 @@ def _accept_kernel(
     b = tl.program_id(0)
     i = tl.arange(0, PADDED_W)
     drafted = i < K
+    made = _made(num_drafted_ptr, b, K)
     row = b * (K + 1) + i
     tokens = tl.load(candidates_ptr + row + 1, mask=drafted, other=0)
     tl.store(tokens_ptr + row, tokens, mask=drafted)
@@ -183,7 +219,7 @@ def _accept_kernel(
         for step in range(K):
             r = b * (K + 1) + step
             best = _argmax(logits_ptr + r.to(tl.int64) * stride, maxima_ptr + r * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
-            matches = tl.where(tl.load(candidates_ptr + r + 1) == best, matches, 0)
+            matches = tl.where((step < made) & (tl.load(candidates_ptr + r + 1) == best), matches, 0)
             accepted += matches
     else:
         scale = LOG2E / tl.load(temperatures_ptr + b)
@@ -191,10 +227,10 @@ def _accept_kernel(
         _, lse = _row_sums(maxima_ptr, sums_ptr, b * (K + 1) + tl.minimum(i, K), scale, BLOCKS, PADDED)
         target = tl.load(logits_ptr + row.to(tl.int64) * stride + tokens, mask=drafted, other=0.0).to(tl.float32)
         p = tl.exp2(target * scale - lse)
-        at = b * K + i
-        draft = tl.load(kept_ptr + at.to(tl.int64) * vocab + tokens, mask=drafted, other=0.0).to(tl.float32)
+        at = _entry(rows_ptr, b) * SLOTS + i
+        draft = tl.load(kept_ptr + at * vocab + tokens, mask=drafted, other=0.0).to(tl.float32)
         q = tl.exp2(draft * scale - tl.load(draft_lse_ptr + at, mask=drafted, other=0.0))
-        rejected = (_uniform(tl.load(seed_ptr), b, COINS, i) * q >= p) | (i == K)
+        rejected = (_uniform(tl.load(seed_ptr), b, COINS, i) * q >= p) | (i >= made)
         accepted = tl.min(tl.where(rejected, i, K), 0)
         tl.store(final_lse_ptr + b, tl.sum(tl.where(i == accepted, lse, 0.0), 0))
     tl.store(lens_ptr + b, accepted + 1)
@@ -207,28 +243,32 @@ def _residual(
     kept_ptr,
     draft_lse_ptr,
     final_lse_ptr,
+    rows_ptr,
     b,
     accepted,
     block,
     scale,
     vocab,
     K: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """max(p - q, 0) of a block of request b's first rejected row."""
     row = (b * (K + 1) + accepted).to(tl.int64)
-    at = (b * K + accepted).to(tl.int64)
+    at = _entry(rows_ptr, b) * SLOTS + accepted
     p = tl.exp2(_block_logits(logits_ptr + row * stride, block, vocab, BLOCK) * scale - tl.load(final_lse_ptr + b))
     q = tl.exp2(_block_logits(kept_ptr + at * vocab, block, vocab, BLOCK) * scale - tl.load(draft_lse_ptr + at))
     return tl.maximum(p - q, 0.0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def _residual_kernel(
     logits_ptr,
     stride,
     kept_ptr,
     draft_lse_ptr,
+    rows_ptr,
+    num_drafted_ptr,
     temperatures_ptr,
     top_ks_ptr,
     lens_ptr,
@@ -236,6 +276,7 @@ def _residual_kernel(
     residuals_ptr,
     vocab,
     K: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -243,20 +284,23 @@ def _residual_kernel(
     b = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     accepted = tl.load(lens_ptr + b) - 1
-    if (accepted < K) & (tl.load(top_ks_ptr + b) != 1):
+    if (accepted < _made(num_drafted_ptr, b, K)) & (tl.load(top_ks_ptr + b) != 1):
         scale = LOG2E / tl.load(temperatures_ptr + b)
         residual = _residual(
-            logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, b, accepted, block, scale, vocab, K, BLOCK
-        )
+            logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale, vocab,
+            K, SLOTS, BLOCK,
+        )  # fmt: skip
         tl.store(residuals_ptr + b * BLOCKS + block, tl.sum(residual, 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=VIEWS)
 def _final_kernel(
     logits_ptr,
     stride,
     kept_ptr,
     draft_lse_ptr,
+    rows_ptr,
+    num_drafted_ptr,
     temperatures_ptr,
     top_ks_ptr,
     maxima_ptr,
@@ -268,6 +312,7 @@ def _final_kernel(
     tokens_ptr,
     vocab,
     K: tl.constexpr,
+    SLOTS: tl.constexpr,
     BLOCKS: tl.constexpr,
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -284,7 +329,8 @@ def _final_kernel(
         rows, _ = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
         weights = tl.sum(rows, 0)
         offs = tl.arange(0, PADDED)
-        residuals = tl.load(residuals_ptr + b * BLOCKS + offs, mask=(offs < BLOCKS) & (accepted < K), other=0.0)
+        rejected = accepted < _made(num_drafted_ptr, b, K)
+        residuals = tl.load(residuals_ptr + b * BLOCKS + offs, mask=(offs < BLOCKS) & rejected, other=0.0)
         # p == q up to rounding leaves no residual; then the target itself is the residual.
         from_residual = tl.sum(residuals, 0) > 0
         seed = tl.load(seed_ptr)
@@ -293,8 +339,9 @@ def _final_kernel(
         within = _block_weights(logits, tl.max(logits, 0), scale)
         if from_residual:
             residual = _residual(
-                logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, b, accepted, block, scale, vocab, K, BLOCK
-            )
+                logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale, vocab,
+                K, SLOTS, BLOCK,
+            )  # fmt: skip
             # Compiled apart from the sum over the block, it may round to nothing where that did not.
             within = tl.where(tl.max(residual, 0) > 0, residual, within)
         token = block * BLOCK + _race(within, seed, b, DRAW_TOKEN, BLOCK)
@@ -317,13 +364,15 @@ def row_sums(
     temperatures: torch.Tensor,
     top_ks: torch.Tensor,
     kept: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
     block: int = BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pass over ``logits`` [rows, vocab]: largest logits and sums of weights, float32 [rows, blocks] each.
 
     Args:
         temperatures: float32 [requests, 1]; top_ks: int [requests]; a request has rows / requests adjacent rows.
-        kept: [rows, vocab], unit stride along the vocabulary, receives a copy.
+        kept: [slots, vocab], unit stride along the vocabulary, receives a copy.
+        slots: int64 [rows], which row of ``kept`` each one goes to; None: its own.
     """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, block)
@@ -337,6 +386,7 @@ def row_sums(
         top_ks,
         logits if kept is None else kept,
         0 if kept is None else _row_stride(kept),
+        slots,
         maxima,
         sums,
         vocab,
@@ -358,19 +408,22 @@ def draft(
     kept: torch.Tensor,
     lse: torch.Tensor,
     block: int = BLOCK,
+    slots: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one draft token per request from softmax(kept logits / T): int64 [batch].
 
     Args:
         logits: [batch, vocab] of draft step ``step``, float32, bfloat16 or float16, unit stride along the vocabulary.
         temperatures: float32 [batch, 1]. top_ks: int [batch]; 1 for greedy rows, any other value means no filter.
-        seeds: int64, one for each step of the round (:func:`round_seeds`).
+        seeds: int64 (:func:`round_seeds`); ``seeds[step]`` is the draw's.
         kept: [batch, k, vocab] contiguous; ``kept[:, step]`` receives the logits in its own type, and what that type
             rounds is rounded in the draw.
         lse: float32 [batch, k] contiguous; ``lse[:, step]`` receives log2(sum(exp(kept logits / T))), not of greedy rows.
+        slots: int64 [batch], where in ``kept`` [rows, k, vocab] and ``lse`` [rows, k], both contiguous, the requests'
+            drafts belong: row * k + place in the window. ``step`` then says nothing but which seed is used.
     """
     batch, vocab = logits.shape
-    maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step], block)
+    maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step] if slots is None else kept.flatten(0, 1), slots, block)
     blocks = maxima.shape[1]
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     _draw_kernel[(batch,)](
@@ -383,6 +436,7 @@ def draft(
         seeds,
         step,
         kept,
+        slots,
         tokens,
         lse,
         lse.stride(0),
@@ -404,6 +458,8 @@ def accept(
     lse: torch.Tensor,
     seed: torch.Tensor,
     block: int = BLOCK,
+    rows: torch.Tensor | None = None,
+    num_drafted: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rejection sampling of the drafts that :func:`draft` drew.
 
@@ -413,6 +469,8 @@ def accept(
         temperatures, top_ks: per request, as in :func:`draft`.
         kept, lse: from :func:`draft`, contiguous.
         seed: int64 [1], not used by a draft.
+        rows: int64 [batch], the requests' rows of ``kept`` [rows, at least k, vocab] and ``lse``; None: their own index.
+        num_drafted: int [batch], how many drafts were made, the first of the window; None: all k. The others may be anything.
 
     Returns:
         tokens int64 [batch, W], whose first accept_lens are the output, and accept_lens int32 [batch] (1 to W).
@@ -422,25 +480,28 @@ def accept(
     candidates = candidates.contiguous()
     if not (kept.is_contiguous() and lse.is_contiguous()):
         raise ValueError("kept logits and their sums must be contiguous")
+    if lse.shape != kept.shape[:2]:
+        raise ValueError(f"kept logits {list(kept.shape)} and sums {list(lse.shape)} do not belong together")
     stride = _row_stride(logits)
     maxima, sums = row_sums(logits, temperatures, top_ks, block=block)
     blocks = maxima.shape[1]
-    sizes = {"K": width - 1, "BLOCKS": blocks, "BLOCK": block}
+    sizes = {"K": width - 1, "SLOTS": kept.shape[1], "BLOCKS": blocks, "BLOCK": block}
     padded = triton.next_power_of_2(blocks)
     tokens = torch.empty_like(candidates)
     accept_lens = torch.empty(batch, dtype=torch.int32, device=device)
     final_lse = torch.empty(batch, dtype=torch.float32, device=device)
     residuals = torch.empty((batch, blocks), dtype=torch.float32, device=device)
-    rows = (temperatures, top_ks)
+    of_draft = (kept, lse, rows, num_drafted)
+    given = (temperatures, top_ks)
     _accept_kernel[(batch,)](
-        candidates, logits, stride, kept, lse, *rows, maxima, sums, seed, tokens, accept_lens, final_lse, vocab,
+        candidates, logits, stride, *of_draft, *given, maxima, sums, seed, tokens, accept_lens, final_lse, vocab,
         PADDED_W=triton.next_power_of_2(width), PADDED=padded, **sizes, num_warps=4,
     )  # fmt: skip
     _residual_kernel[(batch * blocks,)](
-        logits, stride, kept, lse, *rows, accept_lens, final_lse, residuals, vocab, **sizes, num_warps=4
+        logits, stride, *of_draft, *given, accept_lens, final_lse, residuals, vocab, **sizes, num_warps=4
     )
     _final_kernel[(batch,)](
-        logits, stride, kept, lse, *rows, maxima, sums, seed, accept_lens, final_lse, residuals, tokens, vocab,
+        logits, stride, *of_draft, *given, maxima, sums, seed, accept_lens, final_lse, residuals, tokens, vocab,
         PADDED=padded, **sizes, num_warps=8,
     )  # fmt: skip
     return tokens, accept_lens

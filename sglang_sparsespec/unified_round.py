@@ -25,6 +25,7 @@ from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import MixedRows, SparseSpecAttnBackend
 from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.scheduler_patch.unified_schedule import StaggeredForward, UnifiedSchedule, forward_capacity
+from sglang_sparsespec.window_sampling import WindowSampler
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -237,6 +238,7 @@ class UnifiedRounds:
     Args:
         from_first_rank: ``SparseSpecWorker._from_first_rank``.
         count_forward: called before each forward with its draft and verification tokens.
+        logits_dtype, use_triton: see ``WindowSampler``.
     """
 
     def __init__(
@@ -247,6 +249,8 @@ class UnifiedRounds:
         simulated: SimulatedAcceptance | None,
         from_first_rank: Callable[..., tuple[torch.Tensor, ...]],
         count_forward: Callable[[int, int], None],
+        logits_dtype: torch.dtype,
+        use_triton: bool,
     ) -> None:
         self.window = window
         self.schedule = UnifiedSchedule(window)
@@ -260,7 +264,7 @@ class UnifiedRounds:
         self._vocab_size: int = model_runner.model_config.vocab_size
         device = self.state.lens.device
         self._batch_index = torch.zeros(self.state.num_rows, dtype=torch.int64, device=device)
-        self._draft_probs: torch.Tensor | None = None
+        self._sampler = WindowSampler(self.state.num_rows, window, logits_dtype, use_triton, device)
         self._uploaded: tuple[Any, torch.Tensor] | None = None
         self._fallbacks_logged: set[str] = set()
         #: Rounds that ran in lock-step because of what their batch asked for.
@@ -292,12 +296,16 @@ class UnifiedRounds:
         self.lose_drafts(batch.reqs)
         return True
 
-    def _plan(self, batch: ScheduleBatch) -> tuple[StaggeredForward, ...]:
+    def _plan(self, batch: ScheduleBatch, last: frozenset[int]) -> tuple[StaggeredForward, ...]:
+        """The round's forwards; requests of the rows ``last`` stand last in each."""
         rows = [req.req_pool_idx for req in batch.reqs]
         # The generation tells a request from itself before a retraction, should no prefill be between.
         generations = self._pool.req_generation[rows].tolist()
         owners = zip((req.rid for req in batch.reqs), generations, strict=True)
-        return self.schedule.plan_round(list(zip(rows, owners, strict=True)))
+        requests = list(zip(rows, owners, strict=True))
+        if last:
+            requests.sort(key=lambda request: request[0] in last)
+        return self.schedule.plan_round(requests)
 
     def _upload(self, plan: tuple[StaggeredForward, ...], size: int) -> tuple[torch.Tensor, int, int]:
         """The plan on the device, padded for ``size`` requests: int64 [W, 2D + 2V], D and V."""
@@ -318,7 +326,8 @@ class UnifiedRounds:
         """
         state, size = self.state, len(batch.reqs)
         batch_rows = batch.req_pool_indices.long()
-        plan = self._plan(batch)
+        filtered = self._sampler.filtered_rows(batch.sampling_info, batch.reqs)
+        plan = self._plan(batch, filtered)
         bucket = self.graphs.bucket(size) if self.graphs is not None else None
         packed, drafts, verifications = self._upload(plan, bucket or size)
         state.begin_round(batch_rows, batch.seq_lens, bonus_tokens.long())
@@ -326,6 +335,7 @@ class UnifiedRounds:
         logits_of_windows = None
         if by_hand:
             self._batch_index[batch_rows] = torch.arange(size, device=batch_rows.device)
+            self._sampler.begin_round(batch.sampling_info, filtered)
             if batch.return_logprob:
                 shape = (size, self.window, self._vocab_size)
                 logits_of_windows = torch.empty(shape, device=batch_rows.device)
@@ -344,6 +354,8 @@ class UnifiedRounds:
                 window_logits = logits[live[0] :]
             else:
                 continue
+            if by_hand:
+                self._sampler.begin_forward(index, forward)
             if by_hand and live[0]:
                 self._sample_drafts(batch, rows, logits[: live[0]])
             if by_hand and live[1]:
@@ -359,20 +371,9 @@ class UnifiedRounds:
 
     def _sample_drafts(self, batch: ScheduleBatch, rows: ForwardRows, logits: torch.Tensor) -> None:
         index = self._batch_index[rows.draft_rows]
-        parameters = sampling.SamplingRows.of(batch.sampling_info, index=index)
-        tokens, probs = sampling.sample_draft(logits, parameters, self.state.draft_positions(rows))
-        (tokens,) = self._from_first_rank(parameters.is_all_greedy, tokens)
+        drawn = self._sampler.draw(rows, index, self.state.draft_positions(rows), logits)
+        (tokens,) = self._from_first_rank(batch.sampling_info.is_all_greedy, drawn)
         self.state.commit_drafts(rows, tokens)
-        if probs is not None:
-            self._distributions(probs.shape[-1])[rows.draft_rows, rows.draft_offsets] = probs
-
-    def _distributions(self, vocab_size: int) -> torch.Tensor:
-        """What drafts were drawn from, float32 [rows, k, vocab]; made when a batch first samples."""
-        if self._draft_probs is None:
-            shape = (self.state.num_rows, self.window - 1, vocab_size)
-            self._draft_probs = torch.zeros(shape, dtype=torch.float32, device=self.state.lens.device)
-            logger.info("The distributions of sampled drafts take %.2f GB.", self._draft_probs.nbytes / 1e9)
-        return self._draft_probs
 
     def _accept(
         self, batch: ScheduleBatch, rows: ForwardRows, logits: torch.Tensor, logits_of_windows: torch.Tensor | None
@@ -385,10 +386,7 @@ class UnifiedRounds:
         if self._simulated is not None:
             accepted = state.simulate(self._simulated, candidates, rows)
         else:
-            by_rejection = not info.is_all_greedy and info.sampling_seed is None
-            probs = self._distributions(logits.shape[-1])[rows.verify_rows] if by_rejection else None
-            positions = state.verify_positions(rows).flatten()
-            accepted = sampling.accept(candidates, logits, info, positions, probs, index, rows.num_drafted)
+            accepted = self._sampler.accept(rows, index, candidates, state.verify_positions(rows), logits)
         tokens, accept_lens = self._from_first_rank(info.is_all_greedy, *accepted)
         state.commit_verifications(rows, (tokens, accept_lens))
         if logits_of_windows is not None:

@@ -79,8 +79,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
-        logits_dtype = sampling.draft_logits_dtype(self.model_runner)
-        self._sampler = sampling.DraftSampler(logits_dtype, use_triton=self.device == "cuda")
+        self._logits_dtype = sampling.draft_logits_dtype(self.model_runner)
+        self._sampler = sampling.DraftSampler(self._logits_dtype, use_triton=self.device == "cuda")
 
     # ------------------------------------------------------------ worker interface
 
@@ -105,6 +105,8 @@ class SparseSpecWorker(BaseSpecWorker):
                 self._simulated,
                 self._from_first_rank,
                 self.forward_stats.count,
+                self._logits_dtype,
+                use_triton=self.device == "cuda",
             )
             self.sparsespec_metrics.unified = self.unified
         if self.attn_backend.policy.num_proposals:

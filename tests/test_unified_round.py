@@ -1,20 +1,25 @@
 """Staggered rounds on a model that is a rule: what is fed, drafted, accepted and carried over.
 
 Captured forwards run here too, replayed as plain calls: with their padding, static plans and counter.
+Sampled rounds by the Triton kernels run in Triton's interpreter, in a child process.
 """
 
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from interpreter_child import assert_passes_in_the_interpreter
+from scipy.stats import chi2
 
 from sglang_sparsespec import ALGORITHM
 
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 pytestmark = pytest.mark.usefixtures("plugin")
 
 VOCAB = 64
@@ -71,15 +76,20 @@ class RuleModel:
         assert torch.equal(mixed.draft_lens[live], positions[:drafts][live] + 1)
         windows = positions[drafts:].view(-1, WINDOW)
         assert torch.equal(windows, mixed.verify_lens.unsqueeze(1) + torch.arange(WINDOW))
-        rules = [draft_after] * drafts + [target_after] * windows.numel()
-        pairs = zip(rules, input_ids.tolist(), positions.tolist(), strict=True)
-        following = torch.tensor([rule(token, position) for rule, token, position in pairs], dtype=torch.int64)
-        logits = torch.nn.functional.one_hot(following, VOCAB).float()
+        logits = self.logits(drafts, input_ids, positions)
         buffer = forward_batch.next_token_logits_buffer
         if buffer is not None:  # as SGLang's LogitsProcessor does
             assert buffer.shape == logits.shape
             logits = buffer.copy_(logits)
         return SimpleNamespace(next_token_logits=logits)
+
+
+    def logits(self, drafts: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """[tokens, VOCAB], the drafts' first."""
+        rules = [draft_after] * drafts + [target_after] * (len(input_ids) - drafts)
+        pairs = zip(rules, input_ids.tolist(), positions.tolist(), strict=True)
+        following = torch.tensor([rule(token, position) for rule, token, position in pairs], dtype=torch.int64)
+        return torch.nn.functional.one_hot(following, VOCAB).float()
 
 
 class GraphCalls:
@@ -122,7 +132,7 @@ class RuleServer:
         sequences: all tokens of each request, by row: the prompt, then what was committed.
     """
 
-    def __init__(self, graphs: bool) -> None:
+    def __init__(self, graphs: bool, use_triton: bool = False) -> None:
         from sglang.srt.model_executor.graph_shared_output import GraphSharedOutput
         from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
@@ -147,6 +157,8 @@ class RuleServer:
             None,
             lambda is_all_greedy, *tensors: tensors,
             lambda drafts, verifications: self.counted.append((drafts, verifications)),
+            torch.float32,
+            use_triton,
         )
         if graphs:
             self.rounds.graphs = UnifiedGraphs(self.runner, backend, self.rounds.state)
@@ -373,3 +385,125 @@ def test_a_sampled_window_of_fewer_drafts_ends_with_a_token_of_the_target() -> N
     assert accept_lens.tolist() == [1] * batch
     found = torch.bincount(tokens[:, 0], minlength=vocab) / batch
     torch.testing.assert_close(found, target, rtol=0, atol=0.04)
+
+
+# ---------------------------------------------------------------------- sampled rounds
+
+POSSIBLE = 5  # tokens that a ChainModel gives
+
+
+class ChainModel(RuleModel):
+    """Next tokens depend on the last one at random, those of drafts on the position, too."""
+
+    def __init__(self, backend: RuleBackend) -> None:
+        super().__init__(backend)
+        generator = torch.Generator().manual_seed(11)
+        self.target = 1.5 * torch.randn(POSSIBLE, POSSIBLE, generator=generator)
+        self.draft = 1.5 * torch.randn(4, POSSIBLE, POSSIBLE, generator=generator)
+
+    def logits(self, drafts: int, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        logits = torch.full((len(input_ids), VOCAB), -torch.inf)
+        last = input_ids % POSSIBLE
+        logits[:, :POSSIBLE] = self.target[last]
+        logits[:drafts, :POSSIBLE] = self.draft[positions[:drafts] % 4, last[:drafts]]
+        return logits
+
+
+#: Temperature (0: greedy) and top-k (0: none) by row.
+SAMPLED = {
+    **dict.fromkeys((1, 2, 3, 4), (0.8, 0)),
+    **dict.fromkeys((5, 6, 7, 8), (1.7, 0)),
+    **dict.fromkeys((9, 10), (0.0, 0)),
+    **dict.fromkeys((11, 12, 13), (1.2, 3)),
+}
+
+
+def sampled_round(server: RuleServer, rows: list[int]) -> Any:
+    """One round of ``rows`` with the parameters of ``SAMPLED``."""
+    from sglang.srt.sampling.sampling_params import TOP_K_ALL
+
+    given = [SAMPLED[row] for row in rows]
+    top_ks = [1 if temperature == 0 else top_k or TOP_K_ALL for temperature, top_k in given]
+    info = {
+        "is_all_greedy": all(k == 1 for k in top_ks),
+        "temperatures": torch.tensor([[temperature or 1.0] for temperature, _ in given]),
+        "top_ks": torch.tensor(top_ks, dtype=torch.int32),
+        "top_ps": torch.ones(len(rows)),
+        "min_ps": torch.zeros(len(rows)),
+        "need_top_k_sampling": any(k != TOP_K_ALL for k in top_ks),
+    }
+    params = [SimpleNamespace(top_k=k, top_p=1.0, min_p=0.0) for k in top_ks]
+    reqs = [
+        SimpleNamespace(req_pool_idx=row, rid=f"request {row}", sampling_params=p) for row, p in zip(rows, params, strict=True)
+    ]
+    return server.round(rows, info=info, reqs=reqs)
+
+
+def surprise(transitions: torch.Tensor, probs: torch.Tensor) -> float:
+    """Chi-square p-value of counted transitions under ``probs`` (both [last, next]); none may be impossible."""
+    assert (transitions[probs == 0] == 0).all()
+    expected = probs * transitions.sum(1, keepdim=True)
+    # Rare ones of a last token together.
+    rare = (expected < 5) & (probs > 0)
+    statistic, freedom = 0.0, 0
+    for found, wanted, together in zip(transitions, expected, rare, strict=True):
+        cells = [(float(found[i]), float(wanted[i])) for i in range(POSSIBLE) if wanted[i] > 0 and not together[i]]
+        cells.append((float(found[together].sum()), float(wanted[together].sum())))
+        cells = [(f, w) for f, w in cells if w > 1]
+        statistic += sum((f - w) ** 2 / w for f, w in cells)
+        freedom += max(len(cells) - 1, 0)
+    return float(chi2.sf(statistic, freedom))
+
+
+def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> None:
+    """Requests come, idle, go and are replaced in random order; each is drawn with what is its own."""
+    model = server.runner.model = ChainModel(server.backend)
+    generator = torch.Generator().manual_seed(2)
+    torch.manual_seed(3)
+    kinds: dict[tuple[float, int], torch.Tensor] = {}
+    lengths = []
+    for row in SAMPLED:
+        server.admit(row, 3 + row)
+    for number in range(rounds):
+        order = [row for row in SAMPLED if torch.rand((), generator=generator) < (0.9 if row < 9 else 0.5)]
+        order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
+        if number % 3 == 0:
+            order = [row for row in order if SAMPLED[row][1] == 0]  # no filters in the batch
+        for row in order:
+            if len(server.sequences[row]) > CONTEXT - 4 * WINDOW:
+                server.admit(row, 3 + row)
+        before = {row: len(server.sequences[row]) for row in order}
+        lengths += sampled_round(server, order).accept_lens.tolist()
+        for row, length in before.items():
+            counts = kinds.setdefault(SAMPLED[row], torch.zeros(POSSIBLE, POSSIBLE))
+            tokens = server.sequences[row][length - 1 :]
+            for last, token in zip(tokens, tokens[1:], strict=False):
+                counts[last % POSSIBLE, token] += 1
+    assert set(lengths) == set(range(1, WINDOW + 1))
+    for (temperature, top_k), counts in kinds.items():
+        probs = torch.softmax(model.target / (temperature or 1e-4), -1)
+        if top_k:
+            kept = probs >= probs.topk(top_k, -1).values[:, -1:]
+            probs = torch.where(kept, probs, 0.0) / torch.where(kept, probs, 0.0).sum(-1, keepdim=True)
+        if temperature:
+            assert surprise(counts, probs) > 1e-3, (temperature, top_k)
+        else:
+            assert torch.equal(counts.sum(1), counts.gather(1, probs.argmax(-1, keepdim=True)).squeeze(1))
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_sampled_rounds_follow_the_target(rule_server: Callable[..., RuleServer], graphs: bool) -> None:
+    assert_sampled_rounds_follow_the_target(rule_server(graphs), rounds=200)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="test_sampled_rounds_from_logits_in_the_interpreter runs it in a child process")
+def test_sampled_rounds_from_logits_follow_the_target(rule_server: Callable[..., RuleServer]) -> None:
+    server = rule_server(graphs=True, use_triton=True)
+    assert_sampled_rounds_follow_the_target(server, rounds=40)
+    sampler = server.rounds._sampler
+    assert sampler._kept is not None and sampler._probs is not None, "both kinds of requests were drawn"
+
+
+@pytest.mark.skipif(INTERPRETED, reason="the other tests of this file run in this process")
+def test_sampled_rounds_from_logits_in_the_interpreter() -> None:
+    assert_passes_in_the_interpreter(__file__, at_least=19)
