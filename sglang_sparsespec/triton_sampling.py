@@ -59,6 +59,22 @@ def _block_logits(logits, block, vocab, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def _above_floor(logits, floors_ptr, row):
+    """``logits`` of row or rows ``row``, -inf below the floor; as they are without floors."""
+    if floors_ptr is None:
+        kept = logits
+    else:
+        kept = tl.where(logits >= tl.load(floors_ptr + row), logits, float("-inf"))
+    return kept
+
+
+@triton.jit
+def _filtered_logits(logits, floors_ptr, row, block, vocab, BLOCK: tl.constexpr):
+    """:func:`_block_logits` of row ``row``, -inf below its floor."""
+    return _above_floor(_block_logits(logits, block, vocab, BLOCK), floors_ptr, row)
+
+
+@triton.jit
 def _block_weights(logits, largest, scale):
     """exp((logit - largest) / T); 0 in a block without a possible token."""
     return tl.exp2((logits - tl.where(largest == float("-inf"), 0.0, largest)) * scale)
@@ -112,6 +128,7 @@ def _sums_kernel(
     kept_ptr,
     kept_stride,
     slots_ptr,
+    floors_ptr,
     maxima_ptr,
     sums_ptr,
     vocab,
@@ -124,7 +141,7 @@ def _sums_kernel(
     row = tl.program_id(0) // BLOCKS
     block = tl.program_id(0) % BLOCKS
     greedy = tl.load(top_ks_ptr + row // REPEATS) == 1
-    logits = _block_logits(logits_ptr + row.to(tl.int64) * stride, block, vocab, BLOCK)
+    logits = _filtered_logits(logits_ptr + row.to(tl.int64) * stride, floors_ptr, row, block, vocab, BLOCK)
     if KEEP:
         offs = block * BLOCK + tl.arange(0, BLOCK)
         kept = logits.to(kept_ptr.dtype.element_ty)
@@ -151,6 +168,7 @@ def _draw_kernel(
     step,
     kept_ptr,
     slots_ptr,
+    floors_ptr,
     tokens_ptr,
     lse_ptr,
     lse_stride,
@@ -174,7 +192,8 @@ def _draw_kernel(
         tl.store(lse_ptr + at + tl.arange(0, 1), lse)
         seed = tl.load(seeds_ptr + step)
         block = _race(tl.sum(weights, 0), seed, b, DRAW_BLOCK, PADDED)
-        logits = _block_logits(logits_row, block, vocab, BLOCK).to(kept_ptr.dtype.element_ty).to(tl.float32)
+        logits = _filtered_logits(logits_row, floors_ptr, b, block, vocab, BLOCK)
+        logits = logits.to(kept_ptr.dtype.element_ty).to(tl.float32)
         token = block * BLOCK + _race(_block_weights(logits, tl.max(logits, 0), scale), seed, b, DRAW_TOKEN, BLOCK)
     # NaN logits must not become an index out of range.
     tl.store(tokens_ptr + b, tl.minimum(token, vocab - 1).to(tl.int64))
@@ -185,6 +204,7 @@ def _accept_kernel(
     candidates_ptr,
     logits_ptr,
     stride,
+    floors_ptr,
     kept_ptr,
     draft_lse_ptr,
     rows_ptr,
@@ -226,7 +246,7 @@ def _accept_kernel(
         # Past the window the last row is read again.
         _, lse = _row_sums(maxima_ptr, sums_ptr, b * (K + 1) + tl.minimum(i, K), scale, BLOCKS, PADDED)
         target = tl.load(logits_ptr + row.to(tl.int64) * stride + tokens, mask=drafted, other=0.0).to(tl.float32)
-        p = tl.exp2(target * scale - lse)
+        p = tl.exp2(_above_floor(target, floors_ptr, b * (K + 1) + tl.minimum(i, K)) * scale - lse)
         at = _entry(rows_ptr, b) * SLOTS + i
         draft = tl.load(kept_ptr + at * vocab + tokens, mask=drafted, other=0.0).to(tl.float32)
         q = tl.exp2(draft * scale - tl.load(draft_lse_ptr + at, mask=drafted, other=0.0))
@@ -240,6 +260,7 @@ def _accept_kernel(
 def _residual(
     logits_ptr,
     stride,
+    floors_ptr,
     kept_ptr,
     draft_lse_ptr,
     final_lse_ptr,
@@ -254,9 +275,10 @@ def _residual(
     BLOCK: tl.constexpr,
 ):
     """max(p - q, 0) of a block of request b's first rejected row."""
-    row = (b * (K + 1) + accepted).to(tl.int64)
+    row = b * (K + 1) + accepted
     at = _entry(rows_ptr, b) * SLOTS + accepted
-    p = tl.exp2(_block_logits(logits_ptr + row * stride, block, vocab, BLOCK) * scale - tl.load(final_lse_ptr + b))
+    target = _filtered_logits(logits_ptr + row.to(tl.int64) * stride, floors_ptr, row, block, vocab, BLOCK)
+    p = tl.exp2(target * scale - tl.load(final_lse_ptr + b))
     q = tl.exp2(_block_logits(kept_ptr + at * vocab, block, vocab, BLOCK) * scale - tl.load(draft_lse_ptr + at))
     return tl.maximum(p - q, 0.0)
 
@@ -265,6 +287,7 @@ def _residual(
 def _residual_kernel(
     logits_ptr,
     stride,
+    floors_ptr,
     kept_ptr,
     draft_lse_ptr,
     rows_ptr,
@@ -287,8 +310,8 @@ def _residual_kernel(
     if (accepted < _made(num_drafted_ptr, b, K)) & (tl.load(top_ks_ptr + b) != 1):
         scale = LOG2E / tl.load(temperatures_ptr + b)
         residual = _residual(
-            logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale, vocab,
-            K, SLOTS, BLOCK,
+            logits_ptr, stride, floors_ptr, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale,
+            vocab, K, SLOTS, BLOCK,
         )  # fmt: skip
         tl.store(residuals_ptr + b * BLOCKS + block, tl.sum(residual, 0))
 
@@ -297,6 +320,7 @@ def _residual_kernel(
 def _final_kernel(
     logits_ptr,
     stride,
+    floors_ptr,
     kept_ptr,
     draft_lse_ptr,
     rows_ptr,
@@ -335,12 +359,12 @@ def _final_kernel(
         from_residual = tl.sum(residuals, 0) > 0
         seed = tl.load(seed_ptr)
         block = _race(tl.where(from_residual, residuals, weights), seed, b, DRAW_BLOCK, PADDED)
-        logits = _block_logits(logits_row, block, vocab, BLOCK)
+        logits = _filtered_logits(logits_row, floors_ptr, row, block, vocab, BLOCK)
         within = _block_weights(logits, tl.max(logits, 0), scale)
         if from_residual:
             residual = _residual(
-                logits_ptr, stride, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale, vocab,
-                K, SLOTS, BLOCK,
+                logits_ptr, stride, floors_ptr, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale,
+                vocab, K, SLOTS, BLOCK,
             )  # fmt: skip
             # Compiled apart from the sum over the block, it may round to nothing where that did not.
             within = tl.where(tl.max(residual, 0) > 0, residual, within)
@@ -365,6 +389,7 @@ def row_sums(
     top_ks: torch.Tensor,
     kept: torch.Tensor | None = None,
     slots: torch.Tensor | None = None,
+    floors: torch.Tensor | None = None,
     block: int = BLOCK,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Pass over ``logits`` [rows, vocab]: largest logits and sums of weights, float32 [rows, blocks] each.
@@ -373,6 +398,7 @@ def row_sums(
         temperatures: float32 [requests, 1]; top_ks: int [requests]; a request has rows / requests adjacent rows.
         kept: [slots, vocab], unit stride along the vocabulary, receives a copy.
         slots: int64 [rows], which row of ``kept`` each one goes to; None: its own.
+        floors: float32 [rows], logits below count (and are kept) as -inf.
     """
     rows, vocab = logits.shape
     blocks = triton.cdiv(vocab, block)
@@ -387,6 +413,7 @@ def row_sums(
         logits if kept is None else kept,
         0 if kept is None else _row_stride(kept),
         slots,
+        floors,
         maxima,
         sums,
         vocab,
@@ -399,6 +426,25 @@ def row_sums(
     return maxima, sums
 
 
+def filtered_sums(
+    logits: torch.Tensor,
+    temperatures: torch.Tensor,
+    top_ks: torch.Tensor,
+    top_ps: torch.Tensor | None,
+    kept: torch.Tensor | None = None,
+    slots: torch.Tensor | None = None,
+    block: int = BLOCK,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """:func:`row_sums` of what the filters leave, and the rows' floors; without ``top_ps`` there are no filters."""
+    floors = None
+    if top_ps is not None:
+        from sglang_sparsespec import triton_filters
+
+        maxima, sums = row_sums(logits, temperatures, top_ks, block=block)
+        floors = triton_filters.floors(logits, temperatures, top_ks, top_ps, maxima, sums, block)
+    return *row_sums(logits, temperatures, top_ks, kept, slots, floors, block), floors
+
+
 def draft(
     logits: torch.Tensor,
     temperatures: torch.Tensor,
@@ -409,21 +455,25 @@ def draft(
     lse: torch.Tensor,
     block: int = BLOCK,
     slots: torch.Tensor | None = None,
+    top_ps: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Draw one draft token per request from softmax(kept logits / T): int64 [batch].
 
     Args:
         logits: [batch, vocab] of draft step ``step``, float32, bfloat16 or float16, unit stride along the vocabulary.
-        temperatures: float32 [batch, 1]. top_ks: int [batch]; 1 for greedy rows, any other value means no filter.
+        temperatures: float32 [batch, 1]. top_ks: int [batch]; 1 for greedy rows, other values are for ``top_ps``.
         seeds: int64 (:func:`round_seeds`); ``seeds[step]`` is the draw's.
         kept: [batch, k, vocab] contiguous; ``kept[:, step]`` receives the logits in its own type, and what that type
             rounds is rounded in the draw.
         lse: float32 [batch, k] contiguous; ``lse[:, step]`` receives log2(sum(exp(kept logits / T))), not of greedy rows.
         slots: int64 [batch], where in ``kept`` [rows, k, vocab] and ``lse`` [rows, k], both contiguous, the requests'
             drafts belong: row * k + place in the window. ``step`` then says nothing but which seed is used.
+        top_ps: float32 [batch]; with them top-k and top-p are applied (``triton_filters``), and what they remove is kept
+            as -inf. None: no request has a filter.
     """
     batch, vocab = logits.shape
-    maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step] if slots is None else kept.flatten(0, 1), slots, block)
+    kept_rows = kept[:, step] if slots is None else kept.flatten(0, 1)
+    maxima, sums, floors = filtered_sums(logits, temperatures, top_ks, top_ps, kept_rows, slots, block)
     blocks = maxima.shape[1]
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     _draw_kernel[(batch,)](
@@ -437,6 +487,7 @@ def draft(
         step,
         kept,
         slots,
+        floors,
         tokens,
         lse,
         lse.stride(0),
@@ -460,13 +511,14 @@ def accept(
     block: int = BLOCK,
     rows: torch.Tensor | None = None,
     num_drafted: torch.Tensor | None = None,
+    top_ps: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rejection sampling of the drafts that :func:`draft` drew.
 
     Args:
         candidates: int64 [batch, W], contiguous: the last committed token and k drafts.
         logits: [batch * W, vocab] of the verification, unit stride along the vocabulary.
-        temperatures, top_ks: per request, as in :func:`draft`.
+        temperatures, top_ks, top_ps: per request, as in :func:`draft`.
         kept, lse: from :func:`draft`, contiguous.
         seed: int64 [1], not used by a draft.
         rows: int64 [batch], the requests' rows of ``kept`` [rows, at least k, vocab] and ``lse``; None: their own index.
@@ -483,7 +535,7 @@ def accept(
     if lse.shape != kept.shape[:2]:
         raise ValueError(f"kept logits {list(kept.shape)} and sums {list(lse.shape)} do not belong together")
     stride = _row_stride(logits)
-    maxima, sums = row_sums(logits, temperatures, top_ks, block=block)
+    maxima, sums, floors = filtered_sums(logits, temperatures, top_ks, top_ps, block=block)
     blocks = maxima.shape[1]
     sizes = {"K": width - 1, "SLOTS": kept.shape[1], "BLOCKS": blocks, "BLOCK": block}
     padded = triton.next_power_of_2(blocks)
@@ -491,7 +543,7 @@ def accept(
     accept_lens = torch.empty(batch, dtype=torch.int32, device=device)
     final_lse = torch.empty(batch, dtype=torch.float32, device=device)
     residuals = torch.empty((batch, blocks), dtype=torch.float32, device=device)
-    of_draft = (kept, lse, rows, num_drafted)
+    of_draft = (floors, kept, lse, rows, num_drafted)
     given = (temperatures, top_ks)
     _accept_kernel[(batch,)](
         candidates, logits, stride, *of_draft, *given, maxima, sums, seed, tokens, accept_lens, final_lse, vocab,

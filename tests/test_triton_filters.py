@@ -10,6 +10,7 @@ import os
 import pytest
 import torch
 from interpreter_child import assert_passes_in_the_interpreter
+from test_triton_sampling import check_draws
 
 from sglang_sparsespec import triton_filters, triton_sampling
 
@@ -21,6 +22,7 @@ kernels_run_here = pytest.mark.skipif(
 BLOCK, ROOM = 64, 32
 NO_TOP_K = 1 << 30
 INF = float("inf")
+DRAWS = 150_000 if DEVICE == "cuda" else 240
 
 
 def found_floors(
@@ -90,6 +92,45 @@ def test_all_tokens_tied_at_the_edge_stay_and_impossible_ones_go() -> None:
     assert kept[1].nonzero().flatten().tolist() == [0, 1]
 
 
+def filtered_probs(logits: torch.Tensor, temperature: float, top_k: int, top_p: float) -> torch.Tensor:
+    kept = kept_by_definition(logits, temperature, top_k, top_p)
+    return torch.softmax(logits.double().masked_fill(~kept, -INF) / temperature, -1)
+
+
+@kernels_run_here
+@pytest.mark.parametrize("case", [(3, 1.0), (NO_TOP_K, 0.7), (4, 0.8)], ids=["top-k", "top-p", "both"])
+def test_drafts_and_output_follow_the_filtered_distributions(case: tuple[int, float]) -> None:
+    """A request with the filter beside one without and a greedy one, over and over; drafts are not the target's."""
+    temperature, vocab = 0.8, 11
+    target = random_logits(1, 3, vocab, spread=0.8, seed=5)
+    near = target[:, :2] + random_logits(1, 2, vocab, spread=0.5, seed=6)
+    batch = 3 * (DRAWS // 3)
+    temperatures = torch.tensor([temperature, 1.0, 1.0]).repeat(batch // 3).unsqueeze(1).to(DEVICE)
+    top_ks = torch.tensor([case[0], NO_TOP_K, 1], dtype=torch.int32).repeat(batch // 3).to(DEVICE)
+    top_ps = torch.tensor([case[1], 1.0, 0.5]).repeat(batch // 3).to(DEVICE)
+    kept = torch.empty((batch, 2, vocab), device=DEVICE)
+    lse = torch.empty((batch, 2), device=DEVICE)
+    seeds = torch.tensor([3, 2**40 + 1, -17], device=DEVICE)
+    columns = [torch.zeros(batch, dtype=torch.int64, device=DEVICE)]
+    for step in range(2):
+        logits = near[:, step].expand(batch, -1).contiguous().to(DEVICE)
+        columns.append(
+            triton_sampling.draft(logits, temperatures, top_ks, seeds, step, kept, lse, block=8, top_ps=top_ps)
+        )
+    given = target.expand(batch, -1, -1).flatten(0, 1).contiguous().to(DEVICE)
+    candidates = torch.stack(columns, 1)
+    tokens, lens = triton_sampling.accept(
+        candidates, given, temperatures, top_ks, kept, lse, seeds[2:], block=8, top_ps=top_ps
+    )
+    check_draws(columns[1][::3], filtered_probs(near[0, 0], temperature, *case))
+    check_draws(tokens[::3, 0], filtered_probs(target[0, 0], temperature, *case))
+    check_draws(tokens[1::3, 0], torch.softmax(target[0, 0], -1))
+    assert (tokens[2::3, 0] == target[0, 0].argmax()).all()
+    second = tokens[::3, 1][lens[::3] > 1]
+    check_draws(second, filtered_probs(target[0, 1], temperature, *case))
+    assert 1 < lens[::3].float().mean() < 3
+
+
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    assert_passes_in_the_interpreter(__file__, at_least=9)
+    assert_passes_in_the_interpreter(__file__, at_least=12)
