@@ -10,8 +10,9 @@
   drafts sample from p. Any draft distribution q keeps the target's distribution.
 
 Logits are float32 here: SGLang's ``LogitsProcessor`` converts what the head computed, into a static buffer where there
-is one. On CUDA, batches without filters (staggered: requests without filters) are drafted and accepted from them by ``triton_sampling``, which writes no
-probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer.
+is one. On CUDA, batches without filters are drafted and accepted from them by ``triton_sampling``, which writes no
+probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer. (In staggered rounds each
+request of a batch goes its own way: ``window_sampling``.)
 """
 
 from __future__ import annotations

@@ -423,7 +423,8 @@ def draft(
             drafts belong: row * k + place in the window. ``step`` then says nothing but which seed is used.
     """
     batch, vocab = logits.shape
-    maxima, sums = row_sums(logits, temperatures, top_ks, kept[:, step] if slots is None else kept.flatten(0, 1), slots, block)
+    kept_rows = kept[:, step] if slots is None else kept.flatten(0, 1)
+    maxima, sums = row_sums(logits, temperatures, top_ks, kept_rows, slots, block)
     blocks = maxima.shape[1]
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     _draw_kernel[(batch,)](
@@ -470,7 +471,7 @@ def accept(
         kept, lse: from :func:`draft`, contiguous.
         seed: int64 [1], not used by a draft.
         rows: int64 [batch], the requests' rows of ``kept`` [rows, at least k, vocab] and ``lse``; None: their own index.
-        num_drafted: int [batch], how many drafts were made, the first of the window; None: all k. The others may be anything.
+        num_drafted: int [batch], how many drafts were made, the window's first; None: all k. The others may be anything.
 
     Returns:
         tokens int64 [batch, W], whose first accept_lens are the output, and accept_lens int32 [batch] (1 to W).

@@ -104,7 +104,8 @@ class WindowSampler:
         count = self._drafts_from_logits
         drawn = []
         if count:
-            drawn.append(self._draw_from_logits(rows.draft_rows[:count], rows.draft_offsets[:count], index[:count], logits[:count]))
+            slots = rows.draft_rows[:count] * self._shape[1] + rows.draft_offsets[:count]
+            drawn.append(self._draw_from_logits(slots, index[:count], logits[:count]))
         if count < len(index):
             parameters = sampling.SamplingRows.of(self._info, index=index[count:])
             tokens, probs = sampling.sample_draft(logits[count:], parameters, positions[count:])
@@ -153,16 +154,14 @@ class WindowSampler:
         tokens, accept_lens = zip(*accepted, strict=True)
         return torch.cat(tokens), torch.cat(accept_lens)
 
-    def _draw_from_logits(
-        self, rows: torch.Tensor, offsets: torch.Tensor, index: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _draw_from_logits(self, slots: torch.Tensor, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         from sglang_sparsespec import triton_sampling
 
         kept, lse = self._logits(logits.shape[-1])
         parameters = sampling.SamplingRows.of(self._info, index=index)
         return triton_sampling.draft(
             logits, parameters.temperatures, parameters.top_ks, self._seeds.flatten(), 2 * self._forward, kept, lse,
-            slots=rows * self._shape[1] + offsets,
+            slots=slots,
         )  # fmt: skip
 
     def _accept_from_logits(

@@ -432,9 +432,11 @@ def sampled_round(server: RuleServer, rows: list[int]) -> Any:
         "min_ps": torch.zeros(len(rows)),
         "need_top_k_sampling": any(k != TOP_K_ALL for k in top_ks),
     }
-    params = [SimpleNamespace(top_k=k, top_p=1.0, min_p=0.0) for k in top_ks]
     reqs = [
-        SimpleNamespace(req_pool_idx=row, rid=f"request {row}", sampling_params=p) for row, p in zip(rows, params, strict=True)
+        SimpleNamespace(
+            req_pool_idx=row, rid=f"request {row}", sampling_params=SimpleNamespace(top_k=k, top_p=1.0, min_p=0.0)
+        )
+        for row, k in zip(rows, top_ks, strict=True)
     ]
     return server.round(rows, info=info, reqs=reqs)
 
