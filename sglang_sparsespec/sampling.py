@@ -10,8 +10,9 @@
   drafts sample from p. Any draft distribution q keeps the target's distribution.
 
 Logits are float32 here: SGLang's ``LogitsProcessor`` converts what the head computed, into a static buffer where there
-is one. On CUDA, batches without filters (staggered: requests without filters) are drafted and accepted from them by ``triton_sampling``, which writes no
-probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer.
+is one. On CUDA, batches without min-p and seeds are drafted and accepted from them by ``triton_sampling``, which writes no
+probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer. (In staggered rounds each
+request of a batch goes its own way: ``window_sampling``.)
 """
 
 from __future__ import annotations
@@ -350,20 +351,21 @@ def accept(
 
 
 def has_filters(info: SamplingBatchInfo, reqs: Sequence[Req]) -> bool:
-    """Whether a request that samples has a top-k, a top-p or a min-p.
+    """Whether a request that samples has a top-k or a top-p.
 
     SGLang's flags of the batch cannot tell: a greedy request is a top-k of 1 to them.
     """
-    if not (info.need_top_k_sampling or info.need_top_p_sampling or info.need_min_p_sampling):
+    if not (info.need_top_k_sampling or info.need_top_p_sampling):
         return False
-    return any(is_filtered(req.sampling_params) for req in reqs)
-
-
-def is_filtered(params: SamplingParams) -> bool:
-    """Whether a request samples, and with a top-k, a top-p or a min-p."""
     from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
-    return params.top_k != 1 and (params.top_k != TOP_K_ALL or params.top_p != 1.0 or params.min_p > 0)
+    params = (req.sampling_params for req in reqs)
+    return any(p.top_k != 1 and (p.top_k != TOP_K_ALL or p.top_p != 1.0) for p in params)
+
+
+def has_min_p(params: SamplingParams) -> bool:
+    """Whether a request samples with a min-p, which ``triton_sampling`` does not know."""
+    return params.top_k != 1 and params.min_p > 0
 
 
 def draft_logits_dtype(model_runner: ModelRunner) -> torch.dtype:
@@ -382,7 +384,7 @@ class DraftSampler:
 
     Args:
         logits_dtype: see :func:`draft_logits_dtype`.
-        use_triton: batches without filters are drawn by ``triton_sampling``.
+        use_triton: batches without min-p and seeds are drawn by ``triton_sampling``.
 
     Attributes:
         rows: the sampling parameters of the round.
@@ -402,9 +404,10 @@ class DraftSampler:
         self.rows = SamplingRows.of(info)
         self._step = 0
         self._probs = []
-        self._from_logits = (
-            self.use_triton and not info.is_all_greedy and self.rows.seeds is None and not has_filters(info, reqs)
-        )
+        self._from_logits = self.use_triton and not info.is_all_greedy and self.rows.seeds is None
+        if info.need_min_p_sampling and any(has_min_p(req.sampling_params) for req in reqs):
+            self._from_logits = False
+        self._top_ps = self.rows.top_ps if has_filters(info, reqs) else None
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Draft tokens int64 [batch] of the next step; arguments as :func:`sample_draft`."""
@@ -425,8 +428,9 @@ class DraftSampler:
         from sglang_sparsespec import triton_sampling
 
         return triton_sampling.accept(
-            candidates, logits, self.rows.temperatures, self.rows.top_ks, self._kept, self._lse, self._seeds[-1:]
-        )
+            candidates, logits, self.rows.temperatures, self.rows.top_ks, self._kept, self._lse, self._seeds[-1:],
+            top_ps=self._top_ps,
+        )  # fmt: skip
 
     def _draw_from_logits(self, logits: torch.Tensor) -> torch.Tensor:
         from sglang_sparsespec import triton_sampling
@@ -437,8 +441,9 @@ class DraftSampler:
             self._lse = torch.empty((batch, self.num_steps), dtype=torch.float32, device=logits.device)
             self._seeds = triton_sampling.round_seeds(self.num_steps + 1, logits.device)
         tokens = triton_sampling.draft(
-            logits, self.rows.temperatures, self.rows.top_ks, self._seeds, self._step, self._kept, self._lse
-        )
+            logits, self.rows.temperatures, self.rows.top_ks, self._seeds, self._step, self._kept, self._lse,
+            top_ps=self._top_ps,
+        )  # fmt: skip
         self._step += 1
         return tokens
 

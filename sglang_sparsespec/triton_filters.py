@@ -73,7 +73,7 @@ def _floors_kernel(
     scale = LOG2E / temperature
     offs = tl.arange(0, PADDED)
     largest = tl.max(tl.load(maxima_ptr + row * BLOCKS + offs, mask=offs < BLOCKS, other=float("-inf")), 0)
-    weights, _ = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
+    weights, _lse = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
     wanted = tl.where(top_p >= 1, float("inf"), top_p * tl.sum(tl.sum(weights, 1), 0))
 
     nearest = largest - REACH * temperature

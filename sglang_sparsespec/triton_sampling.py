@@ -522,7 +522,7 @@ def accept(
         kept, lse: from :func:`draft`, contiguous.
         seed: int64 [1], not used by a draft.
         rows: int64 [batch], the requests' rows of ``kept`` [rows, at least k, vocab] and ``lse``; None: their own index.
-        num_drafted: int [batch], how many drafts were made, the first of the window; None: all k. The others may be anything.
+        num_drafted: int [batch], how many drafts were made, the window's first; None: all k. The others may be anything.
 
     Returns:
         tokens int64 [batch, W], whose first accept_lens are the output, and accept_lens int32 [batch] (1 to W).

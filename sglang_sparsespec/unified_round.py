@@ -326,8 +326,8 @@ class UnifiedRounds:
         """
         state, size = self.state, len(batch.reqs)
         batch_rows = batch.req_pool_indices.long()
-        filtered = self._sampler.filtered_rows(batch.sampling_info, batch.reqs)
-        plan = self._plan(batch, filtered)
+        with_min_p = self._sampler.rows_with_min_p(batch.sampling_info, batch.reqs)
+        plan = self._plan(batch, with_min_p)
         bucket = self.graphs.bucket(size) if self.graphs is not None else None
         packed, drafts, verifications = self._upload(plan, bucket or size)
         state.begin_round(batch_rows, batch.seq_lens, bonus_tokens.long())
@@ -335,7 +335,7 @@ class UnifiedRounds:
         logits_of_windows = None
         if by_hand:
             self._batch_index[batch_rows] = torch.arange(size, device=batch_rows.device)
-            self._sampler.begin_round(batch.sampling_info, filtered)
+            self._sampler.begin_round(batch.sampling_info, batch.reqs, with_min_p)
             if batch.return_logprob:
                 shape = (size, self.window, self._vocab_size)
                 logits_of_windows = torch.empty(shape, device=batch_rows.device)

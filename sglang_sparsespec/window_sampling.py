@@ -1,8 +1,8 @@
 """Drafting and acceptance of staggered windows: what drafts were drawn from is kept by row of ``req_to_token``.
 
 A window's drafts are drawn in several forwards, of two rounds and beside other requests each time. How a request is
-drawn therefore depends on nothing but its own parameters: those without top-k, top-p and min-p always from logits
-(``triton_sampling``, on CUDA), the others always through distributions, and no window has drafts of both kinds. What
+drawn therefore depends on nothing but its own parameters: those without min-p always from logits (``triton_sampling``,
+on CUDA), the others always through distributions, and no window has drafts of both kinds. What
 decides for all requests together cannot change under a window either: seeds are the server's choice, a batch that is all
 greedy has no requests that sample, and a greedy request's acceptance reads nothing that was kept.
 """
@@ -34,7 +34,7 @@ class WindowSampler:
         num_rows: rows of ``req_to_token``.
         window: W.
         logits_dtype: see ``sampling.draft_logits_dtype``.
-        use_triton: requests without filters are drawn by ``triton_sampling``.
+        use_triton: requests without min-p are drawn by ``triton_sampling``.
     """
 
     def __init__(
@@ -45,30 +45,31 @@ class WindowSampler:
         self._shape = (num_rows, window - 1)
         self._window = window
         self._device = device
-        self._filtered: frozenset[int] = frozenset()
+        self._with_min_p: frozenset[int] = frozenset()
         self._probs: torch.Tensor | None = None
         self._kept: torch.Tensor | None = None
         self._lse: torch.Tensor | None = None
 
     # --------------------------------------------------------------------- host
 
-    def filtered_rows(self, info: SamplingBatchInfo, reqs: Sequence[Req]) -> frozenset[int]:
+    def rows_with_min_p(self, info: SamplingBatchInfo, reqs: Sequence[Req]) -> frozenset[int]:
         """Rows of the requests that are drawn through distributions though others are not.
 
         They must stand last among the drafts and the verifications of each forward.
         """
-        if not (self.use_triton and sampling.has_filters(info, reqs)):
+        if not (self.use_triton and info.need_min_p_sampling):
             return frozenset()
-        return frozenset(req.req_pool_idx for req in reqs if sampling.is_filtered(req.sampling_params))
+        return frozenset(req.req_pool_idx for req in reqs if sampling.has_min_p(req.sampling_params))
 
-    def begin_round(self, info: SamplingBatchInfo, filtered: frozenset[int]) -> None:
+    def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req], with_min_p: frozenset[int]) -> None:
         """Sample with the batch's parameters from now on.
 
         Args:
-            filtered: :meth:`filtered_rows` of the batch.
+            with_min_p: :meth:`rows_with_min_p` of the batch.
         """
         self._info = info
-        self._filtered = filtered
+        self._with_min_p = with_min_p
+        self._has_filters = sampling.has_filters(info, reqs)
         self._from_logits = self.use_triton and not info.is_all_greedy and info.sampling_seed is None
         if self._from_logits:
             from sglang_sparsespec import triton_sampling
@@ -79,14 +80,14 @@ class WindowSampler:
     def begin_forward(self, index: int, forward: StaggeredForward) -> None:
         """The round's ``index``-th forward comes next."""
         self._forward = index
-        self._drafts_from_logits = self._unfiltered(forward.drafts)
-        self._verified_from_logits = self._unfiltered(forward.verifications)
+        self._drafts_from_logits = self._without_min_p(forward.drafts)
+        self._verified_from_logits = self._without_min_p(forward.verifications)
 
-    def _unfiltered(self, entries: Sequence[tuple[int, int]]) -> int:
+    def _without_min_p(self, entries: Sequence[tuple[int, int]]) -> int:
         """How many of the entries, which begin with them, are drawn from logits."""
         if not self._from_logits:
             return 0
-        return sum(row not in self._filtered for row, _ in entries) if self._filtered else len(entries)
+        return sum(row not in self._with_min_p for row, _ in entries) if self._with_min_p else len(entries)
 
     # ------------------------------------------------------------------- device
 
@@ -104,7 +105,8 @@ class WindowSampler:
         count = self._drafts_from_logits
         drawn = []
         if count:
-            drawn.append(self._draw_from_logits(rows.draft_rows[:count], rows.draft_offsets[:count], index[:count], logits[:count]))
+            slots = rows.draft_rows[:count] * self._shape[1] + rows.draft_offsets[:count]
+            drawn.append(self._draw_from_logits(slots, index[:count], logits[:count]))
         if count < len(index):
             parameters = sampling.SamplingRows.of(self._info, index=index[count:])
             tokens, probs = sampling.sample_draft(logits[count:], parameters, positions[count:])
@@ -153,16 +155,14 @@ class WindowSampler:
         tokens, accept_lens = zip(*accepted, strict=True)
         return torch.cat(tokens), torch.cat(accept_lens)
 
-    def _draw_from_logits(
-        self, rows: torch.Tensor, offsets: torch.Tensor, index: torch.Tensor, logits: torch.Tensor
-    ) -> torch.Tensor:
+    def _draw_from_logits(self, slots: torch.Tensor, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
         from sglang_sparsespec import triton_sampling
 
         kept, lse = self._logits(logits.shape[-1])
         parameters = sampling.SamplingRows.of(self._info, index=index)
         return triton_sampling.draft(
             logits, parameters.temperatures, parameters.top_ks, self._seeds.flatten(), 2 * self._forward, kept, lse,
-            slots=rows * self._shape[1] + offsets,
+            slots=slots, top_ps=parameters.top_ps if self._has_filters else None,
         )  # fmt: skip
 
     def _accept_from_logits(
@@ -179,7 +179,7 @@ class WindowSampler:
         parameters = sampling.SamplingRows.of(self._info, index=index)
         return triton_sampling.accept(
             candidates, logits, parameters.temperatures, parameters.top_ks, kept, lse, self._seeds[self._forward, 1:],
-            rows=rows, num_drafted=num_drafted,
+            rows=rows, num_drafted=num_drafted, top_ps=parameters.top_ps if self._has_filters else None,
         )  # fmt: skip
 
     def _distributions(self, vocab_size: int) -> torch.Tensor:

@@ -379,7 +379,7 @@ def as_requests(requests: list[Sampling]) -> list[Any]:
         ([Sampling(temperature=0.0, top_p=0.9, min_p=0.1), Sampling()], False),  # greedy has no use for them
         ([Sampling(), Sampling(top_k=5)], True),
         ([GREEDY, Sampling(top_p=0.9)], True),
-        ([GREEDY, Sampling(min_p=0.1)], True),
+        ([GREEDY, Sampling(min_p=0.1)], False),
     ],
 )
 def test_only_filters_of_requests_that_sample_count(requests: list[Sampling], expected: bool) -> None:

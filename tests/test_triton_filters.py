@@ -22,7 +22,7 @@ kernels_run_here = pytest.mark.skipif(
 BLOCK, ROOM = 64, 32
 NO_TOP_K = 1 << 30
 INF = float("inf")
-DRAWS = 150_000 if DEVICE == "cuda" else 240
+DRAWS = 150_000 if DEVICE == "cuda" else 90
 
 
 def found_floors(

@@ -123,6 +123,25 @@ def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
         triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[-1:])
         for name in ("_sums", "_draw", "_accept", "_residual", "_final"):
             found[f"{name}_kernel sampling {vocab} {dtype}"] = found.pop(f"{name}_kernel")
+        # Of staggered windows: a plan's columns are views of any alignment.
+        rows, num_drafted = torch.zeros(2 * batch + 1, dtype=torch.int64)[1:].split([batch, batch])
+        triton_sampling.draft(
+            torch.empty(batch, vocab, dtype=dtype), temperatures, top_ks, seeds, 3, kept, lse, slots=rows.clone()
+        )
+        found[f"_sums_kernel slots {vocab} {dtype}"] = found.pop("_sums_kernel")
+        triton_sampling.accept(
+            candidates, target, temperatures, top_ks, kept, lse, seeds[-1:], rows=rows, num_drafted=num_drafted
+        )
+        for name in ("_draw", "_accept", "_residual", "_final"):
+            found[f"{name}_kernel windows {vocab} {dtype}"] = found.pop(f"{name}_kernel")
+        top_ps = torch.ones(batch)
+        triton_sampling.draft(
+            torch.empty(batch, vocab, dtype=dtype), temperatures, top_ks, seeds, 3, kept, lse, top_ps=top_ps
+        )
+        found[f"_sums_kernel filters {vocab} {dtype}"] = found.pop("_sums_kernel")
+        triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[-1:], top_ps=top_ps)
+        for name in ("_draw", "_accept", "_residual", "_final", "_floors"):
+            found[f"{name}_kernel filters {vocab} {dtype}"] = found.pop(f"{name}_kernel")
 
 
 def inner_loop(ttgir: str) -> str:
@@ -170,7 +189,18 @@ def test_selection_compiles_for_keys_of_either_width(dtype: str, compiled: dict[
     assert f"_select_kernel torch.{dtype}" in compiled
 
 
-@pytest.mark.parametrize("kernel", ["_sums_kernel draft", "_sums_kernel sampling", "_residual_kernel sampling"])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "_sums_kernel draft",
+        "_sums_kernel slots",
+        "_sums_kernel sampling",
+        "_residual_kernel sampling",
+        "_residual_kernel windows",
+        "_sums_kernel filters",
+        "_residual_kernel filters",
+    ],
+)
 @pytest.mark.parametrize("dtype,each", [("float32", 4), ("bfloat16", 8)])
 def test_passes_over_logits_load_16_bytes_at_a_time(
     kernel: str, dtype: str, each: int, compiled: dict[str, tuple[str, int]]
@@ -184,8 +214,11 @@ def test_passes_over_logits_load_16_bytes_at_a_time(
 
 
 @pytest.mark.parametrize("kernel", ["_draw", "_accept", "_final"])
-def test_sampling_compiles_for_a_vocabulary_of_one_block(kernel: str, compiled: dict[str, tuple[str, int]]) -> None:
-    assert f"{kernel}_kernel sampling 4000 torch.float16" in compiled
+@pytest.mark.parametrize("kept", ["sampling", "windows", "filters"])
+def test_sampling_compiles_for_a_vocabulary_of_one_block(
+    kernel: str, kept: str, compiled: dict[str, tuple[str, int]]
+) -> None:
+    assert f"{kernel}_kernel {kept} 4000 torch.float16" in compiled
 
 
 if __name__ == "__main__":

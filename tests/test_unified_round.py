@@ -409,12 +409,13 @@ class ChainModel(RuleModel):
         return logits
 
 
-#: Temperature (0: greedy) and top-k (0: none) by row.
+#: Temperature (0: greedy), top-k (0: none) and min-p by row.
 SAMPLED = {
-    **dict.fromkeys((1, 2, 3, 4), (0.8, 0)),
-    **dict.fromkeys((5, 6, 7, 8), (1.7, 0)),
-    **dict.fromkeys((9, 10), (0.0, 0)),
-    **dict.fromkeys((11, 12, 13), (1.2, 3)),
+    **dict.fromkeys((1, 2, 3, 4), (0.8, 0, 0.0)),
+    **dict.fromkeys((5, 6, 7), (1.7, 0, 0.0)),
+    **dict.fromkeys((8, 9), (1.2, 3, 0.0)),
+    **dict.fromkeys((10, 11), (0.0, 0, 0.0)),
+    **dict.fromkeys((12, 13), (1.2, 0, 0.3)),
 }
 
 
@@ -423,18 +424,23 @@ def sampled_round(server: RuleServer, rows: list[int]) -> Any:
     from sglang.srt.sampling.sampling_params import TOP_K_ALL
 
     given = [SAMPLED[row] for row in rows]
-    top_ks = [1 if temperature == 0 else top_k or TOP_K_ALL for temperature, top_k in given]
+    top_ks = [1 if temperature == 0 else top_k or TOP_K_ALL for temperature, top_k, _ in given]
     info = {
         "is_all_greedy": all(k == 1 for k in top_ks),
-        "temperatures": torch.tensor([[temperature or 1.0] for temperature, _ in given]),
+        "temperatures": torch.tensor([[temperature or 1.0] for temperature, *_ in given]),
         "top_ks": torch.tensor(top_ks, dtype=torch.int32),
         "top_ps": torch.ones(len(rows)),
-        "min_ps": torch.zeros(len(rows)),
+        "min_ps": torch.tensor([min_p for *_, min_p in given]),
         "need_top_k_sampling": any(k != TOP_K_ALL for k in top_ks),
+        "need_min_p_sampling": any(min_p > 0 for *_, min_p in given),
     }
-    params = [SimpleNamespace(top_k=k, top_p=1.0, min_p=0.0) for k in top_ks]
     reqs = [
-        SimpleNamespace(req_pool_idx=row, rid=f"request {row}", sampling_params=p) for row, p in zip(rows, params, strict=True)
+        SimpleNamespace(
+            req_pool_idx=row,
+            rid=f"request {row}",
+            sampling_params=SimpleNamespace(top_k=k, top_p=1.0, min_p=SAMPLED[row][2]),
+        )
+        for row, k in zip(rows, top_ks, strict=True)
     ]
     return server.round(rows, info=info, reqs=reqs)
 
@@ -460,7 +466,7 @@ def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> 
     model = server.runner.model = ChainModel(server.backend)
     generator = torch.Generator().manual_seed(2)
     torch.manual_seed(3)
-    kinds: dict[tuple[float, int], torch.Tensor] = {}
+    kinds: dict[tuple[float, int, float], torch.Tensor] = {}
     lengths = []
     for row in SAMPLED:
         server.admit(row, 3 + row)
@@ -468,7 +474,7 @@ def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> 
         order = [row for row in SAMPLED if torch.rand((), generator=generator) < (0.9 if row < 9 else 0.5)]
         order = [order[i] for i in torch.randperm(len(order), generator=generator).tolist()]
         if number % 3 == 0:
-            order = [row for row in order if SAMPLED[row][1] == 0]  # no filters in the batch
+            order = [row for row in order if SAMPLED[row][1:] == (0, 0.0)]  # no filters in the batch
         for row in order:
             if len(server.sequences[row]) > CONTEXT - 4 * WINDOW:
                 server.admit(row, 3 + row)
@@ -480,13 +486,14 @@ def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> 
             for last, token in zip(tokens, tokens[1:], strict=False):
                 counts[last % POSSIBLE, token] += 1
     assert set(lengths) == set(range(1, WINDOW + 1))
-    for (temperature, top_k), counts in kinds.items():
+    for (temperature, top_k, min_p), counts in kinds.items():
         probs = torch.softmax(model.target / (temperature or 1e-4), -1)
+        kept = probs >= probs.amax(-1, keepdim=True) * min_p
         if top_k:
-            kept = probs >= probs.topk(top_k, -1).values[:, -1:]
-            probs = torch.where(kept, probs, 0.0) / torch.where(kept, probs, 0.0).sum(-1, keepdim=True)
+            kept &= probs >= probs.topk(top_k, -1).values[:, -1:]
+        probs = torch.where(kept, probs, 0.0) / torch.where(kept, probs, 0.0).sum(-1, keepdim=True)
         if temperature:
-            assert surprise(counts, probs) > 1e-3, (temperature, top_k)
+            assert surprise(counts, probs) > 1e-3, (temperature, top_k, min_p)
         else:
             assert torch.equal(counts.sum(1), counts.gather(1, probs.argmax(-1, keepdim=True)).squeeze(1))
 
