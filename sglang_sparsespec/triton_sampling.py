@@ -232,7 +232,8 @@ def _accept_kernel(
     made = _made(num_drafted_ptr, b, K)
     row = b * (K + 1) + i
     tokens = tl.load(candidates_ptr + row + 1, mask=drafted, other=0)
-    tl.store(tokens_ptr + row, tokens, mask=drafted)
+    # Where the output is shorter the last column is no token of it, but log-probabilities are looked up for it as well.
+    tl.store(tokens_ptr + row, tokens, mask=i <= K)
     if tl.load(top_ks_ptr + b) == 1:
         accepted = 0
         matches = 1
@@ -525,7 +526,8 @@ def accept(
         num_drafted: int [batch], how many drafts were made, the window's first; None: all k. The others may be anything.
 
     Returns:
-        tokens int64 [batch, W], whose first accept_lens are the output, and accept_lens int32 [batch] (1 to W).
+        tokens int64 [batch, W], whose first accept_lens are the output (the others are tokens, too), and accept_lens
+        int32 [batch] (1 to W).
     """
     batch, width = candidates.shape
     vocab, device = logits.shape[1], logits.device

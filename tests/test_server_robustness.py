@@ -27,9 +27,11 @@ KV_TOKENS = 1200
 PROMPT = "Count up slowly and explain every step:\n1 is the first number.\n2 is"
 
 
-@pytest.fixture(scope="module")
-def client(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
-    """A server with a small context and a KV pool that four requests overflow."""
+@pytest.fixture(scope="module", params=["lockstep", "unified"])
+def client(
+    request: pytest.FixtureRequest, model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
+    """A server of either schedule with a small context and a KV pool that four requests overflow."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     port = choose_port(0)
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path, "--device", "cpu"]
@@ -37,13 +39,17 @@ def client(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     command += ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
     command += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
     # Admit as if outputs were short, so that a full pool retracts requests.
-    command += ["--schedule-conservativeness", "0.01"]
+    command += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", request.param]
     environment = server_environment(True)
     with Server(command, port, log, environment) as server:
         server.wait_until_ready(300)
         yield Client(port)
         server.check_alive()
     assert "memory leak" not in Path(log).read_text(errors="replace")
+
+
+#: Before any round: the same for both schedules.
+in_lockstep_only = pytest.mark.parametrize("client", ["lockstep"], indirect=True)
 
 
 @pytest.fixture(autouse=True)
@@ -124,6 +130,7 @@ def test_a_streamed_answer_is_the_same_as_a_whole_one(client: Client, long_answe
     assert len(chunks) > 2
 
 
+@in_lockstep_only
 def test_a_prompt_longer_than_the_context_is_refused(client: Client) -> None:
     body = {"input_ids": [100] * (CONTEXT + 5), "sampling_params": {**GREEDY, "max_new_tokens": 4}}
     response = requests.post(f"{client.url}/generate", json=body, timeout=60)
@@ -131,6 +138,7 @@ def test_a_prompt_longer_than_the_context_is_refused(client: Client) -> None:
     assert "context length" in response.text
 
 
+@in_lockstep_only
 def test_an_answer_longer_than_the_context_is_refused(client: Client) -> None:
     body = {"input_ids": [100] * (CONTEXT - 30), "sampling_params": {**GREEDY, "max_new_tokens": 500}}
     response = requests.post(f"{client.url}/generate", json=body, timeout=60)
@@ -182,6 +190,7 @@ def test_aborting_everything_under_load_empties_the_pool(client: Client) -> None
     assert not any(thread.is_alive() for thread in threads)
 
 
+@in_lockstep_only
 def test_requests_that_cannot_be_exact_are_refused(client: Client) -> None:
     body = {"text": PROMPT, "sampling_params": {"max_new_tokens": 4, "frequency_penalty": 0.5}}
     response = requests.post(f"{client.url}/generate", json=body, timeout=60)

@@ -218,6 +218,8 @@ def test_the_output_follows_the_target_whatever_the_drafts_are(case: str, dtype:
     # The share that is accepted is the overlap of p and q.
     rate, share = float(torch.minimum(p[0], q[0]).sum()), float((lens[ours] > 1).double().mean())
     assert abs(share - rate) < 4.5 * math.sqrt(rate * (1 - rate) / int(ours.sum())) + 1e-9
+    # SGLang looks up log-probabilities of the whole window.
+    assert tokens.min() >= 0 and tokens.max() < VOCAB
     for i in range(2):
         kept = lens > i + 1
         assert torch.equal(tokens[kept, i], drafts[kept, i])
@@ -280,6 +282,74 @@ def test_greedy_rows_of_a_mixed_batch_are_exact() -> None:
     assert len(seen) == width, "every accept length should occur"
 
 
+# ----------------------------------------------------------------------------- windows
+
+
+@kernels_run_here
+def test_drafts_may_be_kept_in_any_slots() -> None:
+    """Requests of one forward are at different places of their windows, and in rows of their own."""
+    logits, rows, places = random_logits(3, VOCAB), torch.tensor([5, 1, 4]), torch.tensor([1, 0, 2])
+    expected, kept_there, lse_there = drafted(logits, [1.0, 0.0, 0.6], torch.bfloat16, step=1)
+    kept = torch.full((6, 3, VOCAB), 77.0, dtype=torch.bfloat16, device=DEVICE)
+    lse = torch.full((6, 3), 77.0, device=DEVICE)
+    seeds = torch.tensor([123456789123456789, -5, 7], device=DEVICE)
+    slots = (3 * rows + places).to(DEVICE)
+    tokens = triton_sampling.draft(logits, *parameters([1.0, 0.0, 0.6]), seeds, 1, kept, lse, BLOCK, slots=slots)
+    assert torch.equal(tokens, expected)
+    assert torch.equal(kept[rows, places], kept_there[:, 1])
+    assert torch.equal(lse[rows, places], lse_there[:, 1]), "a greedy row's is not written"
+    kept[rows, places] = lse[rows, places] = 77.0
+    assert (kept == 77).all() and (lse == 77).all(), "another slot's"
+
+
+@kernels_run_here
+def test_windows_are_accepted_wherever_their_drafts_are_kept() -> None:
+    """The same noise, so the very same outcome; places that no draft belongs to hold NaN."""
+    batch, k = 40, 2
+    target, draft = random_logits(batch, k + 1, VOCAB, seed=1), random_logits(batch, k, VOCAB, seed=2)
+    temperatures = [1.0, 0.6, 0.0, 2.0] * (batch // 4)
+    drafts = (target[:, :-1] + draft).argmax(-1)
+    expected, expected_lens = accepted(drafts, target, draft, temperatures)
+    assert len(expected_lens.unique()) == k + 1
+    rows = (torch.randperm(batch + 3, generator=torch.Generator().manual_seed(0))[:batch]).to(DEVICE)
+    kept = torch.full((batch + 3, k + 1, VOCAB), math.nan, device=DEVICE)
+    lse = torch.full((batch + 3, k + 1), math.nan, device=DEVICE)
+    given, top_ks = parameters(temperatures)
+    kept[rows, :k], lse[rows, :k] = draft, log2_sums(draft, given.unsqueeze(1)).float()
+    candidates = torch.cat([torch.zeros_like(drafts[:, :1]), drafts], dim=1)
+    tokens, lens = triton_sampling.accept(
+        candidates, target.flatten(0, 1), given, top_ks, kept, lse, torch.tensor([2**62 + 12345], device=DEVICE), BLOCK,
+        rows=rows, num_drafted=torch.full((batch,), k, device=DEVICE),
+    )  # fmt: skip
+    assert torch.equal(lens, expected_lens) and torch.equal(tokens, expected)
+
+
+@kernels_run_here
+def test_a_window_of_fewer_drafts_ends_with_a_token_of_the_target() -> None:
+    """All drafts are right; neither a token that is no draft nor what is left of the target beside it comes after them."""
+    batch = DRAWS
+    target = random_logits(1, 3, VOCAB, seed=4)
+    made = torch.arange(batch, device=DEVICE) % 2
+    temperatures = [0.0 if b % 10 == 7 else 0.8 for b in range(batch)]
+    drafts = target[:, :2].argmax(-1).expand(batch, -1)
+    kept = target[:, :2].repeat(batch, 1, 1)
+    given, top_ks = parameters(temperatures)
+    lse = log2_sums(kept, given.unsqueeze(1)).float() + 1e-5
+    kept[:, 1], lse[:, 1] = math.nan, math.nan
+    kept[made == 0, 0], lse[made == 0, 0] = 0.0, -20.0
+    candidates = torch.cat([torch.zeros_like(drafts[:, :1]), drafts], dim=1)
+    tokens, lens = triton_sampling.accept(
+        candidates, target.expand(batch, -1, -1).flatten(0, 1), given, top_ks, kept, lse,
+        torch.tensor([99], device=DEVICE), BLOCK, rows=torch.arange(batch, device=DEVICE), num_drafted=made,
+    )  # fmt: skip
+    assert torch.equal(lens, made.to(torch.int32) + 1)
+    probs = torch.softmax(target[0] / 0.8, -1)
+    sampled = top_ks != 1
+    for count in (0, 1):
+        check_draws(tokens[sampled & (made == count), count], probs[count])
+    assert (tokens[~sampled, 1] == target[0, 1].argmax()).all()
+
+
 # ------------------------------------------------------------------------------ rounds
 
 
@@ -317,4 +387,4 @@ def test_a_round_of_the_sampler_keeps_logits_that_are_overwritten() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    assert_passes_in_the_interpreter(__file__, at_least=28)
+    assert_passes_in_the_interpreter(__file__, at_least=31)

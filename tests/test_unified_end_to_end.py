@@ -101,6 +101,27 @@ def test_log_probabilities_are_plain_sglangs(engines: dict[str, EngineProcess]) 
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["retracting", "no overlap"])
+def test_requests_with_a_bias_and_ones_that_sample_leave_greedy_ones_alone(
+    name: str, engines: dict[str, EngineProcess], expected: list[list[int]]
+) -> None:
+    """In one batch: biased greedy requests are plain SGLang's too, whoever runs beside them."""
+    asked = requests()
+    biased = [index for index in range(len(LENGTHS)) if index % 3 == 1]
+    for index in biased:
+        asked["sampling_params"][index]["logit_bias"] = {"7": 2.0, "11": -5.0, str(20 + index): 4.0}
+    with_bias = [output["output_ids"] for output in engines["plain"].generate(**asked)]
+    assert all(with_bias[index] != expected[index] for index in biased if len(expected[index]) > 20)
+    for index in range(2, len(LENGTHS), 3):
+        filters = [{}, {"top_p": 0.8}, {"top_k": 4}, {"min_p": 0.1}][index // 3 % 4]
+        asked["sampling_params"][index].update(temperature=0.9, **filters)
+    outputs = [output["output_ids"] for output in engines[name].generate(**asked)]
+    for index in range(len(LENGTHS)):
+        if index % 3 != 2:
+            assert outputs[index] == with_bias[index]
+        assert len(outputs[index]) == len(with_bias[index])
+
+
 def test_tokens_per_forward_are_level(engines: dict[str, EngineProcess]) -> None:
     """By the server's own log: a lock-step server's vary by 80% and more."""
     generator = torch.Generator().manual_seed(5)
