@@ -4,8 +4,8 @@
 
 Implementations:
 
-- ``triton``: ``sglang_sparsespec.triton_sampling``, from logits.
-- ``probabilities``: float32 distributions by torch, SGLang's chain kernel; what batches with filters use.
+- ``triton``: ``sglang_sparsespec.triton_sampling``, from logits; with top-k 20 and top-p 0.95 also through its floors.
+- ``probabilities``: float32 distributions by torch, SGLang's chain kernel; with the same filters by FlashInfer.
 - ``flashinfer``: the draw alone, ``sampling_from_logits`` (Gumbel-max) of logits / T and ``torch.logsumexp`` of them,
   with the copy of the logits that acceptance needs; and ``chain_speculative_sampling`` on ``softmax``.
 - ``argmax``: what a greedy batch does instead.
@@ -27,6 +27,8 @@ from _common import Timer, gpu_slug, markdown_table, say, stamp, write_reports
 from sglang_sparsespec import sampling, triton_sampling
 
 Call = Callable[[], Any]
+#: Filters of the rows that have some.
+TOP_K, TOP_P = 20, 0.95
 
 
 class Problem:
@@ -36,6 +38,7 @@ class Problem:
         self.batch, self.vocab, self.k = batch, vocab, k
         self.temperatures = torch.full((batch, 1), temperature, device="cuda")
         self.top_ks = torch.full((batch,), 1 << 30, dtype=torch.int32, device="cuda")
+        self.top_ps = torch.full((batch,), TOP_P, device="cuda")
         self.rows = self.parameters(1)
         self.target = (3 * torch.randn(batch * (k + 1), vocab, device="cuda")).to(kept_dtype).float()
         self.draft = self.target.view(batch, k + 1, vocab)[:, 0] + torch.randn(batch, vocab, device="cuda") / 4
@@ -48,27 +51,32 @@ class Problem:
         for step in range(k):
             self.candidates[:, step + 1] = self.draft_triton(step)
 
-    def parameters(self, repeats: int) -> sampling.SamplingRows:
-        """No filters, ``repeats`` rows per request."""
+    def parameters(self, repeats: int, filters: bool = False) -> sampling.SamplingRows:
+        """``repeats`` rows per request."""
         temperatures = self.temperatures.repeat_interleave(repeats, dim=0)
-        top_ks = self.top_ks.repeat_interleave(repeats, dim=0)
-        return sampling.SamplingRows(temperatures, top_ks, top_ks, top_ks, None, False, False, False, False)
+        top_ks = (torch.full_like(self.top_ks, TOP_K) if filters else self.top_ks).repeat_interleave(repeats, dim=0)
+        top_ps = self.top_ps.repeat_interleave(repeats, dim=0)
+        return sampling.SamplingRows(temperatures, top_ks, top_ps, top_ps, None, False, filters, filters, False)
 
-    def draft_triton(self, step: int, block: int = triton_sampling.BLOCK) -> torch.Tensor:
+    def draft_triton(self, step: int, block: int = triton_sampling.BLOCK, filters: bool = False) -> torch.Tensor:
         """One draw; tokens int64 [batch]."""
+        rows = self.parameters(1, filters)
         return triton_sampling.draft(
-            self.draft, self.temperatures, self.top_ks, self.seeds, step, self.kept, self.lse, block
-        )
+            self.draft, self.temperatures, rows.top_ks, self.seeds, step, self.kept, self.lse, block,
+            top_ps=rows.top_ps if filters else None,
+        )  # fmt: skip
 
-    def accept_triton(self, block: int = triton_sampling.BLOCK) -> Any:
+    def accept_triton(self, block: int = triton_sampling.BLOCK, filters: bool = False) -> Any:
         """Acceptance of ``candidates``."""
+        rows = self.parameters(1, filters)
         return triton_sampling.accept(
-            self.candidates, self.target, self.temperatures, self.top_ks, self.kept, self.lse, self.seeds[-1:], block
-        )
+            self.candidates, self.target, self.temperatures, rows.top_ks, self.kept, self.lse, self.seeds[-1:], block,
+            top_ps=rows.top_ps if filters else None,
+        )  # fmt: skip
 
-    def accept_probabilities(self, draft_probs: list[torch.Tensor]) -> Any:
-        """As ``sampling.accept`` for a batch with filters."""
-        rows = self.parameters(self.k + 1)
+    def accept_probabilities(self, draft_probs: list[torch.Tensor], filters: bool = False) -> Any:
+        """As ``sampling.accept`` for a batch that needs distributions."""
+        rows = self.parameters(self.k + 1, filters)
         probs = sampling.target_probabilities(self.target, rows)
         sampling.make_greedy_rows_exact(probs, self.target, rows)
         coins, final = torch.rand((self.batch, self.k), device="cuda"), torch.rand(self.batch, device="cuda")
@@ -114,6 +122,15 @@ def implementations(problem: Problem, blocks: list[int]) -> dict[str, tuple[Call
     found["probabilities"] = (
         lambda: sampling.sample_draft(problem.draft, problem.rows, problem.positions),
         lambda: problem.accept_probabilities(draft_probs),
+    )
+    found["triton, top-k and top-p"] = (
+        lambda: problem.draft_triton(0, filters=True),
+        lambda: problem.accept_triton(filters=True),
+    )
+    filtered = problem.parameters(1, filters=True)
+    found["probabilities, top-k and top-p"] = (
+        lambda: sampling.sample_draft(problem.draft, filtered, problem.positions),
+        lambda: problem.accept_probabilities(draft_probs, filters=True),
     )
     found["flashinfer"] = (lambda: problem.draft_flashinfer(0), lambda: problem.accept_flashinfer(draft_probs))
     found["argmax"] = (lambda: problem.draft.argmax(-1), lambda: problem.target.argmax(-1))
