@@ -29,6 +29,8 @@ from sglang_sparsespec import sampling, triton_sampling
 Call = Callable[[], Any]
 #: Filters of the rows that have some.
 TOP_K, TOP_P = 20, 0.95
+#: Likely tokens of a row.
+LIKELY = 64
 
 
 class Problem:
@@ -40,7 +42,11 @@ class Problem:
         self.top_ks = torch.full((batch,), 1 << 30, dtype=torch.int32, device="cuda")
         self.top_ps = torch.full((batch,), TOP_P, device="cuda")
         self.rows = self.parameters(1)
-        self.target = (3 * torch.randn(batch * (k + 1), vocab, device="cuda")).to(kept_dtype).float()
+        # Of language models' kind: a few dozen likely tokens far above the rest.
+        logits = 2.5 * torch.randn(batch * (k + 1), vocab, device="cuda")
+        likely = torch.randint(vocab, (len(logits), LIKELY), device="cuda")
+        logits.scatter_add_(1, likely, 10 + 3 * torch.randn(len(logits), LIKELY, device="cuda"))
+        self.target = logits.to(kept_dtype).float()
         self.draft = self.target.view(batch, k + 1, vocab)[:, 0] + torch.randn(batch, vocab, device="cuda") / 4
         self.draft = self.draft.to(kept_dtype).float()
         self.positions = torch.zeros(batch, dtype=torch.int64, device="cuda")
