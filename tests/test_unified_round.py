@@ -498,11 +498,21 @@ def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> 
             assert torch.equal(counts.sum(1), counts.gather(1, probs.argmax(-1, keepdim=True)).squeeze(1))
 
 
+def filtered(logits: torch.Tensor, top_ks: torch.Tensor, top_ps: torch.Tensor | None) -> torch.Tensor:
+    """Logits [rows, vocab], -inf where a top-k [rows] removes them; greedy ones as they are."""
+    if top_ps is None:
+        return logits
+    assert (top_ps == 1).all()
+    likelier = (logits.unsqueeze(1) > logits.unsqueeze(2)).sum(-1)
+    return logits.masked_fill((likelier >= top_ks.unsqueeze(1)) & (top_ks != 1).unsqueeze(1), -torch.inf)
+
+
 def draft_in_torch(
     logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor, seeds: torch.Tensor, step: int,
-    kept: torch.Tensor, lse: torch.Tensor, slots: torch.Tensor,
+    kept: torch.Tensor, lse: torch.Tensor, slots: torch.Tensor, top_ps: torch.Tensor | None,
 ) -> torch.Tensor:  # fmt: skip
     """What ``triton_sampling.draft`` does for windows."""
+    logits = filtered(logits, top_ks, top_ps)
     kept.flatten(0, 1)[slots] = logits
     drawn = torch.multinomial(torch.softmax(logits / temperatures, -1), 1).squeeze(1)
     return torch.where(top_ks == 1, logits.argmax(-1), drawn)
@@ -511,11 +521,14 @@ def draft_in_torch(
 def accept_in_torch(
     candidates: torch.Tensor, logits: torch.Tensor, temperatures: torch.Tensor, top_ks: torch.Tensor,
     kept: torch.Tensor, lse: torch.Tensor, seed: torch.Tensor, rows: torch.Tensor, num_drafted: torch.Tensor,
+    top_ps: torch.Tensor | None,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """What ``triton_sampling.accept`` does for windows; nothing that is kept of greedy requests counts."""
     from sglang_sparsespec import sampling
 
     batch, width = candidates.shape
+    every_row = None if top_ps is None else top_ps.repeat_interleave(width)
+    logits = filtered(logits, top_ks.repeat_interleave(width), every_row)
     info: Any = SimpleNamespace(
         is_all_greedy=False, temperatures=temperatures, top_ks=top_ks, top_ps=None, min_ps=None, sampling_seed=None,
         need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,
@@ -530,7 +543,7 @@ def accept_in_torch(
 def test_sampled_rounds_follow_the_target(
     rule_server: Callable[..., RuleServer], graphs: bool, from_logits: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Requests without filters from logits, too, with the kernels' definitions in their place."""
+    """From logits, too, with the kernels' definitions in their place; requests with a min-p never."""
     from sglang_sparsespec import triton_sampling
 
     monkeypatch.setattr(triton_sampling, "draft", draft_in_torch)
