@@ -1,7 +1,8 @@
 """One engine start of ``run.py``, in a process of its own: a crash or a leak of an engine ends with the process.
 
 Reads a job (JSON, see :func:`job_contents`) from the file in the first argument and writes a JSON line per sample to the
-file descriptor in the second.
+file descriptor in the second. A resident engine says first that it has started, and waits for a line on its standard input
+before each sample.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ def job_contents(job: Job, matrix: Matrix, log_level: str) -> dict[str, Any]:
             "engine_args": json.dumps({**matrix.engine_args, **job.engine.args}),
         },
         "ignore_eos": matrix.ignore_eos,
+        "resident": matrix.resident,
         "samples": [cell.sample(matrix, repeat) for cell, repeat in job.samples],
     }
 
@@ -93,10 +95,17 @@ def main() -> int:
     from throughput import engine_arguments
 
     prompts = prompts_of(job["samples"], settings.model_path)
+    settings_of_engine = engine_arguments(job["engine"], max(s["batch"] for s in job["samples"]), settings)
+    if job["resident"] and settings.device == "cpu":
+        settings_of_engine["sleep_on_idle"] = True  # the cores are shared, too
     started = time.perf_counter()
-    engine = sglang.Engine(**engine_arguments(job["engine"], max(s["batch"] for s in job["samples"]), settings))
+    engine = sglang.Engine(**settings_of_engine)
     start_s = round(time.perf_counter() - started, 1)
+    if job["resident"]:
+        output.write(json.dumps({"started": start_s}) + "\n")
     for sample in job["samples"]:
+        if job["resident"] and not sys.stdin.readline():
+            break
         record = run_sample(engine, sample, prompts[sample["dataset"], sample["batch"]], job["ignore_eos"])
         output.write(json.dumps({**record, "engine_start_s": start_s}) + "\n")
     engine.shutdown()

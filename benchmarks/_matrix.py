@@ -66,6 +66,29 @@ class EngineSpec:
 
 
 @dataclass(frozen=True)
+class Load:
+    """What an engine is given: ``batch`` prompts at once, and how each goes on."""
+
+    dataset: Dataset
+    batch: int
+    output_length: int
+    temperature: float = 0.0
+
+    @classmethod
+    def parse(cls, value: dict[str, Any]) -> Load:
+        """From an object with these keys.
+
+        Raises:
+            ValueError: an unknown key, a missing one, or no such dataset.
+        """
+        _refuse_unknown(value, cls, "load")
+        missing = [name for name in ("dataset", "batch", "output_length") if name not in value]
+        if missing:
+            raise ValueError(f"a load has no {' and no '.join(missing)}")
+        return cls(**{**value, "dataset": Dataset.parse(value["dataset"])})
+
+
+@dataclass(frozen=True)
 class Matrix:
     """Everything that is run; see ``matrices/`` for examples.
 
@@ -75,20 +98,26 @@ class Matrix:
         ignore_eos: whether outputs go on past their end, to their full length; records and tables say so.
         repeats: timed runs of each cell.
         interleave: start the engines again for every repeat, in turn, so that drift of the machine hits all alike.
+        resident: start all engines of a model together, once, and let them give samples in turn: interleaved repeats
+            without the starts. They share the device's memory: on CUDA ``engine_args`` must set ``max_total_tokens``.
+        loads: objects with ``dataset``, ``batch``, ``output_length`` and ``temperature``: what is run, in place of every
+            combination of the four lists.
         k: SPARSESPEC's draft length, unless an engine's ``args`` say otherwise.
         engine_args: ``sglang.Engine`` arguments of all engines.
     """
 
     engines: tuple[EngineSpec, ...]
-    datasets: tuple[Dataset, ...]
-    batches: tuple[int, ...]
-    output_lengths: tuple[int, ...]
+    datasets: tuple[Dataset, ...] = ()
+    batches: tuple[int, ...] = ()
+    output_lengths: tuple[int, ...] = ()
     models: tuple[str, ...] = ()
     temperatures: tuple[float, ...] = (0.0,)
     about: str = ""
     ignore_eos: bool = False
     repeats: int = 3
     interleave: bool = False
+    resident: bool = False
+    loads: tuple[Load, ...] = ()
     k: int = 8
     device: str = "cuda"
     dtype: str = "bfloat16"
@@ -97,14 +126,28 @@ class Matrix:
     engine_args: dict[str, Any] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
-        for name in ("engines", "datasets", "batches", "output_lengths", "temperatures"):
+        lists = () if self.loads else ("datasets", "batches", "output_lengths", "temperatures")
+        for name in ("engines", *lists):
             if not getattr(self, name):
                 raise ValueError(f"the matrix has no {name}")
         if self.repeats < 1:
             raise ValueError(f"repeats must be at least 1, got {self.repeats}")
+        if self.resident:
+            self._check_resident()
         labels = [engine.label for engine in self.engines]
         if len(set(labels)) < len(labels):
             raise ValueError(f"engines need labels of their own, got {', '.join(labels)}")
+
+    def _check_resident(self) -> None:
+        if self.interleave:
+            raise ValueError("resident engines are not started again for every repeat: turn interleave or resident off")
+        served = [engine.label for engine in self.engines if engine.kind in SERVED]
+        if served:
+            raise ValueError(f"resident is for engines that are started here, not for {', '.join(served)}")
+        if self.device == "cuda" and "max_total_tokens" not in self.engine_args:
+            raise ValueError(
+                "resident engines share the GPU, so --engine-args must set max_total_tokens: each would take what is free"
+            )
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> Matrix:
@@ -117,9 +160,7 @@ class Matrix:
         fields: dict[str, Any] = {key: tuple(item) if isinstance(item, list) else item for key, item in value.items()}
         fields["engines"] = tuple(map(EngineSpec.parse, value.get("engines", ())))
         fields["datasets"] = tuple(map(Dataset.parse, value.get("datasets", ())))
-        missing = [name for name in ("batches", "output_lengths") if name not in fields]
-        if missing:
-            raise ValueError(f"the matrix has no {' and no '.join(missing)}")
+        fields["loads"] = tuple(map(Load.parse, value.get("loads", ())))
         return cls(**fields)
 
 
@@ -152,17 +193,26 @@ class Cell:
 
     model: str
     engine: EngineSpec
-    dataset: Dataset
-    batch: int
-    output_length: int
-    temperature: float
+    load: Load
+
+    @property
+    def dataset(self) -> Dataset:
+        """Of the load."""
+        return self.load.dataset
+
+    @property
+    def batch(self) -> int:
+        """Of the load."""
+        return self.load.batch
 
     def key(self, matrix: Matrix) -> str:
         """Name of the cell in a results file: what is readable, and a digest of everything else that is set."""
         rest = [self.model, self.engine.engine, self.engine.args, matrix.ignore_eos, matrix.k, matrix.device, matrix.dtype]
         rest += [matrix.load_format, matrix.prefill_backend, matrix.engine_args, matrix.interleave]
+        if matrix.resident:
+            rest.append("resident")
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
-        load = f"b{self.batch}|o{self.output_length}|t{self.temperature:g}"
+        load = f"b{self.batch}|o{self.load.output_length}|t{self.load.temperature:g}"
         return f"{Path(self.model).name}|{self.engine.label}|{self.dataset}|{load}|{digest}"
 
     def sample(self, matrix: Matrix, repeat: int) -> dict[str, Any]:
@@ -172,15 +222,20 @@ class Cell:
             "repeat": repeat,
             "dataset": str(self.dataset),
             "batch": self.batch,
-            "output_length": self.output_length,
-            "temperature": self.temperature,
+            "output_length": self.load.output_length,
+            "temperature": self.load.temperature,
         }
+
+
+def all_loads(matrix: Matrix) -> tuple[Load, ...]:
+    """What every engine is given: the matrix's loads, or every combination of its lists."""
+    product = itertools.product(matrix.datasets, matrix.batches, matrix.output_lengths, matrix.temperatures)
+    return matrix.loads or tuple(itertools.starmap(Load, product))
 
 
 def cells(matrix: Matrix, model: str, engine: EngineSpec) -> list[Cell]:
     """The cells of one model and engine."""
-    loads = itertools.product(matrix.datasets, matrix.batches, matrix.output_lengths, matrix.temperatures)
-    return [Cell(model, engine, *load) for load in loads]
+    return [Cell(model, engine, load) for load in all_loads(matrix)]
 
 
 @dataclass(frozen=True)
@@ -207,3 +262,17 @@ def jobs(matrix: Matrix, done: set[tuple[str, int]]) -> Iterator[Job]:
             left = tuple((cell, repeat) for cell, repeat in wanted if (cell.key(matrix), repeat) not in done)
             if left:
                 yield Job(model, engine, left)
+
+
+def turns(planned: Sequence[Job], matrix: Matrix) -> Iterator[tuple[int, int]]:
+    """(job, sample) in the order in which resident engines run: repeat by repeat and load by load, each engine in turn.
+
+    Each job's samples are in that order already; what one has no more of is left out.
+    """
+    following = [0] * len(planned)
+    for repeat, load in itertools.product(range(matrix.repeats), all_loads(matrix)):
+        for index, job in enumerate(planned):
+            at = following[index]
+            if at < len(job.samples) and (job.samples[at][1], job.samples[at][0].load) == (repeat, load):
+                following[index] += 1
+                yield index, at

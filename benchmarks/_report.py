@@ -50,6 +50,7 @@ def _row(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "ignore_eos": first["ignore_eos"],
         "simulated": first.get("simulated_accept_length") is not None,
         "interleaved": first["interleaved"],
+        "resident": len(first.get("resident_engines", ())),
         "repeats": len(samples),
         "context": round(mean(sample["prompt_tokens"] / sample["batch"] for sample in samples)),
         "output_tokens": median(sample["output_tokens"] for sample in samples),
@@ -89,6 +90,8 @@ def remarks(row: dict[str, Any]) -> str:
         found.append("fewer than three repeats")
     if not row["interleaved"]:
         found.append("repeats within one engine start")
+    if row["resident"]:
+        found.append(f"one of {row['resident']} engines on the device, others idle")
     if row["timed"].startswith("whole"):
         found.append("prefill is timed")
     return "; ".join(found)

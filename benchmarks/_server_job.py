@@ -42,12 +42,12 @@ def command(cell: Cell, matrix: Matrix, url: str, dataset: Path, output: Path) -
     made = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", BACKENDS[cell.engine.kind], "--base-url", url]
     made += ["--model", cell.model, "--tokenizer", cell.model, "--dataset-name", "custom", "--dataset-path", str(dataset)]
     made += ["--num-prompts", str(cell.batch), "--max-concurrency", str(cell.batch)]
-    made += ["--sharegpt-output-len", str(cell.output_length), "--temperature", str(cell.temperature)]
+    made += ["--sharegpt-output-len", str(cell.load.output_length), "--temperature", str(cell.load.temperature)]
     # Prefill is timed, so what earlier repeats left in the prefix cache has to go (vLLM: VLLM_SERVER_DEV_MODE=1).
     made += ["--output-file", str(output), "--output-details", "--disable-tqdm", "--flush-cache"]
     if BACKENDS[cell.engine.kind] == "vllm":
         # --temperature reaches SGLang's own API only.
-        made += ["--extra-request-body", json.dumps({"temperature": cell.temperature})]
+        made += ["--extra-request-body", json.dumps({"temperature": cell.load.temperature})]
     if not matrix.ignore_eos:
         made.append("--disable-ignore-eos")
     return made

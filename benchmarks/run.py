@@ -10,6 +10,13 @@ flags. Run the same command again after an interruption: samples that the file h
 skipped, and what could not be run is tried again. Tables and plots are made from the file, ``--report-only`` makes them
 alone.
 
+With ``--resident`` all engines of a model are started together and share the GPU's memory, and samples are taken in turn,
+one engine at a time: repeats are interleaved, and no time goes into starting engines again. SGLang sizes its KV pool by
+what is free, so give each its share:
+
+    python benchmarks/run.py h100-main --model-path M --resident --no-interleave --engines plain:flashinfer sparsespec ngram
+        --engine-args '{"max_total_tokens": 400000, "cuda_graph_backend_prefill": "disabled"}' ...
+
 Engines: ``plain:flashinfer``, ``plain:triton``, ``plain:torch_native`` (CPU), ``sparsespec[:POLICY]``; SGLang's
 ``ngram``, ``standalone`` (``--draft-model-path``) and ``eagle3`` (``--eagle3-path``); and servers that run already, through
 SGLang's bench_serving: ``server`` (``--server-url``), ``vllm`` (``--vllm-url``), ``vllm-ngram`` (``--vllm-ngram-url``; vLLM
@@ -23,21 +30,24 @@ Servers are timed over whole requests. The two are never compared with each othe
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import select
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from _common import append_json_line, say, stamp, utc_now
 from _engine_job import job_contents
-from _matrix import SERVED, EngineSpec, Job, Matrix, jobs, load_matrix
+from _matrix import SERVED, EngineSpec, Job, Matrix, jobs, load_matrix, turns
 from _report import draw_plots, load_pyplot, report
 from _server_job import run_samples
 
@@ -51,6 +61,7 @@ OVERRIDES = (
     "temperatures",
     "repeats",
     "interleave",
+    "resident",
     "ignore_eos",
     "device",
     "dtype",
@@ -156,39 +167,137 @@ def run_job(job: Job, matrix: Matrix, args: argparse.Namespace, log: Path) -> It
         raise NotRun(str(error)) from None
 
 
+class EngineProcess:
+    """An engine in a process of its own; what it prints is appended to ``log``.
+
+    Args:
+        contents: ``_engine_job.job_contents``.
+        timeout: seconds without a line from it after which it counts as hanging.
+    """
+
+    def __init__(self, contents: dict[str, Any], timeout: float, log: Path) -> None:
+        self._timeout = timeout
+        self._log = log
+        self._log_start = log.stat().st_size if log.exists() else 0
+        self._reading, writing = os.pipe()
+        self._job = tempfile.NamedTemporaryFile("w", suffix=".json")  # noqa: SIM115 (closed with the process)
+        self._job.write(json.dumps(contents))
+        self._job.flush()
+        with log.open("a") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, str(HERE / "_engine_job.py"), self._job.name, str(writing)],
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                pass_fds=(writing,),
+                start_new_session=True,
+            )
+        os.close(writing)
+        self._lines = lines_within(self._reading, timeout)
+
+    def go(self) -> None:
+        """Let a resident engine run its next sample."""
+        assert self._process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it has ended: the next line says why
+            self._process.stdin.write(b"\n")
+            self._process.stdin.flush()
+
+    def line(self) -> dict[str, Any]:
+        """The next object that it writes.
+
+        Raises:
+            NotRun: it ended, or hangs.
+        """
+        try:
+            found = next(self._lines, None)
+            if found is None:
+                self._process.wait(timeout=60)
+        except (TimeoutError, subprocess.TimeoutExpired):
+            raise NotRun(f"the engine gave nothing for {self._timeout:g} s (--timeout)") from None
+        if found is None:
+            text = self._log.read_bytes()[self._log_start :].decode(errors="replace")
+            raise NotRun(f"the engine ended with status {self._process.returncode}: {last_error(text)}")
+        return json.loads(found)
+
+    def finish(self) -> None:
+        """Wait until it has ended by itself, as it does after its last sample; at most a minute."""
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(timeout=60)
+
+    def close(self) -> None:
+        """End it, whatever it does."""
+        os.close(self._reading)
+        end_group(self._process)
+        self._job.close()
+
+
 def run_engine(contents: dict[str, Any], timeout: float, log: Path) -> Iterator[dict[str, Any]]:
-    """Start an engine in a process of its own and pass its samples on; what it prints is appended to ``log``.
+    """Start an engine and pass its samples on.
 
     Raises:
         NotRun: it ended without all samples, or gave none for ``timeout`` seconds.
     """
-    before = log.stat().st_size
-    reading, writing = os.pipe()
-    with tempfile.NamedTemporaryFile("w", suffix=".json") as job_file, log.open("a") as output:
-        job_file.write(json.dumps(contents))
-        job_file.flush()
-        process = subprocess.Popen(
-            [sys.executable, str(HERE / "_engine_job.py"), job_file.name, str(writing)],
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            pass_fds=(writing,),
-            start_new_session=True,
-        )
-        os.close(writing)
-        count = 0
+    with contextlib.closing(EngineProcess(contents, timeout, log)) as process:
+        for _ in contents["samples"]:
+            yield process.line()
+        process.finish()
+
+
+Outcome = tuple[Job, "dict[str, Any] | NotRun"]
+
+
+def one_by_one(planned: list[Job], matrix: Matrix, args: argparse.Namespace, log: Path) -> Iterator[Outcome]:
+    """Samples of the jobs, each engine by itself; of a job that cannot go on, why not."""
+    for job in planned:
+        with log.open("a") as file:
+            file.write(f"\n=== {utc_now()} {job.model} {job.engine.label}\n")
         try:
-            for line in lines_within(reading, timeout):
-                count += 1
-                yield json.loads(line)
-            process.wait(timeout=60)
-        except (TimeoutError, subprocess.TimeoutExpired):
-            raise NotRun(f"the engine gave nothing for {timeout:g} s (--timeout)") from None
-        finally:
-            os.close(reading)
-            end_group(process)
-    if count < len(contents["samples"]):
-        text = log.read_bytes()[before:].decode(errors="replace")
-        raise NotRun(f"the engine ended with status {process.returncode}: {last_error(text)}")
+            for sample in run_job(job, matrix, args, log):
+                yield job, sample
+        except NotRun as error:
+            yield job, error
+
+
+def together(planned: list[Job], matrix: Matrix, args: argparse.Namespace, log: Path) -> Iterator[Outcome]:
+    """As :func:`one_by_one`, of one model's engines, which are all started before the first sample is taken."""
+    labels = [job.engine.label for job in planned]
+    running: dict[int, EngineProcess] = {}
+    try:
+        for index, job in enumerate(planned):
+            try:
+                check(job, args)
+                own_log = log.with_name(f"{log.stem}.{index}.log")
+                running[index] = EngineProcess(job_contents(job, matrix, args.log_level), args.timeout, own_log)
+            except NotRun as error:
+                yield job, error
+        for index, process in list(running.items()):
+            say(f"{labels[index]}: starting")
+            try:
+                say(f"{labels[index]}: started in {process.line()['started']:g} s")
+            except NotRun as error:
+                running.pop(index).close()
+                yield planned[index], error
+        for index, _ in turns(planned, matrix):
+            if index not in running:
+                continue
+            try:
+                running[index].go()
+                yield planned[index], {**running[index].line(), "resident_engines": labels}
+            except NotRun as error:
+                running.pop(index).close()
+                yield planned[index], error
+    finally:
+        for process in running.values():
+            process.close()
+
+
+def outcomes(planned: list[Job], matrix: Matrix, args: argparse.Namespace, log: Path) -> Iterator[Outcome]:
+    """What the jobs give, in the order in which it happens."""
+    if not matrix.resident:
+        yield from one_by_one(planned, matrix, args, log)
+        return
+    for model in matrix.models:
+        yield from together([job for job in planned if job.model == model], matrix, args, log)
 
 
 def lines_within(descriptor: int, timeout: float) -> Iterator[bytes]:
@@ -247,6 +356,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--temperatures", nargs="+", type=float)
     parser.add_argument("--repeats", type=int)
     parser.add_argument("--interleave", action=argparse.BooleanOptionalAction, help="start engines anew for every repeat")
+    parser.add_argument("--resident", action=argparse.BooleanOptionalAction, help="all engines at once, samples in turn")
     parser.add_argument("--ignore-eos", action=argparse.BooleanOptionalAction, help="outputs go on to their full length")
     parser.add_argument("--device", choices=("cpu", "cuda"))
     parser.add_argument("--dtype")
@@ -258,6 +368,7 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--vllm-url")
     parser.add_argument("--vllm-ngram-url")
     parser.add_argument("--timeout", type=float, default=1800, help="seconds an engine may take for a start or a sample")
+    parser.add_argument("--time-limit", type=float, default=0, help="seconds after which no sample is begun; 0: none")
     parser.add_argument("--log-level", default="warning")
     return parser.parse_args(argv)
 
@@ -303,7 +414,7 @@ def describe(matrix: Matrix, model: str, engine: EngineSpec) -> dict[str, Any]:
         "engine": engine.engine,
         "label": engine.label,
         "ignore_eos": matrix.ignore_eos,
-        "interleaved": matrix.interleave,
+        "interleaved": matrix.interleave or matrix.resident,
     }
     if engine.kind in SERVED:
         return about
@@ -331,25 +442,32 @@ def run_all(matrix: Matrix, args: argparse.Namespace, environment: dict[str, Any
     say(f"{left} samples to run in {len(planned)} engine starts; {len(done)} in {args.results} already")
     failures = 0
     log = args.results.with_suffix(".log")
-    with tqdm(total=left, unit="sample") as progress:
-        for job in planned:
+    log.touch()
+    deadline = time.monotonic() + args.time_limit if args.time_limit else math.inf
+    given: dict[Job, set[tuple[str, int]]] = {job: set() for job in planned}
+    ended: dict[Job, str] = {}
+    # Closed at once, and so its engines, if this ends early.
+    with tqdm(total=left, unit="sample") as progress, contextlib.closing(outcomes(planned, matrix, args, log)) as found:
+        for job, outcome in found:
             progress.set_postfix_str(f"{Path(job.model).name} {job.engine.label}")
             about = {**environment, **describe(matrix, job.model, job.engine)}
-            with log.open("a") as file:
-                file.write(f"\n=== {utc_now()} {job.model} {job.engine.label}\n")
-            given = set()
-            try:
-                for sample in run_job(job, matrix, args, log):
-                    append_json_line(args.results, {**about, "date": utc_now(), "kind": "sample", **sample})
-                    given.add((sample["key"], sample["repeat"]))
-                    progress.update()
-            except NotRun as error:
-                failures += 1
-                say(f"{job.engine.label}: not run: {error}")
-                keys = {cell.key(matrix) for cell, repeat in job.samples if (cell.key(matrix), repeat) not in given}
-                for key in sorted(keys):
-                    append_json_line(args.results, {**about, "kind": "not run", "key": key, "reason": str(error)})
-                progress.update(len(job.samples) - len(given))
+            if isinstance(outcome, NotRun):
+                ended[job] = str(outcome)
+                say(f"{job.engine.label}: not run: {outcome}")
+            else:
+                append_json_line(args.results, {**about, "date": utc_now(), "kind": "sample", **outcome})
+                given[job].add((outcome["key"], outcome["repeat"]))
+                progress.update()
+            if time.monotonic() > deadline:
+                say("--time-limit: what is left is not run")
+                break
+    for job in planned:
+        missing = {cell.key(matrix) for cell, repeat in job.samples if (cell.key(matrix), repeat) not in given[job]}
+        failures += bool(missing)
+        about = {**environment, **describe(matrix, job.model, job.engine)}
+        for key in sorted(missing):
+            reason = ended.get(job, f"the time limit of {args.time_limit:g} s was reached")
+            append_json_line(args.results, {**about, "kind": "not run", "key": key, "reason": reason})
     return failures
 
 

@@ -19,7 +19,7 @@ import _engine_job  # noqa: E402
 import _report  # noqa: E402
 import _server_job  # noqa: E402
 import run  # noqa: E402
-from _matrix import MATRICES, EngineSpec, Job, Matrix, cells, jobs, load_matrix  # noqa: E402
+from _matrix import MATRICES, EngineSpec, Job, Matrix, cells, jobs, load_matrix, turns  # noqa: E402
 from _workloads import Dataset, distinct_share, question_prompts  # noqa: E402
 from throughput import engine_arguments  # noqa: E402
 
@@ -67,6 +67,11 @@ def test_a_matrix_is_every_combination() -> None:
         ({"datasets": ["aime:100"]}, "aime:100"),
         ({"datasets": ["code"]}, "code:TOKENS"),
         ({"repeats": 0}, "repeats"),
+        ({"resident": True, "interleave": True}, "interleave or resident"),
+        ({"resident": True, "device": "cuda"}, "max_total_tokens"),
+        ({"resident": True, "engines": ["sparsespec", "vllm"]}, "not for vllm"),
+        ({"loads": [{"dataset": "aime", "batch": 1}]}, "a load has no output_length"),
+        ({"loads": [{"dataset": "aime", "batch": 1, "output_length": 2, "tokens": 1}]}, "load has unknown keys tokens"),
     ],
 )
 def test_mistakes_in_a_matrix_are_named(changes: dict[str, Any], named: str) -> None:
@@ -75,7 +80,7 @@ def test_mistakes_in_a_matrix_are_named(changes: dict[str, Any], named: str) -> 
 
 
 def test_a_missing_list_is_named() -> None:
-    with pytest.raises(ValueError, match="no output_lengths"):
+    with pytest.raises(ValueError, match="the matrix has no output_lengths"):
         Matrix.parse({key: value for key, value in SMALL.items() if key != "output_lengths"})
 
 
@@ -97,7 +102,8 @@ def test_engines_picked_by_label_keep_their_arguments() -> None:
 def test_settings_that_change_results_change_the_key() -> None:
     matrix = Matrix.parse(SMALL)
     (cell, *_) = cells(matrix, "m", matrix.engines[1])
-    for changes in ({"ignore_eos": True}, {"k": 4}, {"dtype": "float16"}, {"engine_args": {"a": 1}}, {"interleave": True}):
+    others = [{"ignore_eos": True}, {"k": 4}, {"dtype": "float16"}, {"engine_args": {"a": 1}}, {"interleave": True}]
+    for changes in [*others, {"resident": True}]:
         assert cell.key(Matrix.parse({**SMALL, **changes})) != cell.key(matrix), changes
 
 
@@ -111,6 +117,32 @@ def test_interleaving_starts_every_engine_for_every_repeat() -> None:
         ("sparsespec", [1, 1]),
     ]
     assert order(False) == [("plain:torch_native", [0, 0, 1, 1]), ("sparsespec", [0, 0, 1, 1])]
+
+
+def test_loads_take_the_place_of_the_combinations() -> None:
+    loads = [
+        {"dataset": "aime", "batch": 8, "output_length": 4096, "temperature": 0.6},
+        {"dataset": "code:512", "batch": 2, "output_length": 16},
+    ]
+    matrix = Matrix.parse({"engines": ["sparsespec"], "loads": loads})
+    found = [cell.sample(matrix, 0) for cell in cells(matrix, "m", matrix.engines[0])]
+    expected = [("aime", 8, 4096, 0.6), ("code:512", 2, 16, 0.0)]
+    assert [(s["dataset"], s["batch"], s["output_length"], s["temperature"]) for s in found] == expected
+
+
+def test_resident_engines_take_turns_at_every_load_of_every_repeat() -> None:
+    matrix = Matrix.parse({**SMALL, "resident": True})
+    planned = list(jobs(matrix, set()))
+    assert list(turns(planned, matrix)) == [(0, 0), (1, 0), (0, 1), (1, 1), (0, 2), (1, 2), (0, 3), (1, 3)]
+    first = (planned[0].samples[0][0].key(matrix), 0)
+    planned = list(jobs(matrix, {first}))  # a sample of an earlier run
+    labels = [(planned[job].engine.label, *planned[job].samples[at][::-1]) for job, at in turns(planned, matrix)]
+    assert [(label, repeat, str(cell.dataset)) for label, repeat, cell in labels][:4] == [
+        ("sparsespec", 0, "aime"),
+        ("plain:torch_native", 0, "code:512"),
+        ("sparsespec", 0, "code:512"),
+        ("plain:torch_native", 1, "aime"),
+    ]
 
 
 # ------------------------------------------------------------------------- running
@@ -265,6 +297,54 @@ def test_an_engine_that_dies_tells_why(tmp_path: Path, monkeypatch: pytest.Monke
 def test_an_engine_that_hangs_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(run.NotRun, match="nothing for 0.2 s"):
         engine_process(tmp_path, "import time; time.sleep(600)", monkeypatch, timeout=0.2)
+
+
+RESIDENT_PROGRAM = """
+import json, os, sys
+job, out = json.load(open(sys.argv[1])), int(sys.argv[2])
+def say(value): os.write(out, json.dumps(value).encode() + b"\\n")
+if job["engine"] == "plain:torch_native" and WHAT == "start": raise ValueError("no memory")
+say({"started": 1.0})
+for sample in job["samples"]:
+    if not sys.stdin.readline(): break
+    if job["engine"] == "sparsespec" and WHAT == "sample" and sample["repeat"]: raise ValueError("crashed")
+    with open(ORDER, "a") as file: file.write(job["engine"] + "\\n")
+    say({**sample, **FIGURES})
+"""
+
+
+@pytest.mark.parametrize("failure", ["nothing", "start", "sample"])
+def test_resident_engines_run_in_turn_and_one_that_fails_leaves_the_others(
+    line: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failure: str
+) -> None:
+    monkeypatch.setattr(run, "stamp", lambda: {"commit": "abc", "gpu": None, "packages": {"sglang": "0.5.17"}})
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    order = tmp_path / "order"
+    constants = f"WHAT, ORDER, FIGURES = {failure!r}, {str(order)!r}, {figures()!r}\n"
+    (folder / "_engine_job.py").write_text(constants + RESIDENT_PROGRAM)
+    monkeypatch.setattr(run, "HERE", folder)
+    assert run.main([*line, "--resident"]) == (failure != "nothing")
+    ran = order.read_text().split()
+    both = ["plain:torch_native", "sparsespec"]
+    assert ran == {"nothing": both * 4, "start": both[1:] * 4, "sample": both * 2 + both[:1] * 2}[failure]
+    records = run.read_results(tmp_path / "results.jsonl")
+    samples = [record for record in records if record["kind"] == "sample"]
+    assert len(samples) == len(ran)
+    assert all(record["resident_engines"] == both and record["interleaved"] for record in samples)
+    reasons = {record["label"]: record["reason"] for record in records if record["kind"] == "not run"}
+    expected = {"nothing": {}, "start": {both[0]: "no memory"}, "sample": {both[1]: "crashed"}}[failure]
+    assert reasons.keys() == expected.keys() and all(expected[label] in reasons[label] for label in expected)
+    assert "one of 2 engines on the device" in (tmp_path / "results.md").read_text()
+
+
+def test_no_sample_is_begun_after_the_time_limit(engines: FakeEngines, line: list[str], tmp_path: Path) -> None:
+    assert run.main([*line, "--time-limit", "1e-9"]) == 1
+    assert len(engines.ran) == 1
+    records = run.read_results(tmp_path / "results.jsonl")
+    assert all("time limit" in record["reason"] for record in records if record["kind"] == "not run")
+    assert run.main(line) == 0
+    assert len(engines.ran) == 8
 
 
 def test_a_missing_model_is_named(line: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
