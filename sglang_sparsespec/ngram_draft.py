@@ -86,6 +86,7 @@ class NgramDrafter:
     Args:
         from_first_rank: makes what was drawn at random equal on all tensor-parallel ranks.
         count_forward: is told the draft tokens and the verified ones of each forward.
+        sampler: draws the drafts, and keeps what they were drawn from until it accepts them.
     """
 
     def __init__(
@@ -95,6 +96,7 @@ class NgramDrafter:
         window: int,
         from_first_rank: Callable[..., tuple[torch.Tensor, ...]],
         count_forward: Callable[[int, int], None],
+        sampler: sampling.DraftSampler,
     ) -> None:
         self.model_runner = model_runner
         self.attn_backend = backend
@@ -103,6 +105,7 @@ class NgramDrafter:
         self.num_forwards = window // 2
         self._from_first_rank = from_first_rank
         self._count_forward = count_forward
+        self._sampler = sampler
         num_rows, context = backend.req_to_token_pool.req_to_token.shape
         self.history = TokenHistory(num_rows, context, backend.device)
         self._offsets = torch.arange(self.num_proposals + 1, device=backend.device)
@@ -111,53 +114,46 @@ class NgramDrafter:
         """Take over the tokens of a prefill batch."""
         self.history.note_prompts([req.req_pool_idx for req in batch.reqs], [req.get_fill_ids() for req in batch.reqs])
 
-    def draft(
-        self, batch: ScheduleBatch, bonus_tokens: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor]:
+    def draft(self, batch: ScheduleBatch, bonus_tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Draft up to k tokens per request.
 
         Args:
             bonus_tokens: int64 [batch].
 
         Returns:
-            candidates int64 [batch, W], the drafts' distributions float32 [batch, k, vocab] where
-            acceptance needs them, and how many drafts were made, int64 [batch]: the candidates and
-            distributions after these mean nothing.
+            candidates int64 [batch, W], and how many drafts were made, int64 [batch]: the candidates after
+            these mean nothing.
         """
         rows, lengths = batch.req_pool_indices.long(), batch.seq_lens.long()
-        size, width = len(rows), self.window + self.num_proposals + 1
+        width = self.window + self.num_proposals + 1
+        self._sampler.begin_round(batch.sampling_info, batch.reqs, width - 1)
         candidates = bonus_tokens.long().unsqueeze(1).repeat(1, width)
-        probs: torch.Tensor | None = None
         drafted = torch.zeros_like(lengths)
         self.history.write(rows, lengths.unsqueeze(1), candidates[:, :1])
         for _ in range(self.num_forwards):
             proposals = self.history.propose(rows, lengths + drafted, self.num_proposals)
             current = candidates.gather(1, drafted.unsqueeze(1))
-            tokens, prob = self._check(batch, torch.cat([current, proposals], dim=1), lengths, drafted)
+            tokens = self._check(batch, torch.cat([current, proposals], dim=1), lengths, drafted)
             place = drafted.unsqueeze(1) + self._offsets
             candidates.scatter_(1, place + 1, tokens)
             self.history.write(rows, lengths.unsqueeze(1) + place + 1, tokens)
-            if prob is not None:
-                if probs is None:
-                    probs = prob.new_zeros(size, width - 1, prob.shape[-1])
-                probs[torch.arange(size, device=rows.device).unsqueeze(1), place] = prob
             # Tokens past the first that was not proposed follow a token that is no draft; the next
             # forward, which begins with that first one, writes over them.
             right = (tokens[:, :-1] == proposals).to(torch.int64).cumprod(dim=1).sum(dim=1)
             drafted = (drafted + 1 + right).clamp(max=self.window - 1)
-        return candidates[:, : self.window], None if probs is None else probs[:, : self.window - 1], drafted
+        return candidates[:, : self.window], drafted
 
     def _check(
         self, batch: ScheduleBatch, inputs: torch.Tensor, lengths: torch.Tensor, drafted: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """One forward: the draft token after each of ``inputs``, and its distribution.
+    ) -> torch.Tensor:
+        """One forward: the draft token after each of ``inputs``.
 
         Args:
             inputs: int64 [batch, 1 + g], the current token and the proposals.
             lengths, drafted: int64 [batch], committed tokens and drafts made: the current token's place.
 
         Returns:
-            int64 [batch, 1 + g], and float32 [batch, 1 + g, vocab] where acceptance needs it.
+            int64 [batch, 1 + g].
         """
         size, queries = inputs.shape
         place = drafted.unsqueeze(1) + self._offsets
@@ -180,8 +176,6 @@ class NgramDrafter:
         # Called directly for the reasons given in SparseSpecWorker._draft_eagerly.
         with forward_context(ForwardContext(attn_backend=self.attn_backend)):
             output = self.model_runner.model.forward(forward_batch.input_ids, positions, forward_batch)
-        info = batch.sampling_info
-        sampled = sampling.SamplingRows.of(info, repeats=queries)
-        token, prob = sampling.sample_draft(output.next_token_logits, sampled, positions)
-        (token,) = self._from_first_rank(info.is_all_greedy, token)
-        return token.view(size, queries), None if prob is None else prob.view(size, queries, -1)
+        drawn = self._sampler.draw_at(output.next_token_logits, positions, place)
+        (tokens,) = self._from_first_rank(batch.sampling_info.is_all_greedy, drawn)
+        return tokens

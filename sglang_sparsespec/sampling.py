@@ -396,53 +396,91 @@ class DraftSampler:
         # Draft logits of all rounds: a graph's are overwritten by its next replay, before they can be compared.
         self._buffer = torch.empty(0, dtype=logits_dtype)
         self._probs: list[torch.Tensor] = []
+        self._placed: torch.Tensor | None = None
 
     def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req], num_steps: int) -> None:
-        """Start drafting ``num_steps`` tokens for a batch with the parameters ``info``; forgets the round before."""
+        """Start a round of a batch with the parameters ``info``; forgets the round before.
+
+        Args:
+            num_steps: drafts per request; with :meth:`draw_at` the places of a request, at least as many.
+        """
         self.info = info
         self.num_steps = num_steps
         self.rows = SamplingRows.of(info)
         self._step = 0
         self._probs = []
+        self._placed = None
         self._from_logits = self.use_triton and not info.is_all_greedy and self.rows.seeds is None
         if info.need_min_p_sampling and any(has_min_p(req.sampling_params) for req in reqs):
             self._from_logits = False
-        self._top_ps = self.rows.top_ps if has_filters(info, reqs) else None
+        self._has_filters = has_filters(info, reqs)
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Draft tokens int64 [batch] of the next step; arguments as :func:`sample_draft`."""
         if self._from_logits:
-            return self._draw_from_logits(logits)
+            return self._draw_from_logits(logits, self.rows, logits.shape[0], None)
         tokens, probs = sample_draft(logits, self.rows, positions)
         if probs is not None:
             self._probs.append(probs)
         return tokens
 
+    def draw_at(self, logits: torch.Tensor, positions: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Draw tokens at several places of each request; what was drawn there before is forgotten.
+
+        Args:
+            logits: [batch * n, vocab]. positions: int64 [batch * n].
+            places: int64 [batch, n], below the round's ``num_steps`` and different in each row.
+
+        Returns:
+            int64 [batch, n].
+        """
+        batch, count = places.shape
+        parameters = SamplingRows.of(self.info, repeats=count)
+        requests = torch.arange(batch, device=places.device).unsqueeze(1)
+        if self._from_logits:
+            slots = (requests * self.num_steps + places).flatten()
+            tokens = self._draw_from_logits(logits, parameters, batch, slots)
+        else:
+            tokens, probs = sample_draft(logits, parameters, positions)
+            if probs is not None:
+                if self._placed is None:
+                    self._placed = probs.new_zeros(batch, self.num_steps, probs.shape[-1])
+                self._placed[requests, places] = probs.view(batch, count, -1)
+        return tokens.view(batch, count)
+
     def accept(
-        self, candidates: torch.Tensor, logits: torch.Tensor, positions: torch.Tensor
+        self,
+        candidates: torch.Tensor,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        num_drafted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Accept the round's drafts; arguments and result as :func:`accept`."""
         if not self._from_logits:
-            probs = torch.stack(self._probs, dim=1) if self._probs else None
-            return accept(candidates, logits, self.info, positions, probs)
+            probs = torch.stack(self._probs, dim=1) if self._probs else self._placed
+            if probs is not None:
+                probs = probs[:, : candidates.shape[1] - 1]
+            return accept(candidates, logits, self.info, positions, probs, num_drafted=num_drafted)
         from sglang_sparsespec import triton_sampling
 
         return triton_sampling.accept(
             candidates, logits, self.rows.temperatures, self.rows.top_ks, self._kept, self._lse, self._seeds[-1:],
-            top_ps=self._top_ps,
+            num_drafted=num_drafted, top_ps=self.rows.top_ps if self._has_filters else None,
         )  # fmt: skip
 
-    def _draw_from_logits(self, logits: torch.Tensor) -> torch.Tensor:
+    def _draw_from_logits(
+        self, logits: torch.Tensor, parameters: SamplingRows, batch: int, slots: torch.Tensor | None
+    ) -> torch.Tensor:
         from sglang_sparsespec import triton_sampling
 
-        batch, vocab = logits.shape
+        vocab = logits.shape[1]
         if self._step == 0:
             self._kept = self._reserve(batch, vocab, logits.device)
             self._lse = torch.empty((batch, self.num_steps), dtype=torch.float32, device=logits.device)
             self._seeds = triton_sampling.round_seeds(self.num_steps + 1, logits.device)
         tokens = triton_sampling.draft(
-            logits, self.rows.temperatures, self.rows.top_ks, self._seeds, self._step, self._kept, self._lse,
-            top_ps=self._top_ps,
+            logits, parameters.temperatures, parameters.top_ks, self._seeds, self._step, self._kept, self._lse, slots=slots,
+            top_ps=parameters.top_ps if self._has_filters else None,
         )  # fmt: skip
         self._step += 1
         return tokens

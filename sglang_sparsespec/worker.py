@@ -111,7 +111,12 @@ class SparseSpecWorker(BaseSpecWorker):
             self.sparsespec_metrics.unified = self.unified
         if self.attn_backend.policy.num_proposals:
             self.ngram_drafter = NgramDrafter(
-                self.model_runner, self.attn_backend, self.window, self._from_first_rank, self.forward_stats.count
+                self.model_runner,
+                self.attn_backend,
+                self.window,
+                self._from_first_rank,
+                self.forward_stats.count,
+                self._sampler,
             )
 
     def init_cuda_graphs(self) -> None:
@@ -281,10 +286,8 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         if self.ngram_drafter is not None:
             self.attn_backend.set_draft_length(0)  # the drafter counts its queries itself
-            drafted, probs, num_drafted = self.ngram_drafter.draft(batch, bonus_tokens)
-            return drafted, partial(
-                sampling.accept, info=batch.sampling_info, draft_probs=probs, num_drafted=num_drafted
-            )
+            drafted, num_drafted = self.ngram_drafter.draft(batch, bonus_tokens)
+            return drafted, partial(self._sampler.accept, num_drafted=num_drafted)
         steps = self.attn_backend.policy.next_draft_length()
         self.attn_backend.set_draft_length(steps)
         self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from sglang_sparsespec.ngram_draft import NgramDrafter, TokenHistory
+from sglang_sparsespec.sampling import DraftSampler
 
 WINDOW, PROPOSALS, VOCAB = 7, 3, 32
 
@@ -87,7 +88,10 @@ def drafted() -> Any:
         count_draft_queries=lambda rows, seq_lens: counted.append(int(seq_lens.sum())),
     )
     runner: Any = SimpleNamespace(model=model)
-    drafter = NgramDrafter(runner, backend, WINDOW, lambda greedy, *tensors: tensors, lambda drafts, verified: None)
+    drafter = NgramDrafter(
+        runner, backend, WINDOW, lambda greedy, *tensors: tensors, lambda drafts, verified: None,
+        DraftSampler(torch.float32, use_triton=False),
+    )  # fmt: skip
     prompts = [[10, 11, 12, 13, 10, 11, 12, 13], [1, 2, 3]]
     reqs = [SimpleNamespace(req_pool_idx=row, get_fill_ids=lambda p=p: p) for row, p in zip((2, 1), prompts, strict=True)]
     info = SimpleNamespace(
@@ -99,15 +103,15 @@ def drafted() -> Any:
         spec_algorithm=None, spec_info=None,
     )  # fmt: skip
     drafter.note_prompts(batch)
-    candidates, probs, made = drafter.draft(batch, torch.tensor([10, 4]))
-    return SimpleNamespace(candidates=candidates, probs=probs, made=made, model=model, counted=counted)
+    candidates, made = drafter.draft(batch, torch.tensor([10, 4]))
+    return SimpleNamespace(candidates=candidates, made=made, model=model, counted=counted)
 
 
 def test_repeated_text_is_drafted_in_fewer_forwards(drafted: Any) -> None:
     """Three forwards: 4 drafts from the first and the rest from the second, or one from each."""
     assert drafted.made.tolist() == [6, 3]
     assert len(drafted.model.queries) == WINDOW // 2 == 3
-    assert drafted.probs is None and drafted.candidates.shape == (2, WINDOW)
+    assert drafted.candidates.shape == (2, WINDOW)
 
 
 def test_drafts_are_those_of_one_token_at_a_time(drafted: Any) -> None:

@@ -406,6 +406,32 @@ def test_the_samplers_rounds_are_independent(name: str) -> None:
         assert torch.equal(tokens[:, :-1], torch.stack(columns[1:], 1))
 
 
+@pytest.mark.parametrize("name", ["plain", "mixed", "greedy"])
+def test_a_place_that_is_drawn_again_is_accepted_by_its_last_draw(name: str) -> None:
+    """Two places a forward, as of ``triforce``; requests get on at different speeds."""
+    torch.manual_seed(0)
+    requests, width, places = REQUESTS[name], 4, 5
+    batch = len(requests)
+    target = random_logits(batch * width, 1).view(batch, width, -1)
+    sampler = sampling.DraftSampler(torch.float32, use_triton=False)
+    sampler.begin_round(batch_info(requests), as_requests(requests), places)
+    candidates = torch.zeros((batch, places + 1), dtype=torch.int64)
+    rows, first, made = torch.arange(batch), torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int64)
+    for _ in range(3):
+        at = first.unsqueeze(1) + torch.arange(2)
+        logits = target[rows.unsqueeze(1), at.clamp(max=width - 1)]
+        # The second token of every other request is of no use: it follows a wrong one.
+        good = rows % 2 == 0
+        logits[:, 1] = torch.where(good.unsqueeze(1), logits[:, 1], -3 * logits[:, 1])
+        candidates[rows.unsqueeze(1), at + 1] = sampler.draw_at(logits.flatten(0, 1), torch.zeros(2 * batch).long(), at)
+        first = (first + 1 + good.long()).clamp(max=width - 1)
+        made = first
+    positions = torch.zeros(batch * width, dtype=torch.int64)
+    tokens, lens = sampler.accept(candidates[:, :width], target.flatten(0, 1), positions, num_drafted=made)
+    assert lens.tolist() == [width] * batch
+    assert torch.equal(tokens[:, :-1], candidates[:, 1:width])
+
+
 @pytest.mark.parametrize(
     ("fp32_head", "soft_cap", "expected"),
     [(False, None, torch.bfloat16), (True, None, torch.float32), (False, 30.0, torch.float32)],

@@ -476,8 +476,10 @@ def assert_sampled_rounds_follow_the_target(server: RuleServer, rounds: int) -> 
         if number % 3 == 0:
             order = [row for row in order if SAMPLED[row][1:] == (0, 0.0)]  # no filters in the batch
         for row in order:
-            if len(server.sequences[row]) > CONTEXT - 4 * WINDOW:
+            ended = len(server.sequences[row]) > CONTEXT - 4 * WINDOW or torch.rand((), generator=generator) < 0.1
+            if ended:
                 server.admit(row, 3 + row)
+                server.rounds.state.candidates[row, 1:] = 0  # left by another: they are no drafts
         before = {row: len(server.sequences[row]) for row in order}
         lengths += sampled_round(server, order).accept_lens.tolist()
         for row, length in before.items():
