@@ -1,4 +1,4 @@
-"""Samples of ``run.py`` from a running server, by SGLang's ``bench_serving`` (which speaks to vLLM too)."""
+"""Runs of SGLang's ``bench_serving`` (which speaks to vLLM too), and samples of ``run.py`` by it from a running server."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from _common import say
 from _matrix import Cell, Job, Matrix
 from _workloads import LEAST_DISTINCT, distinct_share
 
@@ -29,6 +30,8 @@ SERVER_FLAGS = (
     "speculative_draft_model_path",
 )
 BACKENDS = {"server": "sglang", "vllm": "vllm", "vllm-ngram": "vllm"}
+#: Seconds between signs of life of a run.
+PROGRESS_S = 15.0
 
 
 def write_dataset(prompts: list[str], path: Path) -> None:
@@ -37,20 +40,57 @@ def write_dataset(prompts: list[str], path: Path) -> None:
     path.write_text("".join(json.dumps({"conversations": turn}) + "\n" for turn in turns))
 
 
+def base_command(backend: str, model: str, url: str, output: Path) -> list[str]:
+    """What all runs have in common: the server, and a result with the requests' outputs."""
+    made = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", backend, "--base-url", url]
+    # Prefill is timed, so what earlier runs left in the prefix cache has to go (vLLM: VLLM_SERVER_DEV_MODE=1).
+    made += ["--model", model, "--tokenizer", model, "--output-file", str(output), "--output-details", "--flush-cache"]
+    return made
+
+
 def command(cell: Cell, matrix: Matrix, url: str, dataset: Path, output: Path) -> list[str]:
     """The command line of one run."""
-    made = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", BACKENDS[cell.engine.kind], "--base-url", url]
-    made += ["--model", cell.model, "--tokenizer", cell.model, "--dataset-name", "custom", "--dataset-path", str(dataset)]
+    made = base_command(BACKENDS[cell.engine.kind], cell.model, url, output)
+    made += ["--dataset-name", "custom", "--dataset-path", str(dataset)]
     made += ["--num-prompts", str(cell.batch), "--max-concurrency", str(cell.batch)]
     made += ["--sharegpt-output-len", str(cell.load.output_length), "--temperature", str(cell.load.temperature)]
-    # Prefill is timed, so what earlier repeats left in the prefix cache has to go (vLLM: VLLM_SERVER_DEV_MODE=1).
-    made += ["--output-file", str(output), "--output-details", "--disable-tqdm", "--flush-cache"]
+    made.append("--disable-tqdm")
     if BACKENDS[cell.engine.kind] == "vllm":
         # --temperature reaches SGLang's own API only.
         made += ["--extra-request-body", json.dumps({"temperature": cell.load.temperature})]
     if not matrix.ignore_eos:
         made.append("--disable-ignore-eos")
     return made
+
+
+def run_bench_serving(line: list[str], output: Path, log: Path) -> dict[str, Any]:
+    """Run a command to its end, with signs of life until then; its result. What it prints goes to ``log``.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it printed.
+    """
+    output.unlink(missing_ok=True)
+    begin = log.stat().st_size if log.exists() else 0
+    with log.open("ab") as sink, subprocess.Popen(line, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL) as process:
+        try:
+            while process.poll() is None:
+                try:
+                    process.wait(PROGRESS_S)
+                except subprocess.TimeoutExpired:
+                    say(f"  {last_line(log, begin)}")
+        except BaseException:
+            process.kill()
+            raise
+    if process.returncode or not output.exists():
+        tail = log.read_bytes()[begin:].decode(errors="replace")[-300:]
+        raise RuntimeError(f"bench_serving ended with {process.returncode}: {tail}")
+    return json.loads(output.read_text().splitlines()[-1])
+
+
+def last_line(log: Path, begin: int) -> str:
+    """The newest line (or state of a progress bar) in ``log`` after byte ``begin``."""
+    lines = log.read_bytes()[begin:].decode(errors="replace").replace("\r", "\n").split("\n")
+    return next((line.strip()[:100] for line in reversed(lines) if line.strip()), "bench_serving starts")
 
 
 def as_record(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, Any]:
@@ -98,15 +138,10 @@ def run_samples(job: Job, matrix: Matrix, url: str, log: Path) -> Iterator[dict[
             ids = cell.dataset.prompts(tokenizer, cell.batch)
             prompts = [tokenizer.decode(prompt) for prompt in ids]
             write_dataset(prompts, dataset)
-            output.unlink(missing_ok=True)
-            done = subprocess.run(command(cell, matrix, url, dataset, output), capture_output=True, text=True)
-            with log.open("a") as file:
-                file.write(done.stdout + done.stderr)
-            if done.returncode or not output.exists():
-                raise RuntimeError(f"bench_serving ended with {done.returncode}: {(done.stderr or done.stdout)[-300:]}")
+            result = run_bench_serving(command(cell, matrix, url, dataset, output), output, log)
             yield {
                 **cell.sample(matrix, repeat),
                 "server_url": url,
                 "distinct_prompts": len(set(prompts)),
-                **as_record(json.loads(output.read_text().splitlines()[-1]), tokenizer, cell.batch),
+                **as_record(result, tokenizer, cell.batch),
             }

@@ -157,14 +157,19 @@ def add_engine_options(parser: argparse.ArgumentParser) -> None:
 
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """What all engines have in common, and where prompts come from."""
-    parser.add_argument("--model-path", required=True)
+    add_start_options(parser)
     parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["code", "math"])
+    parser.add_argument("--random-prompts", action="store_true")
+
+
+def add_start_options(parser: argparse.ArgumentParser) -> None:
+    """What all engines have in common."""
+    parser.add_argument("--model-path", required=True)
     parser.add_argument("--k", type=int, default=8)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--prefill-backend", default="triton", help="the same for all engines")
-    parser.add_argument("--random-prompts", action="store_true")
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--log-level", default="warning")
 

@@ -30,6 +30,7 @@ import torch
 
 from sglang_sparsespec.metrics import KVManagerMetrics
 from sglang_sparsespec.scheduler_patch.host_tier import HostTier
+from sglang_sparsespec.scheduler_patch.prefill_interleave import tokens_of_chunks_to_come
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -247,6 +248,7 @@ class KVManager:
         """Lock the request's nodes on the device, loading what is missing; False if it must wait."""
         tokens = self.tier.tokens_to_load(entry.node)
         needed = self.tier.tokens_to_lock(entry.node) + self._growth(num_running + 1, RESTORE_ROUNDS)
+        needed += tokens_of_chunks_to_come(self.scheduler)
         if not idle and self.tier.free_tokens < needed:
             return False
         if tokens == 0:

@@ -57,6 +57,8 @@ class SparseSpecConfig:
             of the server together); 0 for none, ``auto`` for half of the free memory.
         draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
+        prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
+            ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
     """
 
     budget_ratio: float = Pillar.default_budget_ratio
@@ -68,6 +70,7 @@ class SparseSpecConfig:
     schedule: str = "lockstep"
     host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
+    prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
     def has_host_tier(self) -> bool:
@@ -120,7 +123,7 @@ def make_config(**given: Any) -> SparseSpecConfig:
     return SparseSpecConfig(**{"budget_ratio": policy.default_budget_ratio, **given})
 
 
-FLAG_NAMES = tuple(field.name for field in dataclasses.fields(SparseSpecConfig))
+FLAG_NAMES = tuple(field.name for field in dataclasses.fields(SparseSpecConfig) if field.metadata.get("flag", True))
 _ATTRIBUTE = "sparsespec_config"
 
 
@@ -512,16 +515,21 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         logger.info(
             "--max-running-requests is %d with %s unless given.", server_args.max_running_requests, ALGORITHM
         )
-    if server_args.enable_mixed_chunk:
-        # SGLang asserts this for every speculative algorithm (check_server_args).
-        server_args.enable_mixed_chunk = False
-        logger.warning("--enable-mixed-chunk is turned off: SGLang has no mixed chunks with speculation.")
     config = get_config(server_args)
+    if server_args.enable_mixed_chunk:
+        # SGLang asserts that it is off for every speculative algorithm (check_server_args).
+        server_args.enable_mixed_chunk = False
+        config = dataclasses.replace(config, prefill_beside_decoding=True)
+        logger.info(
+            "--enable-mixed-chunk with %s: prefill chunks and decode rounds take turns (SGLang has no forwards "
+            "of both with speculation).",
+            ALGORITHM,
+        )
     if config.base_attention_backend is None:
         # Of SGLang's CUDA backends, Triton is the one that prefill was measured and checked with.
         base = "triton" if server_args.device == "cuda" else "torch_native"
         config = dataclasses.replace(config, base_attention_backend=base)
-        object.__setattr__(server_args, _ATTRIBUTE, config)
+    object.__setattr__(server_args, _ATTRIBUTE, config)
     if config.has_host_tier:
         _resolve_host_tier(server_args, config)
     if server_args.device == "cpu":

@@ -8,7 +8,8 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
   that full attention would have, since the start of the server;
 - ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
   mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
-- ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step.
+- ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step;
+- ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``).
 
 With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
 :class:`KVManagerMetrics`.
@@ -36,6 +37,11 @@ GAUGES = {
     "forward_tokens_variation": "Coefficient of variation of the tokens of decode forwards.",
     "verify_share": "Tokens of verify windows, relative to all tokens of decode forwards.",
 }
+#: The same for counters.
+COUNTERS = {
+    "lockstep_rounds": "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
+    "interleaved_rounds": "Decode rounds that ran before a prefill batch that could have gone on.",
+}
 
 
 class DraftMetrics:
@@ -46,18 +52,20 @@ class DraftMetrics:
         drafted: drafts made, summed over verifications; k each unless the policy drafts fewer. (Where
             requests of a round differ, the most that one of them could have.)
         unified: the worker's staggered rounds, None in lock-step.
+        interleaved_rounds: decode rounds that ran between prefill batches (``prefill_interleave``).
     """
 
     def __init__(self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats) -> None:
         self.unified: UnifiedRounds | None = None
+        self.interleaved_rounds = 0
         self._forward_stats = forward_stats
         self.histogram = [0] * (num_steps + 1)
         self.drafted = 0
         self._kv_read = kv_read
         pinned = kv_read.is_cuda
         self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=pinned)
-        self._prometheus: tuple[Any, Any, dict[str, Any]] | None = None
-        self._exported_lockstep = 0
+        self._prometheus: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
+        self._exported_counters = dict.fromkeys(COUNTERS, 0)
         self._exported = [0] * (num_steps + 1)
 
     def count(self, num_correct_drafts: list[int], num_drafted: int) -> None:
@@ -91,6 +99,7 @@ class DraftMetrics:
             "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),
             **self._forward_stats.as_dict(),
             "sparsespec_lockstep_rounds": self._lockstep_rounds,
+            "sparsespec_interleaved_rounds": self.interleaved_rounds,
         }
 
     @property
@@ -121,23 +130,23 @@ class DraftMetrics:
                 "Verifications by the number of drafts they accepted.",
                 labelnames=[*labels, "count"],
             )
-            lockstep = Counter(
-                "sparsespec:lockstep_rounds",
-                "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
-                labelnames=list(labels),
-            )
+            counters = {
+                name: Counter(f"sparsespec:{name}", text, labelnames=list(labels)) for name, text in COUNTERS.items()
+            }
             gauges = {
                 name: Gauge(f"sparsespec:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
                 for name, text in GAUGES.items()
             }
-            self._prometheus = (accepted, lockstep, gauges)
-        accepted, lockstep, gauges = self._prometheus
+            self._prometheus = (accepted, counters, gauges)
+        accepted, counters, gauges = self._prometheus
         values = self.as_dict()
         for n, total in enumerate(self.histogram):
             accepted.labels(**labels, count=str(n)).inc(total - self._exported[n])
             self._exported[n] = total
-        lockstep.labels(**labels).inc(self._lockstep_rounds - self._exported_lockstep)
-        self._exported_lockstep = self._lockstep_rounds
+        for name, counter in counters.items():
+            total = values[f"sparsespec_{name}"]
+            counter.labels(**labels).inc(total - self._exported_counters[name])
+            self._exported_counters[name] = total
         for name, gauge in gauges.items():
             gauge.labels(**labels).set(values[f"sparsespec_{name}"])
 

@@ -88,6 +88,7 @@ def register() -> None:
         from sglang_sparsespec.scheduler_patch.hooks import register_hooks
         from sglang_sparsespec.scheduler_patch.kv_manager_hooks import register_kv_manager_hooks
         from sglang_sparsespec.scheduler_patch.metrics_hooks import register_metrics_hooks
+        from sglang_sparsespec.scheduler_patch.prefill_interleave import register_prefill_interleave_hooks
 
         register_algorithm()
         register_backend()
@@ -95,6 +96,7 @@ def register() -> None:
         register_hooks()
         register_kv_manager_hooks()
         register_metrics_hooks()
+        register_prefill_interleave_hooks()
     except Exception as error:
         reason = str(error) if isinstance(error, PluginUnavailableError) else (
             f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"

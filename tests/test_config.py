@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import pickle
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -209,7 +210,9 @@ def test_every_setting_is_a_flag_in_help() -> None:
     ServerArgs.add_cli_args(parser)
     text = " ".join(parser.format_help().split())
     described = text[text.index("Sparse self-speculative decoding") :]
-    assert set(OTHER_VALUES) == {field.name for field in dataclasses.fields(SparseSpecConfig)}
+    # One is set by a flag of SGLang's.
+    settings = {field.name for field in dataclasses.fields(SparseSpecConfig)} - {"prefill_beside_decoding"}
+    assert set(OTHER_VALUES) == settings
     for setting in OTHER_VALUES:
         assert re.search(rf"{flag(setting)} \S+ [A-Z]", described), f"{flag(setting)} has no help"
     for policy in DRAFT_POLICIES:
@@ -264,7 +267,6 @@ def test_settings_of_a_command_line_do_not_leak_into_the_next_arguments(
 def test_settings_travel_to_another_process(resolve: Callable[..., Any]) -> None:
     """The scheduler process gets a pickled copy."""
     import copy
-    import pickle
 
     args = resolve(sparsespec_min_budget=77)
     assert get_config(pickle.loads(pickle.dumps(args))).min_budget == 77
@@ -358,11 +360,20 @@ def test_the_users_request_limit_is_kept(resolve: Callable[..., Any]) -> None:
     assert resolve(max_running_requests=5).max_running_requests == 5
 
 
-def test_mixed_chunks_are_turned_off_with_a_warning(
+def test_mixed_chunks_become_rounds_between_chunks(
     resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert resolve(enable_mixed_chunk=True).enable_mixed_chunk is False
-    assert "--enable-mixed-chunk is turned off" in caplog.text
+    with caplog.at_level("INFO"):
+        args = resolve(enable_mixed_chunk=True)
+    assert args.enable_mixed_chunk is False  # SGLang asserts so
+    assert get_config(args).prefill_beside_decoding
+    assert "--enable-mixed-chunk" in caplog.text and "take turns" in caplog.text
+    assert not get_config(resolve()).prefill_beside_decoding
+
+
+def test_rounds_between_chunks_travel_to_another_process(resolve: Callable[..., Any]) -> None:
+    args = pickle.loads(pickle.dumps(resolve(enable_mixed_chunk=True, sparsespec_schedule="unified")))
+    assert get_config(args).prefill_beside_decoding and get_config(args).schedule == "unified"
 
 
 @pytest.mark.parametrize(

@@ -260,6 +260,22 @@ def test_nothing_overtakes_a_request_that_is_being_loaded(world: Any) -> None:
     assert w.manager.step(batch).rids()[:2] == ["r0", "r1"]
 
 
+def test_nothing_returns_into_the_memory_of_a_prompt_in_mid_prefill(world: Any) -> None:
+    w = world(1000)
+    reqs = requests_of(100, 100)
+    batch = Batch(reqs)
+    w.tier.free_tokens = 0
+    batch = w.manager.step(batch)
+    batch = w.manager.step(batch)  # stored
+    assert states(w) == [("r1", State.STORED)]
+    needed = 100 + RESTORE_ROUNDS * WINDOW * 2
+    w.scheduler.chunked_req = SimpleNamespace(full_untruncated_fill_ids=range(70), prefix_indices=range(20))
+    w.tier.free_tokens = needed + 49
+    assert w.manager.step(batch).rids() == ["r0"]
+    w.tier.free_tokens = needed + 50
+    assert w.manager.step(batch).rids() == ["r0", "r1"]
+
+
 def test_an_idle_server_waits_for_the_load(world: Any) -> None:
     w = world(free=0)
     batch = Batch(requests_of(100, 100))

@@ -1,0 +1,360 @@
+"""Open-loop load: requests arrive by a Poisson process, whether earlier ones are answered or not.
+
+    python benchmarks/open_loop.py --model-path M --engines plain:flashinfer sparsespec sparsespec+mixed-chunk \\
+        --rates 2 4 8 inf --dataset code:4096 --output-len 512 --num-prompts 200 \\
+        --results open_loop.jsonl --plot open_loop.png
+
+On a CPU, for a look at the records only:
+
+    python benchmarks/open_loop.py --model-path smollm2-135m-float32 --device cpu --dtype float32 \\
+        --prefill-backend torch_native --engines plain:torch_native sparsespec+mixed-chunk --rates 1 inf \\
+        --dataset code:256 --output-len 16 --num-prompts 4 --warmup-requests 1 --max-running-requests 8 \\
+        --engine-args '{"max_total_tokens": 8000}' --results open_loop.jsonl
+
+Each engine of ``--engines`` (names as in ``throughput.py``; ``+mixed-chunk`` behind one adds --enable-mixed-chunk) is
+started once as a server, with the same flags but for the algorithm. SGLang's own bench_serving then sends the same
+requests at each of ``--rates`` (requests per second; inf: all at once, which saturates the server), from a flushed prefix
+cache. All figures are bench_serving's:
+
+  ttft_ms        time to first token: waiting in the queue, prefill
+  itl_ms         time between two arrivals of tokens at the client. Speculation brings several tokens at once, so look at
+                 tpot_ms too: (last token's time - first token's) / (tokens - 1) of a request
+  tokens_per_s   output tokens of the whole run / its time, arrivals included: at low rates it is the load, not the limit
+  accept_length  the server's, up to its last decode log line; None in short runs
+
+``--dataset`` is one of
+
+  code:TOKENS, math:TOKENS, aime, olympiadbench    see ``_workloads.py``; each prompt of the first two begins with a line of
+                 its own, so that none is found in another's cached prefix (questions repeat where there are fewer than
+                 requests). Outputs have ``--output-len`` tokens
+  random-ids     bench_serving's consecutive token ids from random starts, with lengths uniform between
+                 ``--random-range-ratio`` and 1 times ``--input-len`` and ``--output-len``: for dummy weights, as accept
+                 lengths on such text are those of no real load
+
+``--prompt-file`` is a JSON-lines file in bench_serving's custom format, to be used instead. Outputs are made to go on to
+their full length (ignore_eos, in the record as ``forced_lengths``).
+
+Logs of servers and of bench_serving lie beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from _common import REPO, append_json_line, clean, markdown_table, say, stamp
+from _report import load_pyplot
+from _server_job import as_record, base_command, run_bench_serving, write_dataset
+from _workloads import Dataset
+from throughput import add_start_options, engine_arguments
+
+sys.path.append(str(REPO / "scripts"))
+
+from quickstart import HOST, Server, ServerError, choose_port, server_environment  # noqa: E402
+
+MIXED_CHUNK = "+mixed-chunk"
+#: bench_serving's figures by the names of the record.
+FIGURES = {
+    **{f"{stat}_{name}_ms": f"{stat}_{name}_ms" for name in ("ttft", "tpot", "itl") for stat in ("mean", "median", "p99")},
+    "p99_latency_ms": "p99_e2e_latency_ms",
+    "requests_per_s": "request_throughput",
+    "mean_concurrency": "concurrency",
+}
+#: Columns of the table, by the names of the record; ratios are added behind the two they belong to.
+COLUMNS = {
+    "requests_per_s": "requests/s",
+    "tokens_per_s": "tokens/s",
+    "mean_ttft_ms": "TTFT mean, ms",
+    "median_ttft_ms": "TTFT median, ms",
+    "p99_ttft_ms": "TTFT p99, ms",
+    "p99_tpot_ms": "TPOT p99, ms",
+    "p99_itl_ms": "ITL p99, ms",
+    "accept_length": "accept length",
+}
+RATIOS = ("tokens_per_s", "p99_ttft_ms")
+
+
+# -------------------------------------------------------------------------- servers
+
+
+def split_engine(name: str) -> tuple[str, bool]:
+    """An engine's name without ``+mixed-chunk``, and whether it had that."""
+    return name.removesuffix(MIXED_CHUNK), name.endswith(MIXED_CHUNK)
+
+
+def server_flags(name: str, args: argparse.Namespace) -> list[str]:
+    """An engine's name as flags of ``sglang.launch_server``.
+
+    Raises:
+        SystemExit: no such name.
+    """
+    engine, mixed_chunk = split_engine(name)
+    settings = engine_arguments(engine, args.max_running_requests, args)
+    if mixed_chunk:
+        settings["enable_mixed_chunk"] = True
+    flags: list[str] = []
+    for key, value in settings.items():
+        if value is None or value is False:
+            continue
+        flags.append(f"--{key.replace('_', '-')}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        elif value is not True:
+            flags += map(str, value if isinstance(value, list) else [value])
+    return flags
+
+
+def environment_of_server(args: argparse.Namespace) -> dict[str, str]:
+    """Variables of servers."""
+    variables = server_environment(Path(args.model_path).exists())
+    if args.device == "cpu":
+        from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+
+        variables[CPU_BRIDGE_ENV] = "1"  # plain SGLang needs it too on a processor without AMX
+    return variables
+
+
+def log_beside(results: Path, name: str) -> Path:
+    """The log of an engine's server."""
+    return results.with_name(f"{results.stem}-{re.sub(r'[^a-z0-9]+', '-', name)}.log")
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def make_dataset(args: argparse.Namespace, tokenizer: Any, path: Path) -> list[str]:
+    """bench_serving's options for the requests; writes ``path`` if they are ours."""
+    if args.prompt_file:
+        return ["--dataset-name", "custom", "--dataset-path", str(args.prompt_file)]
+    if args.dataset == "random-ids":
+        made = ["--dataset-name", "random-ids", "--random-input-len", str(args.input_len)]
+        made += ["--random-output-len", str(args.output_len), "--random-range-ratio", str(args.random_range_ratio)]
+        return [*made, "--tokenize-prompt"]
+    dataset = Dataset.parse(args.dataset)
+    texts = [tokenizer.decode(prompt) for prompt in dataset.prompts(tokenizer, args.num_prompts)]
+    if dataset.context is not None:
+        texts = [f"# {index:05d}\n{text}" for index, text in enumerate(texts)]
+    write_dataset(texts, path)
+    return ["--dataset-name", "custom", "--dataset-path", str(path)]
+
+
+def command(rate: str, dataset: list[str], url: str, output: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of one run."""
+    made = [*base_command("sglang", args.model_path, url, output), *dataset, "--request-rate", rate]
+    made += ["--num-prompts", str(args.num_prompts), "--seed", str(args.seed), "--temperature", str(args.temperature)]
+    made += ["--warmup-requests", str(args.warmup_requests)]
+    if "custom" in dataset:
+        made += ["--sharegpt-output-len", str(args.output_len)]
+    return made
+
+
+def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, Any]:
+    """A run's figures.
+
+    Raises:
+        RuntimeError: not all requests were answered.
+    """
+    record = as_record(result, tokenizer, asked)
+    return {**record, **{name: round(result[theirs], 3) for name, theirs in FIGURES.items()}}
+
+
+def describe(name: str, args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says about engine and requests."""
+    simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
+    of_random_ids = args.dataset == "random-ids" and not args.prompt_file
+    return {
+        "model": Path(args.model_path).name,
+        "load_format": args.load_format,
+        "engine": name,
+        "flags": server_flags(name, args),
+        "dataset": args.prompt_file.name if args.prompt_file else args.dataset,
+        "input_len": args.input_len if of_random_ids else None,
+        "random_range_ratio": args.random_range_ratio if of_random_ids else None,
+        "output_len": args.output_len,
+        "forced_lengths": True,
+        "num_prompts": args.num_prompts,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "arrivals": "Poisson",
+        "simulated_accept_length": float(simulated) if simulated and name.startswith("sparsespec") else None,
+    }
+
+
+class OpenLoop:
+    """All runs of one command.
+
+    Attributes:
+        records: finished and failed runs (these have ``error``).
+    """
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        from transformers import AutoTokenizer
+
+        self.args = args
+        self.records: list[dict[str, Any]] = []
+        self._environment = stamp()
+        self._tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+        self._dataset = make_dataset(args, self._tokenizer, folder / "prompts.jsonl")
+        self._output = folder / "result.jsonl"
+
+    def run_engine(self, name: str) -> None:
+        """Start an engine's server and run all rates against it."""
+        args, log = self.args, log_beside(self.args.results, name)
+        port = choose_port(0)
+        line = [sys.executable, "-m", "sglang.launch_server", "--host", HOST, "--port", str(port)]
+        say(f"{name}: the server starts, its log is {log}")
+        try:
+            with Server([*line, *server_flags(name, args)], port, log, environment_of_server(args)) as server:
+                server.wait_until_ready(args.start_timeout)
+                for rate in args.rates:
+                    self._run_rate(name, rate, f"http://{HOST}:{port}", log)
+                    server.check_alive()
+        except ServerError as error:
+            done = [record["request_rate"] for record in self.records if record["engine"] == name]
+            for rate in args.rates[len(done) :]:
+                self._write(name, rate, {"error": str(error)})
+
+    def _run_rate(self, name: str, rate: str, url: str, log: Path) -> None:
+        args = self.args
+        least = f", {args.num_prompts / float(rate):.0f} s of arrivals" if rate != "inf" else ""
+        say(f"{name}: {args.num_prompts} requests at {rate}/s{least}")
+        line = command(rate, self._dataset, url, self._output, args)
+        try:
+            result = run_bench_serving(line, self._output, log.with_suffix(".bench.log"))
+            self._write(name, rate, figures_of(result, self._tokenizer, args.num_prompts))
+        except RuntimeError as error:
+            self._write(name, rate, {"error": str(error)})
+
+    def _write(self, name: str, rate: str, figures: dict[str, Any]) -> None:
+        record = {**self._environment, **describe(name, self.args), "request_rate": rate, **figures}
+        self.records.append(record)
+        append_json_line(self.args.results, clean(record))
+        shown = {key: figures[key] for key in ("error", *COLUMNS) if key in figures}
+        say(f"{name}: {rate}/s: " + ", ".join(f"{key} {value}" for key, value in shown.items()))
+
+
+# -------------------------------------------------------------------------- report
+
+
+def baseline_of(records: list[dict[str, Any]], rate: str) -> dict[str, Any] | None:
+    """The first plain engine's run at the same rate."""
+    return next((r for r in records if r["engine"].startswith("plain") and r["request_rate"] == rate), None)
+
+
+def ratio(record: dict[str, Any], baseline: dict[str, Any] | None, name: str) -> float | None:
+    """``record``'s figure relative to the baseline's, None where one is missing."""
+    found = record.get(name)
+    against = baseline.get(name) if baseline else None
+    return found / against if found is not None and against else None
+
+
+def table(records: list[dict[str, Any]]) -> str:
+    """Markdown table of all runs, by rate."""
+    headers = ["rate", "engine"]
+    for name, title in COLUMNS.items():
+        headers += [title, "x plain"] if name in RATIOS else [title]
+    rows = []
+    for rate in dict.fromkeys(record["request_rate"] for record in records):
+        baseline = baseline_of(records, rate)
+        for record in (r for r in records if r["request_rate"] == rate):
+            row: list[Any] = [rate, record["engine"] + (" FAILED" if "error" in record else "")]
+            for name in COLUMNS:
+                row.append(record.get(name))
+                if name in RATIOS:
+                    row.append(ratio(record, baseline, name))
+            rows.append(row)
+    return markdown_table(headers, rows, right=range(2, len(headers)))
+
+
+def plot(records: list[dict[str, Any]], path: Path) -> None:
+    """TTFT p99 and output throughput by rate, a line for each engine."""
+    plt = load_pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rates = list(dict.fromkeys(record["request_rate"] for record in records))
+    for axes, (name, label) in zip(
+        panels, (("p99_ttft_ms", "TTFT p99, ms"), ("tokens_per_s", "output tokens/s")), strict=True
+    ):
+        for engine in dict.fromkeys(record["engine"] for record in records):
+            points = [r for r in records if r["engine"] == engine and "error" not in r]
+            axes.plot([rates.index(r["request_rate"]) for r in points], [r[name] for r in points], "o-", label=engine)
+        axes.set_xticks(range(len(rates)), rates)
+        axes.set(xlabel="requests/s", ylabel=label, ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    first = records[0]
+    figure.suptitle(f"{first['model']}, {first['dataset']}, {first['output_len']} tokens out", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+# ----------------------------------------------------------------------------- main
+
+
+def parse_rate(text: str) -> str:
+    """A rate as bench_serving takes it."""
+    if text != "inf" and not float(text) > 0:
+        raise ValueError(text)
+    return text
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_start_options(parser)
+    parser.set_defaults(random_prompts=False)  # bench_serving wants a server with a tokenizer
+    parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "sparsespec", f"sparsespec{MIXED_CHUNK}"])
+    parser.add_argument("--rates", nargs="+", type=parse_rate, default=["2", "4", "8", "inf"], help="requests per second")
+    load = parser.add_mutually_exclusive_group()
+    load.add_argument("--dataset", default="code:4096", help="see above")
+    load.add_argument("--prompt-file", type=Path, help="JSON lines in bench_serving's custom format")
+    parser.add_argument("--num-prompts", type=int, default=200, help="requests of each run")
+    parser.add_argument("--output-len", type=int, default=512)
+    parser.add_argument("--input-len", type=int, default=4096, help="longest prompt of random-ids")
+    parser.add_argument("--random-range-ratio", type=float, default=0.5, help="of random-ids")
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warmup-requests", type=int, default=8)
+    parser.add_argument("--max-running-requests", type=int, default=256)
+    parser.add_argument("--start-timeout", type=float, default=1800, help="seconds until a server must be ready")
+    parser.add_argument("--results", type=Path, required=True, help="JSON-lines file to append to")
+    parser.add_argument("--plot", type=Path, help="image to write")
+    args = parser.parse_args(argv)
+    if len(set(args.engines)) < len(args.engines):
+        parser.error("--engines: each only once")
+    if args.prompt_file and not args.prompt_file.is_file():
+        parser.error(f"--prompt-file {args.prompt_file}: no such file")
+    if not args.prompt_file and args.dataset != "random-ids":
+        try:
+            Dataset.parse(args.dataset)
+        except ValueError as error:
+            parser.error(f"--{error}, or random-ids")
+    # Servers have a folder of their own.
+    args.results = args.results.resolve()
+    if Path(args.model_path).exists():
+        args.model_path = str(Path(args.model_path).resolve())
+    for name in args.engines:
+        server_flags(name, args)
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    if args.plot:
+        load_pyplot()  # fails now if it is missing
+    args.results.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as folder:
+        loop = OpenLoop(args, Path(folder))
+        for name in args.engines:
+            loop.run_engine(name)
+    print(table(loop.records), flush=True)
+    if args.plot:
+        plot(loop.records, args.plot)
+    return int(any("error" in record for record in loop.records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
