@@ -27,18 +27,24 @@ Engines (``--engines``), started one after the other with the same flags but for
 output lengths are drawn log-uniformly (``--seed``) and forced (ignore_eos, in the record as ``forced_lengths``). Prompts
 begin with 8 random tokens each, so that none is found in another's cached prefix.
 
+The scheduler does not know the lengths: as in traffic that ends by an end-of-text token, every request declares the same
+max_new_tokens (``--declared-new-tokens``, default: the longest length), and a plugin of this benchmark
+(``_end_plugin.py``), loaded into all engines alike, ends it at its own length when SGLang looks whether it is done. With
+``--declared-new-tokens 0`` each declares its own length, so that SGLang's admission knows the future.
+
 How the figures come about. Every ``--sample-seconds`` SGLang's load snapshot is read (shared memory, which the scheduler
 writes every ``--publish-interval`` decode rounds); with a host tier the KV manager's counters (/server_info) too.
 
   tokens_per_s        output tokens of the whole run / its time, prefills included
+  tokens_per_s_steady the same over the steady state (see utilisation_steady), from SGLang's counter of tokens that decode
+                      rounds gave; None where there is none
   utilisation         1 - (free + evictable) / pool, SGLang's num_used_tokens. With a host tier that is what requests
                       hold which are not offloaded, and slots reserved for the next rounds in all of SPARSESPEC's
   utilisation_steady  its mean, weighted by time, from the first to the last sample after the first decode round in
                       which requests wait or are offloaded; None if none ever does
-  recomputed_tokens   tokens prefilled in the run (SGLang's total_prefill_uncached_tokens) less the prompts' tokens: what
-                      retracted requests were prefilled again, less what the radix cache still had of them. None if
-                      --time-limit cut the run (then some prompts may not have been prefilled)
-  retractions         sum of SGLang's num_retractions over the requests
+  recomputed_tokens   tokens that retracted requests were prefilled again, less what the radix cache still had of them;
+                      counted by the plugin in SGLang's ScheduleBatch.prepare_for_extend
+  retractions         calls of SGLang's Req.reset_for_retract, counted by the plugin
   offloads, restores, bytes_to_host, bytes_from_host    the KV manager's counters
   step_ms_moving, step_ms_still    mean time from one decode round's launch to the next's over the intervals between
                       samples without a prefill in which, by the counters, requests were moved, or were not. A copy is
@@ -59,6 +65,7 @@ import math
 import os
 import random
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -67,6 +74,7 @@ from statistics import fmean, median
 from typing import Any
 
 from _common import append_json_line, say, stamp
+from _end_plugin import END_AT, RECOMPUTED, RETRACTIONS, install
 from _engine_job import flush
 from _report import load_pyplot
 from throughput import add_model_options, digest, engine_arguments, make_inputs
@@ -99,6 +107,7 @@ RECORDED = (
     "prompt_tokens",
     "min_new_tokens",
     "max_new_tokens",
+    "declared_new_tokens",
     "max_total_tokens",
     "max_running_requests",
     "k",
@@ -168,6 +177,14 @@ def make_requests(args: argparse.Namespace) -> tuple[list[list[int]], list[int]]
     return prompts, lengths
 
 
+def sampling_of(length: int, declared: int) -> dict[str, Any]:
+    """A request's sampling parameters; ``declared``: its max_new_tokens, 0 for its own length."""
+    fixed = {"temperature": 0.0, "ignore_eos": True}
+    if declared == 0:
+        return {**fixed, "max_new_tokens": length}
+    return {**fixed, "max_new_tokens": declared, "custom_params": {END_AT: length}}
+
+
 class Sampler:
     """Reads one engine's state.
 
@@ -202,6 +219,17 @@ class Sampler:
             moved=moved,
         )
 
+    async def counts(self) -> dict[str, int]:
+        """The plugin's counters.
+
+        Raises:
+            RuntimeError: the engine did not load the plugin.
+        """
+        (state,) = await self._manager.get_internal_state()
+        if RECOMPUTED not in state:
+            raise RuntimeError("the engine did not load benchmarks/_end_plugin.py; unset SGLANG_PLUGINS, or see its log")
+        return {"recomputed_tokens": state[RECOMPUTED], "retractions": state[RETRACTIONS]}
+
     async def idle(self, timeout: float = 30) -> Sample:
         """The state once nothing runs; an idle scheduler publishes its load at once.
 
@@ -229,8 +257,8 @@ async def run_requests(
 ) -> dict[str, Any]:
     """Serve all requests at once; the run's figures, ``outputs`` and ``samples`` among them."""
     sampler = Sampler(engine, has_host_tier)
-    before = await sampler.idle()
-    sampling = [{"temperature": 0.0, "ignore_eos": True, "max_new_tokens": length} for length in lengths]
+    before, counts_before = await sampler.idle(), await sampler.counts()
+    sampling = [sampling_of(length, args.declared_new_tokens) for length in lengths]
     started = time.perf_counter()
     answers = asyncio.create_task(engine.async_generate(input_ids=prompts, sampling_params=sampling))
     following = asyncio.create_task(sampler.follow(started, args.sample_seconds, answers))
@@ -241,7 +269,8 @@ async def run_requests(
         engine.tokenizer_manager.abort_request(abort_all=True)
     outputs = await answers
     await following
-    after = await sampler.idle()
+    after, counts = await sampler.idle(), await sampler.counts()
+    check_lengths(outputs, lengths)
     meta = [output["meta_info"] for output in outputs]
     generated = after.generated - before.generated
     tokens = round(generated) if cut else sum(entry["completion_tokens"] for entry in meta)
@@ -253,8 +282,8 @@ async def run_requests(
         "output_tokens": tokens,
         "tokens_per_s": round(tokens / seconds, 1),
         "accept_length": round(fmean(accept), 3) if accept else None,
-        "retractions": sum(entry.get("num_retractions", 0) for entry in meta),
-        "recomputed_tokens": None if cut else after.prefilled - before.prefilled - sum(map(len, prompts)),
+        **{name: count - counts_before[name] for name, count in counts.items()},
+        "prefilled_tokens": after.prefilled - before.prefilled,
         **{name: value - before.moved[name] for name, value in after.moved.items()},
         **summary(sampler.samples),
         "outputs": [output["output_ids"] if is_whole(output) else None for output in outputs],
@@ -265,6 +294,20 @@ async def run_requests(
 def is_whole(output: dict[str, Any]) -> bool:
     """Whether an output was not cut by the time limit."""
     return output["meta_info"]["finish_reason"]["type"] == "length"
+
+
+def check_lengths(outputs: list[dict[str, Any]], lengths: list[int]) -> None:
+    """See that every output that was not cut has the length drawn for it.
+
+    Raises:
+        RuntimeError: one has not.
+    """
+    for output, length in zip(outputs, lengths, strict=True):
+        if is_whole(output) and len(output["output_ids"]) != length:
+            raise RuntimeError(
+                f"an output has {len(output['output_ids'])} tokens instead of {length}: the KV pool (--max-total-tokens) or "
+                "the model's context is too short for it"
+            )
 
 
 # -------------------------------------------------------------------------- figures
@@ -284,11 +327,18 @@ def mean_over_time(samples: list[Sample]) -> float | None:
     return round(sum(span * used for span, used in spans) / total, 4) if total else None
 
 
+def rate_over_time(samples: list[Sample]) -> float | None:
+    """Output tokens per second between the first sample and the last."""
+    seconds = samples[-1].t - samples[0].t if samples else 0
+    return round((samples[-1].generated - samples[0].generated) / seconds, 1) if seconds else None
+
+
 def summary(samples: list[Sample]) -> dict[str, Any]:
-    """Utilisation and round times of one run."""
+    """Utilisation, steady throughput and round times of one run."""
     steady = steady_state(samples)
     rounds = round_times(samples)
     return {
+        "tokens_per_s_steady": rate_over_time(steady),
         "utilisation_steady": mean_over_time(steady),
         "utilisation_mean": mean_over_time(samples),
         "utilisation_peak": round(max((sample.used for sample in samples), default=0.0), 4),
@@ -389,6 +439,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--min-new-tokens", type=int, default=200, help="shortest output")
     parser.add_argument("--max-new-tokens", type=int, default=16_000, help="longest output")
+    parser.add_argument("--declared-new-tokens", type=int, help="every request's max_new_tokens; 0: its own length")
     parser.add_argument("--max-total-tokens", type=int, default=200_000, help="size of the KV pool")
     parser.add_argument("--max-running-requests", type=int, default=128)
     parser.add_argument("--time-limit", type=float, default=0, help="seconds after which a run is cut; 0: none")
@@ -402,6 +453,10 @@ def parse_arguments() -> argparse.Namespace:
         parser.error(f"--prompt-tokens must be above {UNIQUE_TOKENS}")
     if not 0 < args.min_new_tokens <= args.max_new_tokens:
         parser.error("--min-new-tokens must be positive, and --max-new-tokens no smaller")
+    if args.declared_new_tokens is None:
+        args.declared_new_tokens = args.max_new_tokens
+    if args.declared_new_tokens != 0 and args.declared_new_tokens < args.max_new_tokens:
+        parser.error("--declared-new-tokens must be 0, or no smaller than --max-new-tokens")
     for name in args.engines:
         settings_of(name, args)
     return args
@@ -409,6 +464,14 @@ def parse_arguments() -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
+    with tempfile.TemporaryDirectory(prefix="kv_manager_plugin_") as folder:
+        install(Path(folder))
+        run(args)
+    return 0
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure the engines one after the other; a record each."""
     if args.plot:
         load_pyplot()  # fails now if it is missing
     if args.device == "cpu":
@@ -446,7 +509,6 @@ def main() -> int:
         print(json.dumps({name: value for name, value in record.items() if name not in {*environment, "samples"}}))
         if args.plot:
             plot(records, args.plot)
-    return 0
 
 
 if __name__ == "__main__":

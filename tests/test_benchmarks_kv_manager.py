@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import sys
+from collections import Counter
+from importlib.metadata import entry_points
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -50,6 +53,16 @@ def test_utilisation_is_weighted_by_time() -> None:
     assert mean_over_time([sample(0)]) is None
 
 
+def test_the_steady_throughput_is_that_of_the_contended_samples() -> None:
+    from kv_manager import summary
+
+    generated = (0.0, 100.0, 700.0, 900.0)
+    samples = [sample(float(t), generated=tokens, waiting=int(0 < t < 3)) for t, tokens in enumerate(generated)]
+    assert summary(samples)["tokens_per_s_steady"] == 600.0
+    assert summary(samples[:2])["tokens_per_s_steady"] is None  # an instant
+    assert summary(samples[:1])["tokens_per_s_steady"] is None
+
+
 def moving_rounds(size: int, steps: list[tuple[float, bool]], prefill_at: int | None = None) -> list[Any]:
     """One sample per (milliseconds of a round, whether a request was moved in it)."""
     time, batch, moves, prefilled, samples = 0.0, 0.0, 0, 0, []
@@ -88,6 +101,9 @@ class Manager:
     """Stands in for SGLang's tokenizer manager: one request's worth of state."""
 
     def __init__(self) -> None:
+        from _end_plugin import RECOMPUTED, RETRACTIONS
+        from kv_manager import COUNTERS
+
         self.load = SimpleNamespace(
             num_used_tokens=30,
             max_total_num_tokens=100,
@@ -96,13 +112,12 @@ class Manager:
             total_prefill_uncached_tokens=1000,
             decode_moments=None,
         )
+        self.state = {**dict.fromkeys(COUNTERS.values(), 7), RECOMPUTED: 90, RETRACTIONS: 5}
         self.load_snapshot_reader = SimpleNamespace(read_all=lambda: [self.load])
         self.aborted = asyncio.Event()
 
     async def get_internal_state(self) -> list[dict[str, int]]:
-        from kv_manager import COUNTERS
-
-        return [dict.fromkeys(COUNTERS.values(), 7)]
+        return [dict(self.state)]
 
     def abort_request(self, abort_all: bool) -> None:
         assert abort_all
@@ -115,29 +130,114 @@ class Engine:
     def __init__(self, endless: bool) -> None:
         self.endless = endless
         self.tokenizer_manager = Manager()
+        self.sampling: list[dict[str, Any]] = []
 
     async def async_generate(self, input_ids: list[list[int]], sampling_params: list[dict[str, Any]]) -> Any:
+        from _end_plugin import RECOMPUTED, RETRACTIONS
+
         assert all(sampling["ignore_eos"] for sampling in sampling_params)
-        self.tokenizer_manager.load.total_prefill_uncached_tokens += 60
-        self.tokenizer_manager.load.decode_moments = [3.0, 6.0, 3e4, 12.0, 6e4, 9.0]
-        await (self.tokenizer_manager.aborted.wait() if self.endless else asyncio.sleep(0.03))
+        self.sampling = sampling_params
+        manager = self.tokenizer_manager
+        manager.load.total_prefill_uncached_tokens += 60
+        manager.load.decode_moments = [3.0, 6.0, 3e4, 12.0, 6e4, 9.0]
+        manager.state[RECOMPUTED] += 10
+        manager.state[RETRACTIONS] += 2
+        await (manager.aborted.wait() if self.endless else asyncio.sleep(0.03))
         reason = {"type": "abort" if self.endless else "length"}
-        meta = {"completion_tokens": 4, "finish_reason": reason, "num_retractions": 1}
+        meta = {"completion_tokens": 4, "finish_reason": reason}
         return [{"meta_info": meta, "output_ids": [1, 2, 3, 4]} for _ in input_ids]
 
 
-@pytest.mark.parametrize("endless", [False, True])
-def test_recomputed_tokens_are_those_prefilled_beyond_the_prompts(endless: bool) -> None:
+def serve(engine: Engine, lengths: list[int], declared: int = 8) -> dict[str, Any]:
     from kv_manager import run_requests
 
-    args = argparse.Namespace(sample_seconds=0.01, time_limit=0.05 if endless else 0)
-    found = asyncio.run(run_requests(Engine(endless), [[0] * 20, [0] * 30], [4, 4], args, True))
+    time_limit = 0.05 if engine.endless else 0
+    args = argparse.Namespace(sample_seconds=0.01, time_limit=time_limit, declared_new_tokens=declared)
+    return asyncio.run(run_requests(engine, [[0] * 20, [0] * 30], lengths, args, True))
+
+
+@pytest.mark.parametrize("endless", [False, True])
+def test_recomputed_tokens_and_retractions_are_those_of_the_run_even_if_it_is_cut(endless: bool) -> None:
+    found = serve(Engine(endless), [4, 4])
     assert found["cut_by_time_limit"] == endless
-    assert found["recomputed_tokens"] == (None if endless else 10)
+    assert (found["recomputed_tokens"], found["retractions"], found["prefilled_tokens"]) == (10, 2, 60)
     assert found["output_tokens"] == (9 if endless else 8)
     assert found["outputs"] == ([None, None] if endless else [[1, 2, 3, 4]] * 2)
-    assert found["retractions"] == 2 and found["offloads"] == 0
+    assert found["offloads"] == 0
     assert len(found["samples"]) > 1 and found["utilisation_mean"] == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize("declared", [0, 8])
+def test_requests_declare_one_length_and_end_at_their_own(declared: int) -> None:
+    engine = Engine(endless=False)
+    serve(engine, [4, 4], declared)
+    assert [sampling["max_new_tokens"] for sampling in engine.sampling] == [declared or 4] * 2
+    ends = [sampling.get("custom_params") for sampling in engine.sampling]
+    assert ends == [{"end_at": 4} if declared else None] * 2
+
+
+def test_an_output_of_another_length_than_drawn_is_an_error() -> None:
+    with pytest.raises(RuntimeError, match="has 4 tokens instead of 5"):
+        serve(Engine(endless=False), [4, 5])
+
+
+def test_an_engine_without_the_plugin_is_an_error() -> None:
+    engine = Engine(endless=False)
+    engine.tokenizer_manager.state = {}
+    from kv_manager import Sampler
+
+    with pytest.raises(RuntimeError, match="did not load benchmarks/_end_plugin.py"):
+        asyncio.run(Sampler(engine, False).counts())
+
+
+class Request:
+    """Stands in for SGLang's ``Req``: ends at max_new_tokens."""
+
+    def __init__(self, tokens: int, custom_params: dict[str, int] | None) -> None:
+        self.output_ids = [0] * tokens
+        self.sampling_params = SimpleNamespace(max_new_tokens=100, custom_params=custom_params)
+        self.finished_len: int | None = None
+
+    def update_finish_state(self, new_accepted_len: int = 1) -> None:
+        if len(self.output_ids) >= self.sampling_params.max_new_tokens:
+            self.finished_len = self.sampling_params.max_new_tokens
+
+
+@pytest.mark.parametrize(
+    ("tokens", "custom_params", "finished_len"),
+    [(9, {"end_at": 10}, None), (13, {"end_at": 10}, 10), (13, None, None), (100, {"end_at": 200}, 100)],
+)
+def test_a_request_ends_at_its_length_and_declares_another(
+    tokens: int, custom_params: dict[str, int] | None, finished_len: int | None
+) -> None:
+    from _end_plugin import end_at_length
+
+    request = Request(tokens, custom_params)
+    end_at_length(Request.update_finish_state, request, 4)
+    assert request.finished_len == finished_len
+    assert request.sampling_params.max_new_tokens == 100
+
+
+def test_only_what_retracted_requests_are_prefilled_again_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    import _end_plugin
+
+    monkeypatch.setattr(_end_plugin, "_counts", Counter())
+    sizes = [(30, False), (50, True), (7, True)]
+    reqs = [SimpleNamespace(retracted_stain=stain, extend_range=SimpleNamespace(length=n)) for n, stain in sizes]
+    _end_plugin.count_recomputed(None, SimpleNamespace(reqs=reqs))
+    _end_plugin.count_retraction(None, reqs[1])
+    answer = SimpleNamespace(internal_state={"other": 1})
+    _end_plugin.add_counts(answer, scheduler=None)
+    assert answer.internal_state == {"other": 1, _end_plugin.RECOMPUTED: 57, _end_plugin.RETRACTIONS: 1}
+
+
+def test_processes_that_inherit_the_path_find_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import _end_plugin
+
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    _end_plugin.install(tmp_path)
+    (found,) = entry_points(group="sglang.srt.plugins", name="zz_benchmark_end")
+    assert found.load() is _end_plugin.register
 
 
 ARGUMENTS = {
@@ -159,6 +259,7 @@ ARGUMENTS = {
     "prompt_tokens": 20,
     "min_new_tokens": 10,
     "max_new_tokens": 1000,
+    "declared_new_tokens": 1000,
     "seed": 0,
 }
 
