@@ -54,7 +54,6 @@ def command(cell: Cell, matrix: Matrix, url: str, dataset: Path, output: Path) -
     made += ["--dataset-name", "custom", "--dataset-path", str(dataset)]
     made += ["--num-prompts", str(cell.batch), "--max-concurrency", str(cell.batch)]
     made += ["--sharegpt-output-len", str(cell.load.output_length), "--temperature", str(cell.load.temperature)]
-    made.append("--disable-tqdm")
     if BACKENDS[cell.engine.kind] == "vllm":
         # --temperature reaches SGLang's own API only.
         made += ["--extra-request-body", json.dumps({"temperature": cell.load.temperature})]
