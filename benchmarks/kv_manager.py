@@ -17,8 +17,9 @@ On a CPU, for a look at the records only:
 Engines (``--engines``), started one after the other with the same flags but for these:
 
   plain:default                 SGLang without speculation
-  plain:aggressive              the same, --schedule-conservativeness 0: waiting requests are admitted as soon as their
-                                prompts fit (after a retraction SGLang keeps room for an estimate again)
+  plain:aggressive              the same, --schedule-conservativeness 0: nothing is kept free for what running requests will
+                                write (after a retraction SGLang keeps room for an estimate again). A waiting request still
+                                needs room for its prompt and min(max_new_tokens, 4096) tokens to be admitted
   sparsespec:retract            SPARSESPEC; a full pool retracts requests, which are computed again
   sparsespec:retract-aggressive the same, --schedule-conservativeness 0
   sparsespec:host               SPARSESPEC with --sparsespec-host-kv-gb: requests move to host memory and back
