@@ -77,17 +77,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: str) -> list[list[int]]:
-    """Outputs of plain SGLang."""
+def plain_engine(tiny_model: str) -> EngineProcess:
+    """Plain SGLang; it starts while the first server does, and is ended by ``expected``."""
     plain: dict[str, Any] = {**COMMON, "disable_cuda_graph": True, "attention_backend": "torch_native"}
-    with EngineProcess(
+    return EngineProcess(
         {CPU_BRIDGE_ENV: "1"}, model_path=tiny_model, max_total_tokens=20000, log_level="error", **plain
-    ) as engine:
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(plain_engine: EngineProcess) -> list[list[int]]:
+    """Outputs of plain SGLang."""
+    with plain_engine as engine:
         return [output["output_ids"] for output in engine.generate(**batch_of(CALLS))]
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request: pytest.FixtureRequest, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, tiny_model: str, plain_engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     flags, environment = SERVERS[request.param]
     port, log = choose_port(0), tmp_path_factory.mktemp("server") / "server.log"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", tiny_model, "--port", str(port)]
