@@ -118,21 +118,20 @@ def batches(log: str) -> list[tuple[str, int]]:
 
 def test_requests_decode_between_chunks_and_outputs_are_plain_sglangs(server: Server, expected: list[list[int]]) -> None:
     client = Client(server.port)
-    for _ in range(2):  # the second time with what the radix cache has
-        before = len(server.log.read_text(errors="replace"))
-        rounds = client.state()["sparsespec_interleaved_rounds"]
-        assert ask(client, CALLS) == expected
-        counted = client.state()["sparsespec_interleaved_rounds"] - rounds
-        assert counted > 0
-        ran = batches(server.log.read_text(errors="replace")[before:])
-        # Each chunk that met decoding requests, and what ran before it.
-        beside = [ran[i - 1][0] for i in range(1, len(ran)) if ran[i][0] == "Prefill" and ran[i][1] > 0]
-        assert len(beside) > 5
-        print(f"{len(beside)} chunks beside decoding requests, {beside.count('Decode')} after a round; {counted} counted")
-        if "--max-total-tokens 20000" in " ".join(server.process.args):  # type: ignore[arg-type]
-            assert set(beside) == {"Decode"}  # ample memory: always
-        else:
-            assert beside.count("Decode") > len(beside) / 4
+    before = len(server.log.read_text(errors="replace"))
+    rounds = client.state()["sparsespec_interleaved_rounds"]
+    assert ask(client, CALLS) == expected
+    counted = client.state()["sparsespec_interleaved_rounds"] - rounds
+    assert counted > 0
+    ran = batches(server.log.read_text(errors="replace")[before:])
+    # Each chunk that met decoding requests, and what ran before it.
+    beside = [ran[i - 1][0] for i in range(1, len(ran)) if ran[i][0] == "Prefill" and ran[i][1] > 0]
+    assert len(beside) > 5
+    if "--max-total-tokens 20000" in " ".join(server.process.args):  # type: ignore[arg-type]
+        assert set(beside) == {"Decode"}  # ample memory: always
+    else:
+        assert beside.count("Decode") > len(beside) / 4
+    assert ask(client, CALLS) == expected  # with what the radix cache has
     client.assert_pool_empties()
 
 
