@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "skip_tokenizer_i
 SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "lockstep": (["--schedule-conservativeness", "0.01", "--max-total-tokens", "3000"], {}),
     "lockstep, no overlap": (["--disable-overlap-schedule", "--max-total-tokens", "20000"], {}),
-    "unified": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
+    "unified, radix cache": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
     "unified, no overlap, no radix cache": (
         ["--sparsespec-schedule", "unified", "--disable-overlap-schedule", "--disable-radix-cache"]
         + ["--max-total-tokens", "4000", "--schedule-conservativeness", "0.01"],
