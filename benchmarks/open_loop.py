@@ -144,11 +144,15 @@ def make_dataset(args: argparse.Namespace, tokenizer: Any, path: Path) -> list[s
     return ["--dataset-name", "custom", "--dataset-path", str(path)]
 
 
-def command(rate: str, dataset: list[str], url: str, output: Path, args: argparse.Namespace) -> list[str]:
-    """The command line of one run."""
+def command(
+    rate: str, count: int, dataset: list[str], url: str, output: Path, args: argparse.Namespace
+) -> list[str]:
+    """The command line of one run of ``count`` requests."""
     made = [*base_command("sglang", args.model_path, url, output), *dataset, "--request-rate", rate]
-    made += ["--num-prompts", str(args.num_prompts), "--seed", str(args.seed), "--temperature", str(args.temperature)]
-    made += ["--warmup-requests", str(args.warmup_requests)]
+    made += ["--num-prompts", str(count), "--seed", str(args.seed), "--temperature", str(args.temperature)]
+    # bench_serving would flush the cache right after its warm-up, which the server refuses while the warm-up's last
+    # round is in flight (overlap scheduling). Warm-up is a run of its own, see OpenLoop.run_engine.
+    made += ["--warmup-requests", "0"]
     if "custom" in dataset:
         made += ["--sharegpt-output-len", str(args.output_len)]
     return made
@@ -212,10 +216,14 @@ class OpenLoop:
         try:
             with Server([*line, *server_flags(name, args)], port, log, environment_of_server(args)) as server:
                 server.wait_until_ready(args.start_timeout)
+                url = f"http://{HOST}:{port}"
+                if args.warmup_requests:
+                    say(f"{name}: {args.warmup_requests} requests to warm up")
+                    self._bench("inf", args.warmup_requests, url, log)
                 for rate in args.rates:
-                    self._run_rate(name, rate, f"http://{HOST}:{port}", log)
+                    self._run_rate(name, rate, url, log)
                     server.check_alive()
-        except ServerError as error:
+        except (ServerError, RuntimeError) as error:
             done = [record["request_rate"] for record in self.records if record["engine"] == name]
             for rate in args.rates[len(done) :]:
                 self._write(name, rate, {"error": str(error)})
@@ -224,12 +232,15 @@ class OpenLoop:
         args = self.args
         least = f", {args.num_prompts / float(rate):.0f} s of arrivals" if rate != "inf" else ""
         say(f"{name}: {args.num_prompts} requests at {rate}/s{least}")
-        line = command(rate, self._dataset, url, self._output, args)
         try:
-            result = run_bench_serving(line, self._output, log.with_suffix(".bench.log"))
+            result = self._bench(rate, args.num_prompts, url, log)
             self._write(name, rate, figures_of(result, self._tokenizer, args.num_prompts))
         except RuntimeError as error:
             self._write(name, rate, {"error": str(error)})
+
+    def _bench(self, rate: str, count: int, url: str, log: Path) -> dict[str, Any]:
+        line = command(rate, count, self._dataset, url, self._output, self.args)
+        return run_bench_serving(line, self._output, log.with_suffix(".bench.log"))
 
     def _write(self, name: str, rate: str, figures: dict[str, Any]) -> None:
         record = {**self._environment, **describe(name, self.args), "request_rate": rate, **figures}
@@ -317,7 +328,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--random-range-ratio", type=float, default=0.5, help="of random-ids")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--warmup-requests", type=int, default=8)
+    parser.add_argument("--warmup-requests", type=int, default=8, help="sent at once before the first rate, not timed")
     parser.add_argument("--max-running-requests", type=int, default=256)
     parser.add_argument("--start-timeout", type=float, default=1800, help="seconds until a server must be ready")
     parser.add_argument("--results", type=Path, required=True, help="JSON-lines file to append to")

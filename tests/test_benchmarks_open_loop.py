@@ -113,7 +113,7 @@ def test_prompts_are_code_that_no_other_prompt_begins_with(tmp_path: Path) -> No
     dataset = open_loop.make_dataset(args, Characters(), tmp_path / "prompts.jsonl")
     turns = [json.loads(line)["conversations"] for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
     assert len({turn[0]["content"].splitlines()[0] for turn in turns}) == len(turns) == 3
-    line = open_loop.command("2.5", dataset, "http://u", tmp_path / "o", args)
+    line = open_loop.command("2.5", 3, dataset, "http://u", tmp_path / "o", args)
     assert option(line, "--dataset-path") == str(tmp_path / "prompts.jsonl")
     assert option(line, "--request-rate") == "2.5" and option(line, "--num-prompts") == "3"
     assert option(line, "--sharegpt-output-len") == "32"
@@ -123,7 +123,8 @@ def test_prompts_are_code_that_no_other_prompt_begins_with(tmp_path: Path) -> No
 
 def test_random_ids_are_bench_servings(tmp_path: Path) -> None:
     args = parse("--dataset", "random-ids", "--input-len", "100", "--output-len", "32", "--random-range-ratio", "0.25")
-    line = open_loop.command("inf", open_loop.make_dataset(args, None, tmp_path / "p"), "http://u", tmp_path / "o", args)
+    made = open_loop.make_dataset(args, None, tmp_path / "p")
+    line = open_loop.command("inf", 5, made, "http://u", tmp_path / "o", args)
     assert option(line, "--dataset-name") == "random-ids" and option(line, "--random-input-len") == "100"
     assert option(line, "--random-output-len") == "32" and option(line, "--random-range-ratio") == "0.25"
     assert "--sharegpt-output-len" not in line and not (tmp_path / "p").exists()
@@ -138,10 +139,10 @@ def test_bench_serving_has_all_the_options(tmp_path: Path) -> None:
     for dataset in ("code:128", "random-ids"):
         args = parse("--dataset", dataset, "--num-prompts", "2")
         made = open_loop.make_dataset(args, Characters(), tmp_path / "prompts.jsonl")
-        line = open_loop.command("inf", made, "http://u", tmp_path / "o", args)
+        line = open_loop.command("inf", 2, made, "http://u", tmp_path / "o", args)
         program += f"sys.argv = {line[2:]!r}; serving.cli_main()\n"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=300)
-    assert done.stdout.split() == ["inf", "custom", "8", "inf", "random-ids", "8"], done.stderr[-2000:]
+    assert done.stdout.split() == ["inf", "custom", "0", "inf", "random-ids", "0"], done.stderr[-2000:]
 
 
 # ------------------------------------------------------------------------- records
@@ -159,7 +160,7 @@ open(sys.argv[1], "w").write(json.dumps({{"old": True}}) + "\\n" + json.dumps(re
 @pytest.fixture
 def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     """``loop(*options)``: an ``OpenLoop`` with a server that does nothing, and a bench_serving that writes ``RESULT``."""
-    state: dict[str, Any] = {"fails": set(), "started": [], "stopped": 0, "dies_after": 99}
+    state: dict[str, Any] = {"fails": set(), "started": [], "asked": [], "stopped": 0, "dies_after": 99}
 
     class FakeServer:
         def __init__(self, line: list[str], port: int, log: Path, env: dict[str, str]) -> None:
@@ -180,8 +181,12 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
             if self.checks >= state["dies_after"]:
                 raise open_loop.ServerError("the server ended")
 
-    def command(rate: str, dataset: list[str], url: str, output: Path, args: argparse.Namespace) -> list[str]:
-        program = FAKE_BENCH.format(result=json.dumps(RESULT), fails=rate in state["fails"])
+    def command(
+        rate: str, count: int, dataset: list[str], url: str, output: Path, args: argparse.Namespace
+    ) -> list[str]:
+        state["asked"].append((rate, count))
+        fails = rate in state["fails"] or count in state["fails"]
+        program = FAKE_BENCH.format(result=json.dumps(RESULT), fails=fails)
         return [sys.executable, "-c", program, str(output)]
 
     monkeypatch.setattr(open_loop, "Server", FakeServer)
@@ -214,6 +219,7 @@ def test_each_rate_becomes_a_line(loop: Any, tmp_path: Path) -> None:
     assert first["accept_length"] == 4.5 and first["requests_per_s"] == 1.0
     assert {"date", "commit", "packages", "command"} <= set(first)
     assert made.state["stopped"] == 1
+    assert made.state["asked"] == [("inf", 8), ("2", 2), ("inf", 2)]  # the first to warm up
     logs = [path for path in tmp_path.glob("r-*.bench.log")]
     assert len(logs) == 1 and "50 of 100" in logs[0].read_text()
 
@@ -233,6 +239,14 @@ def test_rates_that_a_dead_server_did_not_serve_are_recorded(loop: Any, tmp_path
     made.run_engine("sparsespec")
     records = written(tmp_path)
     assert [record.get("error") for record in records] == [None, "the server ended", "the server ended"]
+    assert made.state["stopped"] == 1
+
+
+def test_a_server_that_cannot_be_warmed_up_is_recorded_for_every_rate(loop: Any, tmp_path: Path) -> None:
+    made = loop("--rates", "2", "4")
+    made.state["fails"] = {8}
+    made.run_engine("sparsespec")
+    assert ["the server is gone" in record["error"] for record in written(tmp_path)] == [True, True]
     assert made.state["stopped"] == 1
 
 

@@ -33,7 +33,7 @@ COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "skip_tokenizer_i
 SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "lockstep": (["--schedule-conservativeness", "0.01", "--max-total-tokens", "3000"], {}),
     "lockstep, no overlap": (["--disable-overlap-schedule", "--max-total-tokens", "20000"], {}),
-    "unified": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
+    "unified, radix cache": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
     "unified, no overlap, no radix cache": (
         ["--sparsespec-schedule", "unified", "--disable-overlap-schedule", "--disable-radix-cache"]
         + ["--max-total-tokens", "4000", "--schedule-conservativeness", "0.01"],
@@ -77,17 +77,25 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def expected(tiny_model: str) -> list[list[int]]:
-    """Outputs of plain SGLang."""
+def plain_engine(tiny_model: str) -> EngineProcess:
+    """Plain SGLang; it starts while the first server does, and is ended by ``expected``."""
     plain: dict[str, Any] = {**COMMON, "disable_cuda_graph": True, "attention_backend": "torch_native"}
-    with EngineProcess(
+    return EngineProcess(
         {CPU_BRIDGE_ENV: "1"}, model_path=tiny_model, max_total_tokens=20000, log_level="error", **plain
-    ) as engine:
+    )
+
+
+@pytest.fixture(scope="module")
+def expected(plain_engine: EngineProcess) -> list[list[int]]:
+    """Outputs of plain SGLang."""
+    with plain_engine as engine:
         return [output["output_ids"] for output in engine.generate(**batch_of(CALLS))]
 
 
 @pytest.fixture(scope="module", params=SERVERS)
-def server(request: pytest.FixtureRequest, tiny_model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(
+    request: pytest.FixtureRequest, tiny_model: str, plain_engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Server]:
     flags, environment = SERVERS[request.param]
     port, log = choose_port(0), tmp_path_factory.mktemp("server") / "server.log"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", tiny_model, "--port", str(port)]
@@ -110,21 +118,20 @@ def batches(log: str) -> list[tuple[str, int]]:
 
 def test_requests_decode_between_chunks_and_outputs_are_plain_sglangs(server: Server, expected: list[list[int]]) -> None:
     client = Client(server.port)
-    for _ in range(2):  # the second time with what the radix cache has
-        before = len(server.log.read_text(errors="replace"))
-        rounds = client.state()["sparsespec_interleaved_rounds"]
-        assert ask(client, CALLS) == expected
-        counted = client.state()["sparsespec_interleaved_rounds"] - rounds
-        assert counted > 0
-        ran = batches(server.log.read_text(errors="replace")[before:])
-        # Each chunk that met decoding requests, and what ran before it.
-        beside = [ran[i - 1][0] for i in range(1, len(ran)) if ran[i][0] == "Prefill" and ran[i][1] > 0]
-        assert len(beside) > 5
-        print(f"{len(beside)} chunks beside decoding requests, {beside.count('Decode')} after a round; {counted} counted")
-        if "--max-total-tokens 20000" in " ".join(server.process.args):  # type: ignore[arg-type]
-            assert set(beside) == {"Decode"}  # ample memory: always
-        else:
-            assert beside.count("Decode") > len(beside) / 4
+    before = len(server.log.read_text(errors="replace"))
+    rounds = client.state()["sparsespec_interleaved_rounds"]
+    assert ask(client, CALLS) == expected
+    counted = client.state()["sparsespec_interleaved_rounds"] - rounds
+    assert counted > 0
+    ran = batches(server.log.read_text(errors="replace")[before:])
+    # Each chunk that met decoding requests, and what ran before it.
+    beside = [ran[i - 1][0] for i in range(1, len(ran)) if ran[i][0] == "Prefill" and ran[i][1] > 0]
+    assert len(beside) > 5
+    if "--max-total-tokens 20000" in " ".join(server.process.args):  # type: ignore[arg-type]
+        assert set(beside) == {"Decode"}  # ample memory: always
+    else:
+        assert beside.count("Decode") > len(beside) / 4
+    assert ask(client, CALLS) == expected  # with what the radix cache has
     client.assert_pool_empties()
 
 
