@@ -12,6 +12,8 @@ from _common import markdown_table
 
 #: What tells two rows of the table apart, and what makes rows comparable with each other.
 LOAD = ("model", "gpu_name", "commit", "dataset", "batch", "output_length", "temperature", "timed")
+#: What a plot of several loads shows on its axis.
+OF_A_LOAD = ("dataset", "batch", "output_length", "temperature")
 NO_MATPLOTLIB = "Plots need matplotlib: pip install sglang-sparsespec[bench]"
 
 
@@ -109,6 +111,17 @@ def table(rows: list[dict[str, Any]]) -> str:
         load += [f"{row['temperature']:g}", row["engine"], row["repeats"]]
         cells.append([*load, *rates, row["times_plain"], *accepted, remarks(row)])
     return markdown_table(headers, cells, right=(3, 4, 5, 6, *range(8, 15)))
+
+
+def latest_not_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Records of what was not run and has no sample since."""
+    left: dict[str, dict[str, Any]] = {}
+    for record in records:
+        if record["kind"] == "sample":
+            left.pop(record["key"], None)
+        else:
+            left[record["key"]] = record
+    return list(left.values())
 
 
 def not_run_table(records: Iterable[dict[str, Any]]) -> str:
@@ -221,6 +234,17 @@ def draw_ablation(axes: Any, rows: list[dict[str, Any]]) -> None:
     axes.set_xlabel("tokens/s")
 
 
+def relative(row: dict[str, Any]) -> dict[str, float]:
+    """The row's throughput and its spread over that of the fastest plain engine."""
+    plain = row["tokens_per_s"] / row["times_plain"]
+    return {name: row[name] / plain for name in ("tokens_per_s", "lowest", "highest")}
+
+
+def short_load(row: dict[str, Any]) -> str:
+    """A load in two lines, for an axis."""
+    return f"{row['dataset']} x {row['batch']}\n{row['output_length']} new, T {row['temperature']:g}"
+
+
 def draw_plots(samples: list[dict[str, Any]], folder: Path) -> list[Path]:
     """Write every plot that the samples give; returns the files.
 
@@ -243,6 +267,11 @@ def draw_plots(samples: list[dict[str, Any]], folder: Path) -> list[Path]:
         plt.close(figure)
         written.append(path)
 
+    compared = [{**row, **relative(row)} for row in rows if row["times_plain"]]
+    for title, part in split_by(compared, *OF_A_LOAD).items():
+        if len({short_load(row) for row in part}) > 1:
+            gains = series_by(part, short_load, "tokens_per_s")
+            save("times-plain", title, partial(draw_bars, series=gains, unit="throughput / fastest plain decoding"))
     for title, part in split_by(rows, "dataset").items():
         rates = series_by(part, lambda row: row["dataset"], "tokens_per_s")
         save("throughput-by-dataset", title, partial(draw_bars, series=rates, unit="tokens/s"))

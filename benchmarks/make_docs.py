@@ -15,6 +15,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,19 @@ def smoke() -> str:
     return table(aggregate(read("2026-11-25-cpu/run-smoke-cpu.jsonl")))
 
 
+def runs(name: str) -> str:
+    """All results of ``run.py`` that are named after ``name``, and what it could not run."""
+    from _report import aggregate, latest_not_run, not_run_table, table
+
+    paths = sorted(RESULTS.glob(f"*/run-{name}-*.jsonl"))
+    records = [record for path in paths for record in read(str(path.relative_to(RESULTS)))]
+    parts = [table(aggregate(record for record in records if record["kind"] == "sample"))]
+    parts.append("Files: " + ", ".join(f"`{path.relative_to(RESULTS)}`" for path in paths) + ".")
+    if missing := [record for record in latest_not_run(records) if "time limit" not in record["reason"]]:
+        parts.append("Not run:\n\n" + not_run_table(missing))
+    return "\n\n".join(parts)
+
+
 def crossover() -> str:
     """Shortest contexts that pay, one H100."""
     rows: list[list[Any]] = []
@@ -103,6 +117,9 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "throughput": throughput,
     "accept-length": accept_length,
     "smoke-cpu": smoke,
+    "rivals": partial(runs, "rivals"),
+    "policies": partial(runs, "policies"),
+    "schedules": partial(runs, "schedules"),
     "crossover": crossover,
 }
 

@@ -48,7 +48,7 @@ from typing import Any
 from _common import append_json_line, say, stamp, utc_now
 from _engine_job import job_contents
 from _matrix import SERVED, EngineSpec, Job, Matrix, jobs, load_matrix, turns
-from _report import draw_plots, load_pyplot, report
+from _report import draw_plots, latest_not_run, load_pyplot, report
 from _server_job import run_samples
 
 HERE = Path(__file__).resolve().parent
@@ -105,17 +105,6 @@ def finished(records: list[dict[str, Any]], environment: dict[str, Any]) -> set[
         and record["commit"] == environment["commit"]
         and device_name(record) == device_name(environment)
     }
-
-
-def latest_not_run(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Records of what was not run and has no sample since."""
-    left: dict[str, dict[str, Any]] = {}
-    for record in records:
-        if record["kind"] == "sample":
-            left.pop(record["key"], None)
-        else:
-            left[record["key"]] = record
-    return list(left.values())
 
 
 def write_report(results: Path, plots: Path | None) -> None:

@@ -438,7 +438,8 @@ def unified(setup: Setup) -> Prediction:
     """Rounds are staggered: at each of k + 1 steps one of k + 1 requests verifies, and the others draft.
 
     Each step is one forward of both (paper, section 4.2): the weights are read once for more rows, and every layer
-    launches both attention kernels.
+    launches both attention kernels (one after the other here; that they run side by side hides some of it). The
+    scheduler's work is done once a round, as in lock-step.
     """
     window = setup.k + 1
     verifying = setup.batch / window
@@ -446,8 +447,8 @@ def unified(setup: Setup) -> Prediction:
     attention = _attention(setup, "draft", drafting, draft_tokens(setup))
     attention += _attention(setup, "verify", verifying, setup.context, window)
     step = forward(setup, drafting + verifying * window, attention, _selection(setup, verifying), attention_kernels=4)
-    step = step + Cost(overhead=setup.calibration.step_overhead)
-    return Prediction("unified", step * window, setup.batch * setup.accept_length, {"step": step})
+    cost = step * window + Cost(overhead=setup.calibration.step_overhead)
+    return Prediction("unified", cost, setup.batch * setup.accept_length, {"step": step})
 
 
 METHODS: dict[str, Callable[[Setup], Prediction]] = {"plain": plain, "lock-step": lock_step, "unified": unified}

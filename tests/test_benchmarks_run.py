@@ -41,11 +41,13 @@ SMALL: dict[str, Any] = {
 def test_presets_are_valid(preset: str) -> None:
     matrix = Matrix.parse(load_matrix(preset))
     assert matrix.repeats >= 3
-    assert {engine.kind for engine in matrix.engines} >= {"plain", "sparsespec"}
+    # Two 8B models leave no room for a third.
+    assert {engine.kind for engine in matrix.engines} >= {"sparsespec"} | ({"plain"} if "8b" not in preset else set())
 
 
-def test_the_three_presets_are_there() -> None:
-    assert {file.stem for file in MATRICES.glob("*.json")} == {"ablation", "h100-main", "smoke-cpu"}
+def test_the_presets_of_the_docs_are_there() -> None:
+    names = {file.stem for file in MATRICES.glob("*.json")}
+    assert names >= {"ablation", "h100-main", "h100-policies", "h100-rivals", "h100-schedules", "smoke-cpu"}
 
 
 def test_a_matrix_is_every_combination() -> None:
