@@ -41,13 +41,13 @@ def job_contents(job: Job, matrix: Matrix, log_level: str) -> dict[str, Any]:
 
 
 def prompts_of(samples: list[dict[str, Any]], model_path: str) -> dict[tuple[str, int], list[list[int]]]:
-    """Prompts by dataset and batch."""
+    """Prompts by dataset and number of requests."""
     from transformers import AutoTokenizer
 
-    wanted = {(sample["dataset"], sample["batch"]) for sample in samples}
+    wanted = {(sample["dataset"], sample["requests"]) for sample in samples}
     needs_tokenizer = any(Dataset.parse(name).name != "random" for name, _ in wanted)
     tokenizer = AutoTokenizer.from_pretrained(model_path) if needs_tokenizer else None
-    return {(name, batch): Dataset.parse(name).prompts(tokenizer, batch) for name, batch in wanted}
+    return {(name, count): Dataset.parse(name).prompts(tokenizer, count) for name, count in wanted}
 
 
 def flush(engine: Any, timeout: float = 60) -> None:
@@ -68,7 +68,11 @@ def run_sample(engine: Any, sample: dict[str, Any], prompts: list[list[int]], ig
     from throughput import prefill, run_case
 
     flush(engine)
-    prefill_s = prefill(engine, prompts, [sample["temperature"]])
+    # With more requests than fit at once the cache would not keep all prompts: they are prefilled as they come.
+    refilled = len(prompts) > sample["batch"]
+    prefill_s = prefill(engine, prompts[: sample["batch"]], [sample["temperature"]])
+    if refilled:
+        flush(engine)
     sampling = {
         "temperature": sample["temperature"],
         "max_new_tokens": sample["output_length"],
@@ -76,11 +80,11 @@ def run_sample(engine: Any, sample: dict[str, Any], prompts: list[list[int]], ig
     }
     return {
         **sample,
-        "timed": "decoding, prompts in the cache",
+        "timed": "whole requests, prefill included" if refilled else "decoding, prompts in the cache",
         "prompt_tokens": sum(map(len, prompts)),
         "distinct_prompts": len(set(map(tuple, prompts))),
         "prefill_s": round(prefill_s, 2),
-        **run_case(engine, prompts, sampling, repeats=1),
+        **run_case(engine, prompts, sampling, repeats=1, at_once=sample["batch"] if refilled else None),
     }
 
 
@@ -106,7 +110,7 @@ def main() -> int:
     for sample in job["samples"]:
         if job["resident"] and not sys.stdin.readline():
             break
-        record = run_sample(engine, sample, prompts[sample["dataset"], sample["batch"]], job["ignore_eos"])
+        record = run_sample(engine, sample, prompts[sample["dataset"], sample["requests"]], job["ignore_eos"])
         output.write(json.dumps({**record, "engine_start_s": start_s}) + "\n")
     engine.shutdown()
     return 0

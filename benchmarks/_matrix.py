@@ -67,12 +67,22 @@ class EngineSpec:
 
 @dataclass(frozen=True)
 class Load:
-    """What an engine is given: ``batch`` prompts at once, and how each goes on."""
+    """What an engine is given: ``batch`` prompts at once, and how each goes on.
+
+    Attributes:
+        requests: how many there are in all. More than ``batch``: whenever one is answered the next is sent, so that the
+            batch stays full but for the end, and prefill is timed. 0: ``batch``.
+    """
 
     dataset: Dataset
     batch: int
     output_length: int
     temperature: float = 0.0
+    requests: int = 0
+
+    def __post_init__(self) -> None:
+        if self.requests and self.requests < self.batch:
+            raise ValueError(f"a load of {self.requests} requests cannot have {self.batch} at once")
 
     @classmethod
     def parse(cls, value: dict[str, Any]) -> Load:
@@ -100,8 +110,8 @@ class Matrix:
         interleave: start the engines again for every repeat, in turn, so that drift of the machine hits all alike.
         resident: start all engines of a model together, once, and let them give samples in turn: interleaved repeats
             without the starts. They share the device's memory: on CUDA ``engine_args`` must set ``max_total_tokens``.
-        loads: objects with ``dataset``, ``batch``, ``output_length`` and ``temperature``: what is run, in place of every
-            combination of the four lists.
+        loads: objects with ``dataset``, ``batch``, ``output_length``, and if wanted ``temperature`` and ``requests``
+            (:class:`Load`): what is run, in place of every combination of the four lists.
         k: SPARSESPEC's draft length, unless an engine's ``args`` say otherwise.
         engine_args: ``sglang.Engine`` arguments of all engines.
     """
@@ -212,7 +222,8 @@ class Cell:
         if matrix.resident:
             rest.append("resident")
         digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
-        load = f"b{self.batch}|o{self.load.output_length}|t{self.load.temperature:g}"
+        batch = f"b{self.batch}" + (f"of{self.load.requests}" if self.load.requests else "")
+        load = f"{batch}|o{self.load.output_length}|t{self.load.temperature:g}"
         return f"{Path(self.model).name}|{self.engine.label}|{self.dataset}|{load}|{digest}"
 
     def sample(self, matrix: Matrix, repeat: int) -> dict[str, Any]:
@@ -222,6 +233,7 @@ class Cell:
             "repeat": repeat,
             "dataset": str(self.dataset),
             "batch": self.batch,
+            "requests": self.load.requests or self.batch,
             "output_length": self.load.output_length,
             "temperature": self.load.temperature,
         }

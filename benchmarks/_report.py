@@ -11,9 +11,9 @@ from typing import Any
 from _common import markdown_table
 
 #: What tells two rows of the table apart, and what makes rows comparable with each other.
-LOAD = ("model", "gpu_name", "commit", "dataset", "batch", "output_length", "temperature", "timed")
+LOAD = ("model", "gpu_name", "commit", "dataset", "batch", "requests", "output_length", "temperature", "timed")
 #: What a plot of several loads shows on its axis.
-OF_A_LOAD = ("dataset", "batch", "output_length", "temperature")
+OF_A_LOAD = ("dataset", "batch", "requests", "output_length", "temperature")
 NO_MATPLOTLIB = "Plots need matplotlib: pip install sglang-sparsespec[bench]"
 
 
@@ -29,7 +29,8 @@ def aggregate(samples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for sample in samples:
         gpu = sample.get("gpu")
-        sample = {**sample, "gpu_name": gpu["name"] if gpu else "CPU"}
+        # Records of before there were loads of more requests have as many as their batch.
+        sample = {"requests": sample["batch"], **sample, "gpu_name": gpu["name"] if gpu else "CPU"}
         groups.setdefault((sample["key"], *(sample[name] for name in LOAD)), []).append(sample)
     rows = [_row(group) for group in groups.values()]
     for row in rows:
@@ -54,7 +55,7 @@ def _row(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "interleaved": first["interleaved"],
         "resident": len(first.get("resident_engines", ())),
         "repeats": len(samples),
-        "context": round(mean(sample["prompt_tokens"] / sample["batch"] for sample in samples)),
+        "context": round(mean(sample["prompt_tokens"] / sample["requests"] for sample in samples)),
         "output_tokens": median(sample["output_tokens"] for sample in samples),
         "tokens_per_s": median(rates),
         "lowest": min(rates),
@@ -62,7 +63,7 @@ def _row(samples: list[dict[str, Any]]) -> dict[str, Any]:
         "accept_length": _median_of(samples, "accept_length"),
         "accept_length_not_repetitive": _median_of(samples, "accept_length_not_repetitive"),
         "repetitive": max(sample["repetitive_prompts"] for sample in samples),
-        "repeated_prompts": first["batch"] - first["distinct_prompts"],
+        "repeated_prompts": first["requests"] - first["distinct_prompts"],
         "retractions": max(sample.get("retractions") or 0 for sample in samples),
     }
 
@@ -81,7 +82,7 @@ def remarks(row: dict[str, Any]) -> str:
     if row["simulated"]:
         found.append("SIMULATED acceptance")
     if row["repetitive"]:
-        found.append(f"{row['repetitive']} of {row['batch']} outputs repeat themselves, which flatters every drafter")
+        found.append(f"{row['repetitive']} of {row['requests']} outputs repeat themselves, which flatters every drafter")
     if row["ignore_eos"]:
         found.append("ignore_eos: outputs go on past their end")
     if row["repeated_prompts"]:
@@ -94,6 +95,8 @@ def remarks(row: dict[str, Any]) -> str:
         found.append("repeats within one engine start")
     if row["resident"]:
         found.append(f"one of {row['resident']} engines on the device, others idle")
+    if row["requests"] > row["batch"]:
+        found.append(f"{row['requests']} requests, {row['batch']} at once")
     if row["timed"].startswith("whole"):
         found.append("prefill is timed")
     return "; ".join(found)
@@ -171,6 +174,7 @@ def load_name(row: dict[str, Any], *without: str) -> str:
         "model": row["model"],
         "dataset": row["dataset"],
         "batch": f"batch {row['batch']}",
+        "requests": f"{row['requests']} requests",
         "output_length": f"{row['output_length']} new tokens",
         "temperature": f"temperature {row['temperature']:g}",
         "gpu_name": row["gpu_name"],
@@ -280,7 +284,7 @@ def draw_plots(samples: list[dict[str, Any]], folder: Path) -> list[Path]:
         if accepted:
             draw = partial(draw_lines, series=accepted, x_name="prompt tokens", unit="accept length")
             save("accept-length-by-context", title, draw)
-    for title, part in split_by(rows, "batch").items():
+    for title, part in split_by(rows, "batch", "requests").items():
         if len({row["batch"] for row in part}) > 1:
             rates = series_by(part, lambda row: row["batch"], "tokens_per_s")
             save("throughput-by-batch", title, partial(draw_lines, series=rates, x_name="batch", unit="tokens/s"))

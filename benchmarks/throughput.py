@@ -14,6 +14,7 @@ SGLANG_SIMULATE_ACC_LEN: such results are marked simulated.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
 import os
@@ -107,12 +108,28 @@ def digest(outputs: list[list[int]]) -> str:
     return hashlib.sha256(json.dumps(outputs).encode()).hexdigest()[:16]
 
 
-def run_case(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], repeats: int) -> dict[str, Any]:
-    """Time ``repeats`` decoding runs of all prompts together."""
+async def keep_full(engine: Any, prompts: list[list[int]], sampling: dict[str, Any], at_once: int) -> list[dict[str, Any]]:
+    """Answers to all prompts, ``at_once`` of which are with the engine until none is left to be sent."""
+    free = asyncio.Semaphore(at_once)
+
+    async def ask(prompt: list[int]) -> dict[str, Any]:
+        async with free:
+            return await engine.async_generate(input_ids=prompt, sampling_params=sampling)
+
+    return list(await asyncio.gather(*map(ask, prompts)))
+
+
+def run_case(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], repeats: int, at_once: int | None = None
+) -> dict[str, Any]:
+    """Time ``repeats`` runs of all prompts together, or of ``at_once`` of them at a time (:func:`keep_full`)."""
     seconds, outputs = [], []
     for _ in range(repeats):
         started = time.perf_counter()
-        outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+        if at_once is None:
+            outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+        else:
+            outputs = engine.loop.run_until_complete(keep_full(engine, prompts, sampling, at_once))
         seconds.append(time.perf_counter() - started)
     accept = [output["meta_info"].get("spec_accept_length") for output in outputs]
     tokens = sum(output["meta_info"]["completion_tokens"] for output in outputs)

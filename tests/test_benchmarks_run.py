@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import json
 import os
 import sys
@@ -21,7 +22,7 @@ import _server_job  # noqa: E402
 import run  # noqa: E402
 from _matrix import MATRICES, EngineSpec, Job, Matrix, cells, jobs, load_matrix, turns  # noqa: E402
 from _workloads import Dataset, distinct_share, question_prompts  # noqa: E402
-from throughput import engine_arguments  # noqa: E402
+from throughput import engine_arguments, keep_full  # noqa: E402
 
 SMALL: dict[str, Any] = {
     "models": ["folder/tiny"],
@@ -74,6 +75,7 @@ def test_a_matrix_is_every_combination() -> None:
         ({"resident": True, "engines": ["sparsespec", "vllm"]}, "not for vllm"),
         ({"loads": [{"dataset": "aime", "batch": 1}]}, "a load has no output_length"),
         ({"loads": [{"dataset": "aime", "batch": 1, "output_length": 2, "tokens": 1}]}, "load has unknown keys tokens"),
+        ({"loads": [{"dataset": "aime", "batch": 4, "requests": 3, "output_length": 2}]}, "3 requests cannot have 4"),
     ],
 )
 def test_mistakes_in_a_matrix_are_named(changes: dict[str, Any], named: str) -> None:
@@ -130,6 +132,36 @@ def test_loads_take_the_place_of_the_combinations() -> None:
     found = [cell.sample(matrix, 0) for cell in cells(matrix, "m", matrix.engines[0])]
     expected = [("aime", 8, 4096, 0.6), ("code:512", 2, 16, 0.0)]
     assert [(s["dataset"], s["batch"], s["output_length"], s["temperature"]) for s in found] == expected
+
+
+def test_a_load_of_more_requests_is_another_cell() -> None:
+    load = {"dataset": "aime", "batch": 2, "output_length": 16}
+    matrix = Matrix.parse({"engines": ["sparsespec"], "loads": [load, {**load, "requests": 6}]})
+    closed, open_end = cells(matrix, "m", matrix.engines[0])
+    assert closed.key(matrix) != open_end.key(matrix)
+    assert [cell.sample(matrix, 0)["requests"] for cell in (closed, open_end)] == [2, 6]
+
+
+class CountingEngine:
+    """Answers after two turns of the event loop each; remembers how many requests it had at once."""
+
+    def __init__(self) -> None:
+        self.running, self.most = 0, 0
+
+    async def async_generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        self.running -= 1
+        return {"output_ids": input_ids}
+
+
+def test_a_full_batch_is_kept_and_no_more() -> None:
+    engine = CountingEngine()
+    answers = asyncio.run(keep_full(engine, [[i] for i in range(7)], {}, at_once=3))
+    assert engine.most == 3
+    assert [answer["output_ids"] for answer in answers] == [[i] for i in range(7)]
 
 
 def test_resident_engines_take_turns_at_every_load_of_every_repeat() -> None:

@@ -411,11 +411,11 @@ class ChainModel(RuleModel):
 
 #: Temperature (0: greedy), top-k (0: none) and min-p by row.
 SAMPLED = {
-    **dict.fromkeys((1, 2, 3, 4), (0.8, 0, 0.0)),
-    **dict.fromkeys((5, 6, 7), (1.7, 0, 0.0)),
-    **dict.fromkeys((8, 9), (1.2, 3, 0.0)),
-    **dict.fromkeys((10, 11), (0.0, 0, 0.0)),
-    **dict.fromkeys((12, 13), (1.2, 0, 0.3)),
+    **dict.fromkeys((1, 2, 3), (0.8, 0, 0.0)),
+    **dict.fromkeys((4, 5), (1.7, 0, 0.0)),
+    **dict.fromkeys((6, 7, 8), (1.2, 3, 0.0)),
+    **dict.fromkeys((9, 10), (0.0, 0, 0.0)),
+    **dict.fromkeys((11, 12, 13), (1.2, 0, 0.2)),
 }
 
 
