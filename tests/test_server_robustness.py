@@ -48,7 +48,7 @@ def client(
     assert "memory leak" not in Path(log).read_text(errors="replace")
 
 
-#: Before any round: the same for both schedules.
+#: Refused before any round, so the same for both schedules; or takes minutes and is in test_unified_end_to_end.py too.
 in_lockstep_only = pytest.mark.parametrize("client", ["lockstep"], indirect=True)
 
 
@@ -160,6 +160,7 @@ def test_requests_that_fill_the_context_leave_their_neighbours_alone(client: Cli
     assert len(alone[0]) >= 29
 
 
+@in_lockstep_only
 def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client) -> None:
     prompts = [f"Story number {i}. {PROMPT}" for i in range(6)]
     alone = [client.generate(prompt, max_new_tokens=256)["output_ids"] for prompt in prompts]
