@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_serving_result import TWO_REQUESTS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -20,12 +21,7 @@ import open_loop  # noqa: E402
 
 #: What bench_serving writes, as far as it is read.
 RESULT: dict[str, Any] = {
-    "completed": 2,
-    "errors": ["", ""],
-    "duration": 2.0,
-    "total_input_tokens": 100,
-    "total_output_tokens": 64,
-    "output_throughput": 32.0,
+    **TWO_REQUESTS,
     "request_throughput": 1.0,
     "concurrency": 1.5,
     "p99_e2e_latency_ms": 900.0,

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bench_serving_result import TWO_REQUESTS
 
 BENCHMARKS = Path(__file__).resolve().parent.parent / "benchmarks"
 sys.path.insert(0, str(BENCHMARKS))
@@ -434,12 +435,7 @@ def test_a_refused_flush_is_tried_again_and_not_passed_over() -> None:
 # ------------------------------------------------------------------------- servers
 
 RESULT: dict[str, Any] = {
-    "completed": 2,
-    "errors": ["", ""],
-    "duration": 2.0,
-    "total_input_tokens": 100,
-    "total_output_tokens": 64,
-    "output_throughput": 32.0,
+    **TWO_REQUESTS,
     "median_ttft_ms": 10.0,
     "median_tpot_ms": 5.0,
     "accept_length": 4.5,
