@@ -32,7 +32,6 @@ COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "skip_tokenizer_i
 #: Flags, and variables of the environment. The KV pools of some are too small for all requests at once.
 SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
     "lockstep": (["--schedule-conservativeness", "0.01", "--max-total-tokens", "3000"], {}),
-    "lockstep, no overlap": (["--disable-overlap-schedule", "--max-total-tokens", "20000"], {}),
     "unified, radix cache": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
     "unified, no overlap, no radix cache": (
         ["--sparsespec-schedule", "unified", "--disable-overlap-schedule", "--disable-radix-cache"]

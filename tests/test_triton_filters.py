@@ -50,6 +50,8 @@ def random_logits(*shape: int, spread: float, seed: int = 0) -> torch.Tensor:
     return spread * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
+#: Top-k and top-p; the interpreter takes half a minute for each.
+FILTERS = [(4, 0.8)] if DEVICE == "cpu" else [(3, 1.0), (NO_TOP_K, 0.7), (4, 0.8)]
 CASES = [(20, 1.0), (NO_TOP_K, 0.95), (20, 0.95), (3, 0.5), (NO_TOP_K, 0.01), (1000, 0.999), (2, 1.0)]
 
 
@@ -98,7 +100,7 @@ def filtered_probs(logits: torch.Tensor, temperature: float, top_k: int, top_p: 
 
 
 @kernels_run_here
-@pytest.mark.parametrize("case", [(3, 1.0), (NO_TOP_K, 0.7), (4, 0.8)], ids=["top-k", "top-p", "both"])
+@pytest.mark.parametrize("case", FILTERS)
 def test_drafts_and_output_follow_the_filtered_distributions(case: tuple[int, float]) -> None:
     """A request with the filter beside one without and a greedy one, over and over; drafts are not the target's."""
     temperature, vocab = 0.8, 11
@@ -133,4 +135,4 @@ def test_drafts_and_output_follow_the_filtered_distributions(case: tuple[int, fl
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    assert_passes_in_the_interpreter(__file__, at_least=12)
+    assert_passes_in_the_interpreter(__file__, at_least=10)
