@@ -24,7 +24,6 @@ CONFIGURATIONS = [
     ("lockstep", 3, 1, "off", "off", 256),
     ("lockstep", 1, 16, "off", "on", 0),
     ("unified", 8, 5, "on", "on", 64),
-    ("unified", 3, 16, "off", "off", 256),
 ]
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 from engine_process import EngineProcess
-from quickstart import Server, choose_port, server_environment
+from quickstart import Server, server_environment
 from server_client import GREEDY, Client
 from tiny_model import VOCAB, write_tiny_llama
 
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.slow
 
 CONTEXT = 2048
 CHUNK = 32
+PORT = 31460
 #: Tokens of the prompts that are prefilled in many chunks, after eight short ones.
 LONG = (900, 700, 40, 500)
 COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "context_length": CONTEXT}
@@ -96,13 +97,14 @@ def server(
     request: pytest.FixtureRequest, tiny_model: str, plain_engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Server]:
     flags, environment = SERVERS[request.param]
-    port, log = choose_port(0), tmp_path_factory.mktemp("server") / "server.log"
+    # Below the ports that the system hands out: a free one of those may be taken by the engine that starts meanwhile.
+    port, log = PORT + list(SERVERS).index(request.param), tmp_path_factory.mktemp("server") / "server.log"
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", tiny_model, "--port", str(port)]
     for name, value in COMMON.items():
         command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     command += ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-min-budget", "32", "--enable-mixed-chunk"]
     command += ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "12", "--decode-log-interval", "1"]
-    command += ["--enable-metrics", *flags]
+    command += ["--enable-metrics", "--sleep-on-idle", *flags]
     with Server(command, port, log, {**server_environment(True), **environment}) as started:
         started.wait_until_ready(300)
         yield started
