@@ -410,10 +410,13 @@ class DraftSampler:
         self._step = 0
         self._probs = []
         self._placed = None
-        self._from_logits = self.use_triton and not info.is_all_greedy and self.rows.seeds is None
-        if info.need_min_p_sampling and any(has_min_p(req.sampling_params) for req in reqs):
-            self._from_logits = False
-        self._has_filters = has_filters(info, reqs)
+        self._from_logits = (
+            self.use_triton
+            and not info.is_all_greedy
+            and self.rows.seeds is None
+            and not (info.need_min_p_sampling and any(has_min_p(req.sampling_params) for req in reqs))
+        )
+        self._has_filters = self._from_logits and has_filters(info, reqs)
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Draft tokens int64 [batch] of the next step; arguments as :func:`sample_draft`."""

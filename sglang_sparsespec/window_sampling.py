@@ -69,8 +69,8 @@ class WindowSampler:
         """
         self._info = info
         self._with_min_p = with_min_p
-        self._has_filters = sampling.has_filters(info, reqs)
         self._from_logits = self.use_triton and not info.is_all_greedy and info.sampling_seed is None
+        self._has_filters = self._from_logits and sampling.has_filters(info, reqs)
         if self._from_logits:
             from sglang_sparsespec import triton_sampling
 

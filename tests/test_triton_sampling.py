@@ -353,6 +353,14 @@ def test_a_window_of_fewer_drafts_ends_with_a_token_of_the_target() -> None:
 # ------------------------------------------------------------------------------ rounds
 
 
+def without_filters(temperatures: torch.Tensor, top_ks: torch.Tensor) -> SimpleNamespace:
+    """SGLang's sampling parameters of a batch, some of whose requests sample."""
+    return SimpleNamespace(
+        temperatures=temperatures, top_ks=top_ks, top_ps=None, min_ps=None, sampling_seed=None, is_all_greedy=False,
+        need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,
+    )  # fmt: skip
+
+
 @kernels_run_here
 def test_a_round_of_the_sampler_keeps_logits_that_are_overwritten() -> None:
     """Drafts from the target's own logits, in one buffer as a CUDA graph has it, are all accepted; rounds differ."""
@@ -361,10 +369,7 @@ def test_a_round_of_the_sampler_keeps_logits_that_are_overwritten() -> None:
     torch.manual_seed(0)
     batch, width, vocab = 4, 4, 5000  # two of the blocks of production
     temperatures, top_ks = parameters([0.9, 1.0, 0.0, 1.4])
-    info = SimpleNamespace(
-        temperatures=temperatures, top_ks=top_ks, top_ps=None, min_ps=None, sampling_seed=None, is_all_greedy=False,
-        need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,
-    )  # fmt: skip
+    info = without_filters(temperatures, top_ks)
     sampler = DraftSampler(torch.float32, use_triton=True)
     target = random_logits(batch, width, vocab)
     positions = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
@@ -393,10 +398,7 @@ def test_a_place_that_is_drawn_again_is_accepted_by_its_last_draw() -> None:
     torch.manual_seed(0)
     batch, width, places = 6, 3, 4
     temperatures, top_ks = parameters([0.9, 1.0, 0.0, 1.4, 0.0, 0.7])
-    info = SimpleNamespace(
-        temperatures=temperatures, top_ks=top_ks, top_ps=None, min_ps=None, sampling_seed=None, is_all_greedy=False,
-        need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,
-    )  # fmt: skip
+    info = without_filters(temperatures, top_ks)
     sampler = DraftSampler(torch.float32, use_triton=True)
     target = random_logits(batch, width, VOCAB)
     sampler.begin_round(info, [], places)
