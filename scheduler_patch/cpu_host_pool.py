@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from sglang.srt.mem_cache.pool_host import base
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 
 
@@ -15,7 +16,13 @@ class CpuHostPool(MHATokenToKVPoolHost):
     """``MHATokenToKVPoolHost`` of layout ``layer_first`` with synchronous copies."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, pin_memory=False, **kwargs)
+        # SGLang leaves 10 GB to others, since pinned memory cannot be swapped out. This is not pinned, and a
+        # laptop may have less than that free.
+        reserve, base.HICACHE_HOST_MEMORY_RESERVE_BYTES = base.HICACHE_HOST_MEMORY_RESERVE_BYTES, 0
+        try:
+            super().__init__(*args, pin_memory=False, **kwargs)
+        finally:
+            base.HICACHE_HOST_MEMORY_RESERVE_BYTES = reserve
 
     def load_to_device_per_layer(
         self,

@@ -128,6 +128,17 @@ A = list(range(1, 31))
 B = A[:12] + list(range(50, 62))
 
 
+def test_a_cpu_server_has_a_host_pool_where_less_memory_is_free_than_pinning_would_leave(
+    world: Callable[[int], World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import psutil
+    from sglang.srt.mem_cache.pool_host import base
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9, total=8e9))
+    assert world(200).tier.host_pool.available_size() == 200
+    assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES > 1e9  # unchanged for other pools
+
+
 def test_a_stored_request_survives_its_slots_being_reused(world: Callable[[int], World]) -> None:
     w = world(200)
     req = w.request(A)
