@@ -305,6 +305,14 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.table.set_window(rows, counts, tail_start)
         self.policy.write(lengths, counts, rows, self.table.positions)
 
+    def attend_to_all(self, rows: torch.Tensor) -> None:
+        """Let draft steps of ``rows`` (int [batch]) attend to every token, until the next selection.
+
+        Lists longer than the kernels were told to expect are right all the same; they are only split less.
+        """
+        nothing = torch.zeros_like(rows)
+        self.table.set_window(rows, nothing, nothing)
+
     def set_draft_length(self, steps: int) -> None:
         """Say how many tokens the round drafts, before its verification."""
         if steps != self._draft_length_set:

@@ -18,12 +18,30 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     Under overlap scheduling a request that has ended takes part in one more round, whose result is
     dropped; ``BaseSpecWorker.on_verify_complete_cpu`` would count that round too.
     """
-    metrics = getattr(processor.model_worker, "sparsespec_metrics", None)
-    if metrics is not None:
-        drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
-        accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
-        metrics.count(accepted, round_result.num_drafted)
-        processor.model_worker.attn_backend.policy.note_acceptance(accepted, round_result.num_drafted)
+    worker = processor.model_worker
+    metrics = getattr(worker, "sparsespec_metrics", None)
+    if metrics is None:
+        return
+    if round_result.num_plain_steps:
+        _count_plain_steps(processor, batch, round_result.num_plain_steps)
+        return
+    drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
+    accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
+    metrics.count(accepted, round_result.num_drafted)
+    worker.attn_backend.policy.note_acceptance(accepted, round_result.num_drafted)
+    if round_result.is_typical:
+        worker.speculation.note_acceptance(accepted)
+
+
+def _count_plain_steps(processor: Any, batch: Any, steps: int) -> None:
+    """Make SGLang's accept lengths those of ``steps`` forwards of one token each, where it saw one of ``steps`` tokens."""
+    processor.metrics_reporter.spec_num_forward_ct += (steps - 1) * len(batch.reqs)
+    for req in batch.reqs:
+        if not (req.is_retracted or req.finished()):
+            req.spec_verify_ct += steps - 1
+            req.spec_num_correct_drafts -= steps - 1
+            req.spec_correct_drafts_histogram[steps - 1] -= 1
+            req.spec_correct_drafts_histogram[0] += steps
 
 
 def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:

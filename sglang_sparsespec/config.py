@@ -33,6 +33,8 @@ DEFAULT_MAX_RUNNING_REQUESTS = 256
 DRAFT_POLICIES = tuple(POLICIES)
 KERNELS = ("auto", "torch", "cuda")
 SCHEDULES = ("lockstep", "unified")
+ALWAYS, AUTO, NEVER = "always", "auto", "never"
+SPECULATE = (ALWAYS, AUTO, NEVER)
 #: ``--sparsespec-host-kv-gb``: this share of the free memory, beyond what SGLang leaves to others.
 AUTO_HOST_KV = "auto"
 AUTO_HOST_KV_SHARE = 0.5
@@ -57,6 +59,8 @@ class SparseSpecConfig:
             of the server together); 0 for none, ``auto`` for half of the free memory.
         draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
+        speculate: which rounds speculate: ``always`` all of them, ``auto`` where that is faster than plain decoding,
+            ``never`` none but those that need a verification (see ``round_choice``).
         prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
             ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
     """
@@ -70,6 +74,7 @@ class SparseSpecConfig:
     schedule: str = "lockstep"
     host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
+    speculate: str = ALWAYS
     prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
@@ -105,6 +110,10 @@ class SparseSpecConfig:
         if self.schedule not in SCHEDULES:
             raise ValueError(
                 f"--sparsespec-schedule must be one of {', '.join(SCHEDULES)}, got {self.schedule!r}."
+            )
+        if self.speculate not in SPECULATE:
+            raise ValueError(
+                f"--sparsespec-speculate must be one of {', '.join(SPECULATE)}, got {self.speculate!r}."
             )
         if self.host_kv_gb != AUTO_HOST_KV and (isinstance(self.host_kv_gb, str) or self.host_kv_gb < 0):
             raise ValueError(
@@ -208,6 +217,15 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=SparseSpecConfig.schedule,
         help="Order of a batch's work. 'lockstep': all requests draft, then all verify. 'unified': they verify in "
         "turns, so that every forward holds the same share of drafts and verifications. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-speculate",
+        type=str,
+        choices=SPECULATE,
+        default=SparseSpecConfig.speculate,
+        help="Which rounds speculate: 'always' all of them; 'auto' those where it is faster than plain decoding, by the "
+        "time that both take, which is measured as the server runs; 'never' none, for comparison (requests with a "
+        "grammar, logit bias or log-probabilities still do). Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-host-kv-gb",
@@ -330,6 +348,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
             f"--sparsespec-schedule unified together with --sparsespec-draft-policy {config.draft_policy}",
             "its drafts have no fixed length",
             "use --sparsespec-schedule lockstep or another policy",
+        )
+    if config.speculate != ALWAYS and POLICIES[config.draft_policy].warning:
+        refuse(
+            f"--sparsespec-speculate {config.speculate} together with --sparsespec-draft-policy {config.draft_policy}",
+            "that policy is for the study of speculation",
+            "use --sparsespec-speculate always or another policy",
         )
     if config.kernels == "cuda" and server_args.device != "cuda":
         refuse("--sparsespec-kernels cuda", "the device is not CUDA", "use --sparsespec-kernels auto")

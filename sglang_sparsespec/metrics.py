@@ -9,7 +9,8 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
 - ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
   mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
 - ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step;
-- ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``).
+- ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``);
+- ``sparsespec:plain_rounds_total``: rounds of k steps that decoded plainly (``--sparsespec-speculate``).
 
 With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
 :class:`KVManagerMetrics`.
@@ -26,6 +27,7 @@ import torch
 from sglang_sparsespec.forward_stats import ForwardStats
 
 if TYPE_CHECKING:
+    from sglang_sparsespec.round_choice import Speculation
     from sglang_sparsespec.unified_round import UnifiedRounds
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ GAUGES = {
 COUNTERS = {
     "lockstep_rounds": "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
     "interleaved_rounds": "Decode rounds that ran before a prefill batch that could have gone on.",
+    "plain_rounds": "Rounds that decoded plainly instead of speculating.",
 }
 
 
@@ -55,10 +58,13 @@ class DraftMetrics:
         interleaved_rounds: decode rounds that ran between prefill batches (``prefill_interleave``).
     """
 
-    def __init__(self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats) -> None:
+    def __init__(
+        self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats, speculation: Speculation
+    ) -> None:
         self.unified: UnifiedRounds | None = None
         self.interleaved_rounds = 0
         self._forward_stats = forward_stats
+        self._speculation = speculation
         self.histogram = [0] * (num_steps + 1)
         self.drafted = 0
         self._kv_read = kv_read
@@ -100,6 +106,7 @@ class DraftMetrics:
             **self._forward_stats.as_dict(),
             "sparsespec_lockstep_rounds": self._lockstep_rounds,
             "sparsespec_interleaved_rounds": self.interleaved_rounds,
+            "sparsespec_plain_rounds": self._speculation.plain_rounds,
         }
 
     @property
@@ -111,12 +118,13 @@ class DraftMetrics:
         forwards = self._forward_stats.as_dict()
         logger.info(
             "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%, tokens per forward: %.1f "
-            "(variation %.0f%%, verifying %.0f%%)",
+            "(variation %.0f%%, verifying %.0f%%), plain rounds: %d",
             self.histogram,
             100 * self.kv_read_share,
             forwards["sparsespec_forward_tokens"],
             100 * forwards["sparsespec_forward_tokens_variation"],
             100 * forwards["sparsespec_verify_share"],
+            self._speculation.plain_rounds,
         )
 
     def export(self, labels: dict[str, str]) -> None:

@@ -14,6 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import ForwardContext, forward_context
@@ -34,6 +35,7 @@ from sglang_sparsespec.draft_length import AcceptRule, accept_drafted, fill_wind
 from sglang_sparsespec.forward_stats import ForwardStats, ForwardTrace
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.ngram_draft import NgramDrafter
+from sglang_sparsespec.round_choice import Speculation
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
@@ -77,6 +79,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
         self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
+        self.speculation = Speculation(get_config(server_args).speculate, self.num_steps, self.device)
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
         self._logits_dtype = sampling.draft_logits_dtype(self.model_runner)
@@ -96,7 +99,9 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def init_attention_backends(self) -> None:
         """The target's backend exists now; its counters become the worker's metrics."""
-        self.sparsespec_metrics = DraftMetrics(self.num_steps, self.attn_backend.kv_read, self.forward_stats)
+        self.sparsespec_metrics = DraftMetrics(
+            self.num_steps, self.attn_backend.kv_read, self.forward_stats, self.speculation
+        )
         if get_config(self.server_args).schedule == "unified":
             self.unified = UnifiedRounds(
                 self.model_runner,
@@ -177,10 +182,14 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         if not batch.forward_mode.is_decode():
             return self._prefill(batch, on_publish)
-        if self.unified is None or self.unified.must_run_in_lockstep(batch):
+        if self.speculation.begin_round(batch):
+            result = self._plain_round(batch, on_publish)
+        elif self.unified is None or self.unified.must_run_in_lockstep(batch):
             result = self._round(batch, on_publish)
         else:
             result = self._staggered_round(self.unified, batch, on_publish)
+        result.is_typical = self.speculation.is_typical
+        self.speculation.end_round()
         self.forward_stats.end_of_round()
         return result
 
@@ -203,6 +212,33 @@ class SparseSpecWorker(BaseSpecWorker):
 
     # ----------------------------------------------------------------------- round
 
+    def _plain_round(
+        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+    ) -> GenerationBatchResult:
+        """k steps of plain decoding: draft steps that attend to everything, so that their tokens are the target's.
+
+        The next round that speculates drafts so too, having no selection: a round with every draft accepted.
+        """
+        if self.unified is not None:
+            self.unified.lose_drafts(batch.reqs)
+        self.attn_backend.attend_to_all(batch.req_pool_indices)
+        positions, slots = self._begin_window(batch)
+        steps = self.num_steps
+        drafted, used_graph = self._run_draft_steps(batch, batch.spec_info.bonus_tokens, positions, slots, steps)
+        new_seq_lens = batch.seq_lens + steps
+        if on_publish is not None:
+            on_publish(new_seq_lens)
+        result = self._result(
+            tokens=fill_window(drafted[:, 1:], self.window),
+            accept_lens=torch.full((len(drafted),), steps, dtype=torch.int32, device=self.device),
+            new_seq_lens=new_seq_lens,
+            bonus_tokens=drafted[:, -1],
+            logits_output=LogitsProcessorOutput(next_token_logits=None),
+            used_graph=used_graph,
+        )
+        result.num_plain_steps = steps
+        return result
+
     def _staggered_round(
         self, unified: UnifiedRounds, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
@@ -213,14 +249,13 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish(done.new_seq_lens)
         if batch.return_logprob:
             self._compute_logprobs(batch, done.logits_output, done.tokens)
-        result = GenerationBatchResult(
-            logits_output=done.logits_output,
-            next_token_ids=done.tokens.flatten(),
-            can_run_cuda_graph=done.used_graph,
+        result = self._result(
+            tokens=done.tokens,
             accept_lens=done.accept_lens,
             new_seq_lens=done.new_seq_lens,
-            next_draft_input=SparseSpecDraftInput(done.bonus_tokens, done.new_seq_lens),
-            speculative_num_draft_tokens=self.window,
+            bonus_tokens=done.bonus_tokens,
+            logits_output=done.logits_output,
+            used_graph=done.used_graph,
         )
         result.num_drafted = self.num_steps
         return result
@@ -228,17 +263,12 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
-        stream = torch.get_device_module(self.device).current_stream()
-        record_stream_for_v2_verify(batch, None, stream)
         draft_input: SparseSpecDraftInput = batch.spec_info
         seq_lens = batch.seq_lens
-        positions = seq_lens.unsqueeze(1) + self._window_offsets
-        # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
-        # request), in position order.
-        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
+        positions, slots = self._begin_window(batch)
         drafted, rule = self._draft(batch, draft_input.bonus_tokens, positions, slots)
         candidates = fill_window(drafted, self.window)
-        record_stream_each((positions, slots, candidates), stream)
+        record_stream_each((candidates,), torch.get_device_module(self.device).current_stream())
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
         logits_output, can_run_graph = self._verify(batch, candidates, positions, slots)
@@ -253,21 +283,57 @@ class SparseSpecWorker(BaseSpecWorker):
         new_seq_lens = seq_lens + accept_lens
         if on_publish is not None:
             on_publish(new_seq_lens)
-        bonus = tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1)
         if batch.return_logprob:
             self._compute_logprobs(batch, logits_output, tokens)
+        result = self._result(
+            tokens=tokens,
+            accept_lens=accept_lens,
+            new_seq_lens=new_seq_lens,
+            bonus_tokens=tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1),
+            logits_output=logits_output,
+            used_graph=can_run_graph,
+        )
+        result.num_drafted = drafted.shape[1] - 1
+        return result
+
+    def _result(
+        self,
+        tokens: torch.Tensor,
+        accept_lens: torch.Tensor,
+        new_seq_lens: torch.Tensor,
+        bonus_tokens: torch.Tensor,
+        logits_output: LogitsProcessorOutput,
+        used_graph: bool,
+    ) -> GenerationBatchResult:
+        """What a round of either kind tells SGLang.
+
+        Args:
+            tokens: int64 [batch, W], of which the first ``accept_lens`` (int32 [batch]) count.
+            new_seq_lens, bonus_tokens: int64 [batch].
+        """
         result = GenerationBatchResult(
             logits_output=logits_output,
             next_token_ids=tokens.flatten(),
-            can_run_cuda_graph=can_run_graph,
+            can_run_cuda_graph=used_graph,
             accept_lens=accept_lens,
             new_seq_lens=new_seq_lens,
-            next_draft_input=SparseSpecDraftInput(bonus, new_seq_lens),
+            next_draft_input=SparseSpecDraftInput(bonus_tokens, new_seq_lens),
             speculative_num_draft_tokens=self.window,
         )
         # Read when the round's acceptance is known on the host (metrics_hooks.count_verifications).
-        result.num_drafted = drafted.shape[1] - 1
+        result.num_drafted = result.num_plain_steps = 0
         return result
+
+    def _begin_window(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """Positions and KV slots of the next W tokens: int64 [batch, W] each."""
+        stream = torch.get_device_module(self.device).current_stream()
+        record_stream_for_v2_verify(batch, None, stream)
+        positions = batch.seq_lens.unsqueeze(1) + self._window_offsets
+        # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
+        # request), in position order.
+        slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
+        record_stream_each((positions, slots), stream)
+        return positions, slots
 
     def _draft(
         self,
@@ -290,13 +356,23 @@ class SparseSpecWorker(BaseSpecWorker):
             return drafted, partial(self._sampler.accept, num_drafted=num_drafted)
         steps = self.attn_backend.policy.next_draft_length()
         self.attn_backend.set_draft_length(steps)
-        self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)
-        if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            drafted = self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, steps)
-        else:
-            drafted = self._draft_eagerly(batch, bonus_tokens, positions, slots, steps)
+        drafted, _ = self._run_draft_steps(batch, bonus_tokens, positions, slots, steps)
         self.attn_backend.fill_lse_hint(len(batch.seq_lens), steps)
         return drafted, self._sampler.accept
+
+    def _run_draft_steps(
+        self,
+        batch: ScheduleBatch,
+        bonus_tokens: torch.Tensor,
+        positions: torch.Tensor,
+        slots: torch.Tensor,
+        steps: int,
+    ) -> tuple[torch.Tensor, bool]:
+        """``steps`` draft steps; returns candidates int64 [batch, steps + 1], and whether graphs were replayed."""
+        self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)
+        if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
+            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, steps), True
+        return self._draft_eagerly(batch, bonus_tokens, positions, slots, steps), False
 
     def _draft_eagerly(
         self,
@@ -306,7 +382,7 @@ class SparseSpecWorker(BaseSpecWorker):
         slots: torch.Tensor,
         steps: int,
     ) -> torch.Tensor:
-        """:meth:`_draft` without graphs."""
+        """:meth:`_run_draft_steps` without graphs."""
         is_all_greedy = self._sampler.rows.is_all_greedy
         backend = self.attn_backend
         tokens = [bonus_tokens.long()]
@@ -346,7 +422,7 @@ class SparseSpecWorker(BaseSpecWorker):
         positions: torch.Tensor,
         steps: int,
     ) -> torch.Tensor:
-        """:meth:`_draft` by replaying the captured step."""
+        """:meth:`_run_draft_steps` by replaying the captured step."""
         size = len(batch.seq_lens)
         is_all_greedy = self._sampler.rows.is_all_greedy
         key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)

@@ -90,6 +90,17 @@ class EngineProcess:
         return Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
 
 
+def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
+    """Make ``source``, a module with a function ``register``, an SGLang plugin; the environment that loads it."""
+    (site / f"{name}.py").write_text(source)
+    info = site / f"{name}-0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 0\n")
+    (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
+    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
 def main() -> None:
     """See the module's docstring."""
     import sglang

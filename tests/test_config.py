@@ -35,6 +35,7 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule": "unified",
     "draft_cost": 0.5,
     "host_kv_gb": 0.5,
+    "speculate": "auto",
 }
 
 LLAMA: dict[str, Any] = {
@@ -423,6 +424,12 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "draft cost 0": ({"sparsespec_draft_cost": 0.0}, "--sparsespec-draft-cost", "0.15 is the default"),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
+    "speculate": ({"sparsespec_speculate": "x"}, "--sparsespec-speculate", "always, auto, never"),
+    "plain rounds under a policy for study": (
+        {"sparsespec_speculate": "auto", "sparsespec_draft_policy": "triforce"},
+        "--sparsespec-speculate auto together with --sparsespec-draft-policy triforce",
+        "use --sparsespec-speculate always",
+    ),
     "schedule": ({"sparsespec_schedule": "x"}, "--sparsespec-schedule", "lockstep, unified"),
     "cuda kernels on cpu": (
         {"sparsespec_kernels": "cuda"},

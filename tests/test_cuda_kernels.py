@@ -74,6 +74,8 @@ CPU_CASES = [
     # Tails of hundreds of tokens, in one part and in many.
     Case("full", g=2, d=64, lens=(300, 0, 20), budget=0, splits=0.01, hkv=1),
     Case("full", g=4, d=64, lens=(300, 0, 20), budget=0, splits=100, hkv=1),
+    # The same with a table that is made for short lists.
+    Case("plain", g=4, d=64, lens=(300, 0, 20), splits=100, hkv=1),
     Case("own_query", g=4, d=64, lens=(37, 0, 90, 5), splits=100),
     Case("own_query", g=2, d=64, lens=(37, 90), splits=0.01, hkv=1, score_dtype="float16"),
     Case("verify", g=1, d=64, lens=RAGGED, programs=1),
@@ -114,6 +116,8 @@ GPU_CASES = [
     Case("draft", g=4, d=128, lens=(1000, 17), budget=300, window=9, splits=6, hkv=8, block_n=0, wide=True),
     Case("full", g=4, d=128, lens=LONG, budget=0, window=9, splits=4, hkv=8, block_n=0),
     Case("full", g=6, d=128, lens=(131072, 5), budget=0, window=9, splits=4, hkv=2, block_n=0),
+    Case("plain", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0),
+    Case("plain", g=6, d=128, lens=(131072, 5), budget=128, window=9, splits=4, hkv=2, block_n=0),
     Case("own_query", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0, score_dtype="float16"),
     *[
         Case("verify", g=g, d=d, lens=LONG, window=w, programs=n, hkv=h, block_n=0, score_dtype=t)
@@ -315,6 +319,14 @@ def check_full(case: Case, p: Problem, kernels) -> None:
     p.tail_start.zero_()
     assert p.positions.shape[2] == 1
     assert case.splits < 1 or kernels.draft_splits(p.batch) > 1, "the lists are as long as the request"
+    check_draft(case, p, kernels)
+
+
+def check_plain(case: Case, p: Problem, kernels) -> None:
+    """A step of a plain round (``SparseSpecAttnBackend.attend_to_all``): lists longer than the kernels were told."""
+    p.num_selected.zero_()
+    p.tail_start.zero_()
+    assert kernels.longest_list < int(p.draft_lens.max())
     check_draft(case, p, kernels)
 
 
@@ -539,6 +551,7 @@ def check_indices(case: Case, p: Problem, kernels) -> None:
 CHECKS = {
     "draft": check_draft,
     "full": check_full,
+    "plain": check_plain,
     "own_query": check_own_query,
     "verify": check_verify,
     "exact": check_exact,

@@ -62,6 +62,21 @@ def test_full_drafts_attend_to_what_verification_does() -> None:
     assert attended(server, 1, 73) == set(range(73))
 
 
+@pytest.mark.parametrize("policy", ["pillar", "streaming"])
+def test_steps_of_a_plain_round_attend_to_what_verification_does(policy: str) -> None:
+    server = SmallServer(draft_policy=policy)
+    server.prefill([1, 4], [70, 5], [70, 5])
+    assert len(attended(server, 1, 71)) < 20
+    server.backend.attend_to_all(torch.tensor([1, 4]))
+    q = torch.randn(2, WINDOW, NUM_Q_HEADS * HEAD_DIM, generator=server.generator)
+    steps = [server.draft([1, 4], [71 + i, 6 + i], q[:, i]) for i in range(WINDOW)]
+    server.pool.set_kv_buffer = lambda *args: None  # type: ignore[method-assign]
+    verified = server.verify([1, 4], [70, 5], q.reshape(2 * WINDOW, -1)).view(2, WINDOW, -1)
+    torch.testing.assert_close(torch.stack(steps, dim=1), verified, rtol=1e-5, atol=1e-6)
+    # The verification has selected for the rounds that follow.
+    assert len(attended(server, 1, 71)) < 20
+
+
 # -------------------------------------------------------------------------- oracle
 
 

@@ -1,12 +1,11 @@
 """Every draft policy is lossless in a serving engine: greedy and sampled output is the target's.
 
-One engine serves all policies: a plugin of this test changes the policy before a prefill, between
-the test's calls, when no request is running.
+So are rounds that do not speculate (``--sparsespec-speculate``) between rounds that do. One engine serves all:
+a plugin of this test changes the policy before a prefill, between the test's calls, when no request is running.
 """
 
 from __future__ import annotations
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import EngineProcess
+from engine_process import EngineProcess, install_plugin
 from test_sampling_distribution import BOUND, KINDS, LENGTH, NUM_STEPS, engine_args, p_value, prompt_of
 from tiny_model import Sampling, sequence_probabilities, write_tiny_llama
 from transformers import LlamaForCausalLM
@@ -24,20 +23,29 @@ from sglang_sparsespec.attention_backend.policy import POLICIES
 pytestmark = pytest.mark.slow
 
 POLICY_ENV = "SPARSESPEC_TEST_POLICY_FILE"
+PLAIN = "every other round plain"
 SWITCH_PLUGIN = f'''
 import dataclasses
 import os
 
 
 def register():
-    """Serve with the policy that a file names."""
+    """Serve with the policy that a file names; or with pillar, every other round being plain."""
     from sglang_sparsespec.attention_backend.policy import POLICIES
+    from sglang_sparsespec.round_choice import Speculation
     from sglang_sparsespec.worker import SparseSpecWorker
 
     original = SparseSpecWorker._prefill
 
+    def asked():
+        return open(os.environ["{POLICY_ENV}"]).read()
+
+    def begin_round(self, batch):
+        self.rounds = getattr(self, "rounds", 0) + 1
+        return asked() == "{PLAIN}" and self.rounds % 2 == 0
+
     def prefill(self, batch, on_publish):
-        name, backend = open(os.environ["{POLICY_ENV}"]).read(), self.attn_backend
+        name, backend = asked().replace("{PLAIN}", "pillar"), self.attn_backend
         if backend.policy.name != name:
             config = dataclasses.replace(backend.config, draft_policy=name)
             backend.policy = POLICIES[name](config, backend.window)
@@ -46,6 +54,7 @@ def register():
         return original(self, batch, on_publish)
 
     SparseSpecWorker._prefill = prefill
+    Speculation.begin_round = begin_round
 '''
 #: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
 ROUNDS = 8
@@ -72,15 +81,9 @@ class Server:
 @pytest.fixture(scope="module")
 def server(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     site = tmp_path_factory.mktemp("site")
-    (site / "policy_switch.py").write_text(SWITCH_PLUGIN)
-    info = site / "policy_switch-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: policy-switch\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_policy_switch = policy_switch:register\n")
     policy_file = site / "policy"
     policy_file.write_text("pillar")
-    paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
-    env = {POLICY_ENV: str(policy_file), "PYTHONPATH": os.pathsep.join(paths)}
+    env = {POLICY_ENV: str(policy_file), **install_plugin(site, "zz_policy_switch", SWITCH_PLUGIN)}
     # Drafting is dear enough for ``adaptive`` to stop early; a budget that leaves something to choose.
     settings = {"sparsespec_draft_cost": 0.9, "sparsespec_min_budget": NUM_STEPS + 6, "port": 31180}
     with EngineProcess(env, **engine_args(checkpoint, **settings)) as engine:
@@ -108,7 +111,7 @@ def greedy(checkpoint: Path) -> dict[str, tuple[list[int], list[int]]]:
     return found
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, PLAIN])
 def test_greedy_output_is_the_targets(
     policy: str, server: Server, greedy: dict[str, tuple[list[int], list[int]]]
 ) -> None:
@@ -129,7 +132,7 @@ def exact(checkpoint: Path) -> dict[tuple[int, ...], float]:
     return sequence_probabilities(checkpoint, prompt_of("temperature 1"), LENGTH, Sampling())
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("policy", [*POLICIES, PLAIN])
 def test_sampled_output_follows_the_target(
     policy: str, server: Server, exact: dict[tuple[int, ...], float]
 ) -> None:

@@ -20,7 +20,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import EngineProcess
+from engine_process import EngineProcess, install_plugin
 from scipy.stats import chi2
 from tiny_model import VOCAB, Sampling, sequence_probabilities, write_tiny_llama
 from transformers import LlamaForCausalLM
@@ -144,15 +144,10 @@ def engine_args(checkpoint: Path, **more: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sampler]]:
     """Engines that start at the same time: as it is, with a rule that can be broken, and with staggered rounds."""
-    site = tmp_path_factory.mktemp("site")
-    (site / "broken_rule.py").write_text(BROKEN_RULE_PLUGIN)
-    info = site / "broken_rule-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: broken_rule\nVersion: 0\n")
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nbroken_rule = broken_rule:register\n")
     rule_file = tmp_path_factory.mktemp("rule") / "rule"
     rule_file.write_text("as it is")
-    env = {RULE_ENV: str(rule_file), "PYTHONPATH": str(site)}
+    site = tmp_path_factory.mktemp("site")
+    env = {RULE_ENV: str(rule_file), **install_plugin(site, "broken_rule", BROKEN_RULE_PLUGIN)}
     with (
         EngineProcess(**engine_args(checkpoint, port=31160)) as plain,
         EngineProcess(env, **engine_args(checkpoint, port=31170, disable_overlap_schedule=True)) as breakable,

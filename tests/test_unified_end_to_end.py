@@ -12,12 +12,24 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import EngineProcess
+from engine_process import EngineProcess, install_plugin
 from tiny_model import CONTEXT, VOCAB, write_tiny_llama
 
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
 
 pytestmark = pytest.mark.slow
+
+#: Every third round is plain.
+PLAIN_ROUNDS_PLUGIN = """
+def register():
+    from sglang_sparsespec.round_choice import Speculation
+
+    def begin_round(self, batch):
+        self.rounds = getattr(self, "rounds", 0) + 1
+        return self.rounds % 3 == 0
+
+    Speculation.begin_round = begin_round
+"""
 
 #: Lengths of prompts, some of them sharing prefixes, and of outputs up to the context's end.
 LENGTHS = [3, 40, 77, 120, 5, 9, 200, 31, 64, 65, 17, 150, 40, 2, 90, 33, 64, 8, 110, 25]
@@ -38,7 +50,7 @@ def requests() -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, EngineProcess]]:
-    """Plain SGLang, and two unified servers: one that must retract, one without overlap and radix cache."""
+    """Plain SGLang, and unified servers: two that must retract, of which one has plain rounds too; one is simple."""
     common: dict[str, Any] = {
         "model_path": str(write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")),
         "device": "cpu",
@@ -63,8 +75,17 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
             **unified, **retracting, speculative_num_steps=8, max_running_requests=12, port=31350
         ) as retracting_engine,
         EngineProcess(**unified, **simple, speculative_num_steps=3, max_running_requests=7, port=31400) as simple_engine,
-    ):
-        yield {"plain": plain_engine, "retracting": retracting_engine, "no overlap": simple_engine}
+        EngineProcess(
+            install_plugin(tmp_path_factory.mktemp("site"), "zz_plain_rounds", PLAIN_ROUNDS_PLUGIN),
+            **unified, **retracting, speculative_num_steps=5, max_running_requests=12, port=31360,
+        ) as mixed_engine,
+    ):  # fmt: skip
+        yield {
+            "plain": plain_engine,
+            "retracting": retracting_engine,
+            "no overlap": simple_engine,
+            "plain rounds": mixed_engine,
+        }
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +93,7 @@ def expected(engines: dict[str, EngineProcess]) -> list[list[int]]:
     return [output["output_ids"] for output in engines["plain"].generate(**requests())]
 
 
-@pytest.mark.parametrize("name", ["retracting", "no overlap"])
+@pytest.mark.parametrize("name", ["retracting", "no overlap", "plain rounds"])
 def test_greedy_tokens_are_plain_sglangs(
     name: str, engines: dict[str, EngineProcess], expected: list[list[int]]
 ) -> None:

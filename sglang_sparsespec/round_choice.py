@@ -1,0 +1,225 @@
+"""Which rounds speculate: those that are faster than plain decoding, by the time that both take.
+
+Where contexts are short or batches large, k sparse drafts and a verification can take longer than decoding
+the accepted tokens plainly. How long depends on the GPU, the model, the batch and the contexts, so it is
+measured as the server runs: both kinds of round give the target's output, whichever runs.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.distributed import get_tp_group
+
+from sglang_sparsespec.config import ALWAYS, NEVER
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+
+@dataclass(frozen=True)
+class Load:
+    """What the time of a round depends on: requests, and committed tokens of all of them."""
+
+    requests: int
+    tokens: int
+
+    @classmethod
+    def of(cls, batch: ScheduleBatch) -> Load:
+        """As far as the host knows: the tokens of the round in flight are missing."""
+        return cls(len(batch.reqs), sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs))
+
+    def ratio(self, other: Load) -> float:
+        """How far two loads are apart: the product of the ratios, larger by smaller (1: the same)."""
+        ratio = 1.0
+        for ours, theirs in ((self.requests, other.requests), (self.tokens, other.tokens)):
+            small, large = sorted((max(ours, 1), max(theirs, 1)))
+            ratio *= large / small
+        return ratio
+
+
+@dataclass
+class _Measured:
+    """Time of the last rounds of one kind: at which load, and in which round."""
+
+    seconds: float
+    load: Load
+    round: int
+
+
+class RoundChoice:
+    """Chooses between rounds that speculate and plain ones.
+
+    The kind that runs is timed all along. The other one is tried now and then: at first, after
+    :attr:`STALE` rounds, and when the load has changed by more than the advantage of the kind that runs. (A
+    round takes at most in proportion longer than its load, so until then the faster kind is still the
+    faster one.) A kind that is tried runs until its time is known, a few rounds.
+
+    Args:
+        plain_tokens: tokens that a plain round yields per request.
+    """
+
+    #: Weight of what was known, when a round's time or acceptance comes in.
+    KEEP = 0.7
+    #: Rounds of the same load share their time.
+    NEAR = 1.25
+    #: Rounds after which the kind that does not run is tried again.
+    STALE = 1000
+    #: The other kind must be that much faster: it costs a round of the first sort to return.
+    MARGIN = 1.03
+
+    def __init__(self, plain_tokens: int) -> None:
+        self._plain_tokens = plain_tokens
+        self._measured: dict[bool, _Measured] = {}
+        self._accept_length: float | None = None
+        self._round = 0
+        #: The kind of the last round, and the round that its run began in.
+        self._plain, self._since = False, 0
+
+    def next_is_plain(self, load: Load) -> bool:
+        """The kind of the next round, which has ``load``: whether it is a plain one."""
+        self._round += 1
+        if self._wants_other(load):
+            self._plain, self._since = not self._plain, self._round
+        return self._plain
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether the round just chosen is one to learn from: not the first to speculate after plain ones.
+
+        That one drafts with full attention, since plain rounds select nothing.
+        """
+        return self._plain or self._round > self._since
+
+    def note_time(self, plain: bool, load: Load, seconds: float) -> None:
+        """A typical round of ``load`` took so long."""
+        known = self._measured.get(plain)
+        if known is not None and known.round >= self._since and load.ratio(known.load) < self.NEAR:
+            seconds = self.KEEP * known.seconds + (1 - self.KEEP) * seconds
+        self._measured[plain] = _Measured(seconds, load, self._round)
+
+    def note_acceptance(self, accept_length: float) -> None:
+        """A typical round that speculated yielded so many tokens per request."""
+        if self._accept_length is not None:
+            accept_length = self.KEEP * self._accept_length + (1 - self.KEEP) * accept_length
+        self._accept_length = accept_length
+
+    def _wants_other(self, load: Load) -> bool:
+        current, other = self._measured.get(self._plain), self._measured.get(not self._plain)
+        if self._accept_length is None or current is None or current.round < self._since:
+            return False  # the kind that runs is not known yet
+        if other is None or self._round - other.round > self.STALE:
+            return True
+        advantage = self._tokens(self._plain) / current.seconds * other.seconds / self._tokens(not self._plain)
+        return advantage * self.MARGIN < 1 or load.ratio(other.load) > max(self.NEAR, advantage)
+
+    def _tokens(self, plain: bool) -> float:
+        """Tokens that a round of the kind yields per request."""
+        assert self._accept_length is not None
+        return self._plain_tokens if plain else self._accept_length
+
+
+class RoundTimer:
+    """Times rounds on the device's clock without waiting for them.
+
+    Args:
+        device: "cuda" for CUDA events; else the host's clock is the device's.
+    """
+
+    def __init__(self, device: str) -> None:
+        self._cuda = device == "cuda"
+        self._rounds: deque[tuple[Any, Any, Any]] = deque()
+
+    def now(self) -> Any:
+        """The place in the device's work that has been launched so far."""
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def add(self, begin: Any, end: Any, label: Any) -> None:
+        """A round was launched between two :meth:`now`."""
+        self._rounds.append((begin, end, label))
+
+    def finished(self) -> list[tuple[float, Any]]:
+        """Seconds and labels of the rounds that the device has finished since the last call."""
+        done = []
+        while self._rounds and (not self._cuda or self._rounds[0][1].query()):
+            begin, end, label = self._rounds.popleft()
+            done.append((begin.elapsed_time(end) / 1000 if self._cuda else end - begin, label))
+        return done
+
+
+class Speculation:
+    """Decides for each round of a worker whether it speculates.
+
+    Args:
+        when: ``--sparsespec-speculate``.
+        plain_tokens: tokens that a plain round yields per request.
+        device: see :class:`RoundTimer`.
+
+    Attributes:
+        plain_rounds: rounds that decoded plainly.
+    """
+
+    def __init__(self, when: str, plain_tokens: int, device: str) -> None:
+        self._when = when
+        self._choice = RoundChoice(plain_tokens)
+        self._timer = RoundTimer(device)
+        self._begun: tuple[Any, tuple[bool, Load]] | None = None
+        self.plain_rounds = 0
+
+    def begin_round(self, batch: ScheduleBatch) -> bool:
+        """The kind of the round that is about to be launched: whether it is a plain one. The same on all ranks."""
+        plain = False
+        if self._when != ALWAYS and not _needs_verification(batch):
+            plain = self._when == NEVER or self._next_is_plain(batch)
+        self.plain_rounds += plain
+        return plain
+
+    def end_round(self) -> None:
+        """The round has been launched."""
+        if self._begun is not None:
+            begin, label = self._begun
+            self._timer.add(begin, self._timer.now(), label)
+            self._begun = None
+
+    @property
+    def is_typical(self) -> bool:
+        """Whether the acceptance of the round being launched is to be told to :meth:`note_acceptance`."""
+        return self._begun is not None
+
+    def note_acceptance(self, accepted: list[int]) -> None:
+        """The accepted drafts of each request, of a typical round that speculated."""
+        if accepted:
+            self._choice.note_acceptance(1 + sum(accepted) / len(accepted))
+
+    def _next_is_plain(self, batch: ScheduleBatch) -> bool:
+        group = get_tp_group()
+        plain = group.rank_in_group == 0 and self._choose(batch)
+        # Clocks differ between ranks.
+        return plain if group.world_size == 1 else group.broadcast_object(plain, src=0)
+
+    def _choose(self, batch: ScheduleBatch) -> bool:
+        for seconds, (plain, load) in self._timer.finished():
+            self._choice.note_time(plain, load, seconds)
+        load = Load.of(batch)
+        plain = self._choice.next_is_plain(load)
+        if self._choice.is_typical:
+            self._begun = (self._timer.now(), (plain, load))
+        return plain
+
+
+def _needs_verification(batch: ScheduleBatch) -> bool:
+    """Whether the batch asks for what only a verification's logits give."""
+    return bool(
+        batch.has_grammar
+        or batch.return_logprob
+        or batch.return_hidden_states
+        or batch.sampling_info.logit_bias is not None
+    )

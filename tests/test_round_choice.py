@@ -1,0 +1,205 @@
+"""Which rounds speculate: the choice between two kinds of round whose times are made up here."""
+
+from __future__ import annotations
+
+from array import array
+from collections import deque
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from sglang_sparsespec.round_choice import Load, RoundChoice, RoundTimer, Speculation
+
+STEPS = 8
+
+
+class Server:
+    """Runs the rounds that a ``RoundChoice`` wants; their times and acceptance come in two rounds late.
+
+    Args:
+        speculating, plain: seconds of a round at a load.
+    """
+
+    def __init__(self, speculating: Callable[[Load], float], plain: Callable[[Load], float]) -> None:
+        self.choice = RoundChoice(STEPS)
+        self.seconds = {False: speculating, True: plain}
+        self.accept_length = 6.0
+        self.late: deque[tuple[bool, bool, Load]] = deque()
+
+    def run(self, rounds: int, load: Load) -> int:
+        """Run rounds; how many of them were plain."""
+        plain_rounds = 0
+        for _ in range(rounds):
+            plain = self.choice.next_is_plain(load)
+            plain_rounds += plain
+            self.late.append((plain, self.choice.is_typical, load))
+            if len(self.late) > 2:
+                self._finish(*self.late.popleft())
+        return plain_rounds
+
+    def _finish(self, plain: bool, typical: bool, load: Load) -> None:
+        if not typical:
+            return
+        self.choice.note_time(plain, load, self.seconds[plain](load))
+        if not plain:
+            self.choice.note_acceptance(self.accept_length)
+
+
+@pytest.mark.parametrize(("plain_round", "share"), [(0.05, 1.0), (0.12, 0.0)], ids=["plain", "speculating"])
+def test_the_faster_kind_runs_nearly_always(plain_round: float, share: float) -> None:
+    """A round that speculates yields 6 tokens in 60 ms: as many as 8 plain ones in 80 ms."""
+    server = Server(lambda load: 0.06, lambda load: plain_round)
+    found = server.run(5000, Load(16, 4000)) / 5000
+    assert abs(found - share) < 0.02
+    assert found not in (0.0, 1.0)  # both kinds were tried
+
+
+def test_growing_contexts_move_the_choice_at_the_crossover() -> None:
+    """Plain steps read all of the KV cache; drafts a twentieth, and a verification all of it once."""
+    server = Server(
+        lambda load: 0.040 + load.tokens * (8 * 0.05 + 1) * 4e-7, lambda load: 0.032 + load.tokens * 8 * 4e-7
+    )
+    tokens = 4000
+    shares = {}
+    while tokens < 80_000:
+        shares[tokens] = server.run(40, Load(16, tokens)) / 40
+        tokens += 500
+
+    def is_plain_faster(tokens: int) -> bool:
+        load = Load(16, tokens)
+        return STEPS / server.seconds[True](load) > server.accept_length / server.seconds[False](load)
+
+    crossover = next(tokens for tokens in shares if not is_plain_faster(tokens))
+    assert 5000 < crossover < 70_000
+    below = [share for tokens, share in shares.items() if tokens < 0.8 * crossover]
+    above = [share for tokens, share in shares.items() if tokens > 1.25 * crossover]
+    assert sum(below) / len(below) > 0.8
+    assert sum(above) / len(above) < 0.1
+
+
+def test_a_fall_in_acceptance_moves_the_choice() -> None:
+    server, load = Server(lambda load: 0.06, lambda load: 0.1), Load(16, 4000)
+    assert server.run(300, load) < 10
+    server.accept_length = 2.0
+    assert server.run(300, load) > 270
+    server.accept_length = 6.0
+    # Noticed only when speculating is tried again.
+    assert server.run(2 * RoundChoice.STALE, load) < 1.1 * RoundChoice.STALE
+
+
+def test_a_batch_that_shrinks_is_measured_anew() -> None:
+    """Where weights dominate, a small batch decodes plainly in less time than it takes to draft and verify."""
+    server = Server(lambda load: 0.05 + 1e-4 * load.requests, lambda load: 0.04 + 8e-4 * load.requests)
+    assert server.run(300, Load(128, 128 * 2000)) < 10
+    assert server.run(300, Load(2, 2 * 2000)) > 280
+
+
+def test_the_first_round_to_speculate_after_plain_ones_is_not_learned_from() -> None:
+    choice, load = RoundChoice(STEPS), Load(1, 100)
+    assert not choice.next_is_plain(load) and choice.is_typical
+    choice.note_time(False, load, 1.0)
+    choice.note_acceptance(9.0)
+    assert choice.next_is_plain(load) and choice.is_typical
+    choice.note_time(True, load, 10.0)
+    assert not choice.next_is_plain(load) and not choice.is_typical
+    assert not choice.next_is_plain(load) and choice.is_typical
+
+
+def test_loads_differ_by_the_product_of_their_ratios() -> None:
+    assert Load(8, 1000).ratio(Load(8, 1000)) == 1
+    assert Load(8, 1000).ratio(Load(16, 500)) == Load(16, 500).ratio(Load(8, 1000)) == 4
+
+
+def test_a_timer_gives_each_round_once() -> None:
+    timer = RoundTimer("cpu")
+    timer.add(timer.now(), timer.now(), "first")
+    begin = timer.now()
+    timer.add(begin, begin + 2.5, "second")
+    (first, name), second = timer.finished()
+    assert name == "first" and 0 <= first < 1
+    assert second == (2.5, "second")
+    assert timer.finished() == []
+
+
+def a_batch(**given: Any) -> Any:
+    reqs = [SimpleNamespace(origin_input_ids=array("q", range(30)), output_ids=array("q", range(n))) for n in (5, 7)]
+    info = SimpleNamespace(logit_bias=given.pop("logit_bias", None))
+    flags = {"has_grammar": False, "return_logprob": False, "return_hidden_states": False, **given}
+    return SimpleNamespace(reqs=reqs, sampling_info=info, **flags)
+
+
+@pytest.fixture
+def one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_sparsespec import round_choice
+
+    monkeypatch.setattr(round_choice, "get_tp_group", lambda: SimpleNamespace(world_size=1, rank_in_group=0))
+
+
+def test_the_load_of_a_batch_is_its_requests_and_their_tokens() -> None:
+    assert Load.of(a_batch()) == Load(2, 72)
+
+
+@pytest.mark.parametrize(("when", "plain"), [("always", False), ("never", True)])
+def test_always_and_never_are_taken_literally(when: str, plain: bool) -> None:
+    speculation = Speculation(when, STEPS, "cpu")
+    for _ in range(20):
+        assert speculation.begin_round(a_batch()) == plain
+        assert not speculation.is_typical  # nothing is learned
+        speculation.end_round()
+    assert speculation.plain_rounds == 20 * plain
+
+
+@pytest.mark.parametrize(
+    "asked", [{"has_grammar": True}, {"return_logprob": True}, {"return_hidden_states": True}, {"logit_bias": 1}]
+)
+def test_what_needs_a_verification_is_never_decoded_plainly(asked: dict[str, Any]) -> None:
+    assert not Speculation("never", STEPS, "cpu").begin_round(a_batch(**asked))
+
+
+def test_auto_tries_both_kinds(one_rank: None) -> None:
+    speculation = Speculation("auto", STEPS, "cpu")
+    found = []
+    for _ in range(20):
+        plain = speculation.begin_round(a_batch())
+        if not plain and speculation.is_typical:
+            speculation.note_acceptance([8, 8])
+        speculation.end_round()
+        found.append(plain)
+    assert len(set(found)) == 2
+    assert speculation.plain_rounds == sum(found)
+
+
+def test_all_ranks_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    from sglang_sparsespec import round_choice
+
+    for said in (True, False):
+        group = SimpleNamespace(world_size=2, rank_in_group=1, broadcast_object=lambda mine, src, said=said: said)
+        monkeypatch.setattr(round_choice, "get_tp_group", lambda group=group: group)
+        assert Speculation("auto", STEPS, "cpu").begin_round(a_batch()) == said
+
+
+def test_plain_steps_count_as_forwards_of_one_token_in_sglangs_accept_length() -> None:
+    from sglang_sparsespec.scheduler_patch.metrics_hooks import count_verifications
+
+    def request(finished: bool) -> Any:
+        return SimpleNamespace(
+            is_retracted=False,
+            finished=lambda: finished,
+            spec_verify_ct=1,
+            spec_num_correct_drafts=STEPS - 1,
+            spec_correct_drafts_histogram=[0] * (STEPS - 1) + [1],
+        )
+
+    reqs = [request(False), request(True)]
+    reporter = SimpleNamespace(spec_num_forward_ct=0)
+    processor = SimpleNamespace(
+        model_worker=SimpleNamespace(sparsespec_metrics=object()), metrics_reporter=reporter
+    )
+    count_verifications(None, processor, SimpleNamespace(num_plain_steps=STEPS), SimpleNamespace(reqs=reqs))
+    assert reporter.spec_num_forward_ct == 2 * (STEPS - 1)  # SGLang itself adds one per request
+    running, ended = reqs
+    assert (running.spec_verify_ct, running.spec_num_correct_drafts) == (STEPS, 0)
+    assert running.spec_correct_drafts_histogram == [STEPS] + [0] * (STEPS - 1)
+    assert (ended.spec_verify_ct, ended.spec_num_correct_drafts) == (1, STEPS - 1)
