@@ -37,10 +37,10 @@ def test_even_forwards_do_not_vary() -> None:
 def test_a_trace_has_a_line_per_forward_and_none_for_what_lies_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ForwardTrace.from_environment("cpu") is None
+    assert ForwardTrace.from_environment("cpu", is_first_rank=True) is None
     path = tmp_path / "trace.jsonl"
     monkeypatch.setenv(TRACE_ENV, str(path))
-    stats = ForwardStats(ForwardTrace.from_environment("cpu"))
+    stats = ForwardStats(ForwardTrace.from_environment("cpu", is_first_rank=True))
     for _ in range(3):
         stats.count(2, 0)
         stats.count(0, 9)
