@@ -81,7 +81,7 @@ class ForwardTrace:
 
     @classmethod
     def from_environment(cls, device: str, is_first_rank: bool) -> ForwardTrace | None:
-        """None unless ``SPARSESPEC_FORWARD_TRACE`` is set, and on ranks other than the first, which run the same forwards."""
+        """None without ``SPARSESPEC_FORWARD_TRACE``, and on ranks other than the first: they run the same forwards."""
         path = os.environ.get(TRACE_ENV)
         return cls(Path(path), device) if path and is_first_rank else None
 

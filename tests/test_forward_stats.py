@@ -53,6 +53,15 @@ def test_a_trace_has_a_line_per_forward_and_none_for_what_lies_between(
     assert times == sorted(times)
 
 
+def test_one_rank_of_several_writes_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would begin the file anew, and write every forward."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text("the first rank's\n")
+    monkeypatch.setenv(TRACE_ENV, str(path))
+    assert ForwardTrace.from_environment("cpu", is_first_rank=False) is None
+    assert path.read_text() == "the first rank's\n"
+
+
 def write_trace(path: Path, forwards: list[tuple[int, int, float]]) -> None:
     at, lines = 0.0, []
     for draft_tokens, verify_tokens, ms in forwards:
