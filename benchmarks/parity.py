@@ -4,6 +4,8 @@
     python benchmarks/parity.py compare  --model-path M --device cpu --baseline plain.json \
         --k 8 --concurrency 16 --radix on --overlap on --chunked-prefill-size 256 --results parity.jsonl
 
+Several GPUs: ``--engine-args '{"tp_size": 2}'``, to both commands (arithmetic differs with their number).
+
 ``compare`` runs one configuration and appends one JSON line to ``--results``. Where arithmetic is
 deterministic (float32 on CPU) every output must be equal, and the exit status is 1 otherwise. Where
 16-bit kernels of different shapes break ties, each divergence is listed with the margin between

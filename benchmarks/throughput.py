@@ -7,6 +7,8 @@ Each engine is started once and runs every case (context x batch): all prompts a
 which fills the radix cache, then sent again together, so that the timed run is decoding but for one
 token per prompt. Reported are output tokens per second of that run.
 
+Several GPUs: ``--engine-args '{"tp_size": 2}'``, for all engines.
+
 ``--random-prompts`` sends random token ids, for dummy weights (``--load-format dummy``), together with
 SGLANG_SIMULATE_ACC_LEN: such results are marked simulated.
 """
@@ -83,6 +85,7 @@ def describe(name: str, context: int, batch: int, args: argparse.Namespace) -> d
         "model": Path(args.model_path).name,
         "load_format": args.load_format,
         "engine": name,
+        "tp_size": json.loads(args.engine_args).get("tp_size", 1),
         "prefill_backend": args.prefill_backend,
         "context": context,
         "batch": batch,

@@ -45,16 +45,24 @@ def _count_plain_steps(processor: Any, batch: Any, steps: int) -> None:
 
 
 def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) -> None:
-    """``SchedulerMetricsReporter.report_decode_stats``: SGLang logs a decode line at intervals."""
+    """``SchedulerMetricsReporter.report_decode_stats``: SGLang logs a decode line at intervals.
+
+    All tensor-parallel ranks come here. SGLang's first one logs, and it alone has metrics unless
+    ``--enable-metrics-for-all-schedulers``: counters of every rank would add up to a multiple.
+    """
     metrics = _metrics_of(reporter.scheduler)
     if metrics is None or reporter.forward_ct_decode % reporter.decode_log_interval != 0:
         return
+    logs, exports = reporter.is_stats_logging_rank, reporter.current_scheduler_metrics_enabled
+    if not (logs or exports):
+        return
     metrics.refresh()
-    metrics.log()
     manager = manager_of(reporter.scheduler)
-    if manager is not None:
-        manager.metrics.log(manager.utilisation)
-    if reporter.enable_metrics:
+    if logs:
+        metrics.log()
+        if manager is not None:
+            manager.metrics.log(manager.utilisation)
+    if exports:
         labels = dict(reporter.metrics_collector.labels)
         metrics.export(labels)
         if manager is not None:

@@ -396,6 +396,18 @@ def validate_server_args(server_args: ServerArgs) -> None:
         )
     if view.enable_dp_attention:
         refuse("--enable-dp-attention", "draft steps are not padded across ranks", "use --dp-size replicas")
+    if view.moe_a2a_backend not in (None, "none"):
+        refuse(
+            f"--moe-a2a-backend {view.moe_a2a_backend}",
+            "draft steps are not padded and scattered across ranks",
+            "use --ep-size without it",
+        )
+    if view.moe_dense_tp_size is not None:
+        refuse(
+            f"--moe-dense-tp-size {view.moe_dense_tp_size}",
+            "draft steps are not padded and scattered across ranks",
+            "remove it",
+        )
     if server_args.pp_size != 1:
         refuse("--pp-size above 1", "SGLang has no pipelined speculation", "use --tp-size")
     if view.dcp_size != 1 or server_args.attn_cp_size != 1:
@@ -460,6 +472,12 @@ def _validate_host_tier(server_args: ServerArgs, refuse: Callable[[str, str, str
             "--strip-thinking-cache with --sparsespec-host-kv-gb",
             "an offloaded request's whole output is in the radix cache",
             off,
+        )
+    if server_args.nnodes > 1 and get_config(server_args).host_kv_gb == AUTO_HOST_KV:
+        refuse(
+            f"--sparsespec-host-kv-gb {AUTO_HOST_KV} with --nnodes {server_args.nnodes}",
+            "nodes have different amounts of free memory, and their host tiers must be equal",
+            "give a size in GB",
         )
 
 

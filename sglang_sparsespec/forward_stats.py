@@ -80,10 +80,10 @@ class ForwardTrace:
         self._clock_ms = 0.0
 
     @classmethod
-    def from_environment(cls, device: str) -> ForwardTrace | None:
-        """None unless ``SPARSESPEC_FORWARD_TRACE`` is set."""
+    def from_environment(cls, device: str, is_first_rank: bool) -> ForwardTrace | None:
+        """None without ``SPARSESPEC_FORWARD_TRACE``, and on ranks other than the first: they run the same forwards."""
         path = os.environ.get(TRACE_ENV)
-        return cls(Path(path), device) if path else None
+        return cls(Path(path), device) if path and is_first_rank else None
 
     def mark(self, record: dict[str, int] | None) -> None:
         """A forward begins (its record), or nothing that counts does (None)."""

@@ -10,8 +10,8 @@
   drafts sample from p. Any draft distribution q keeps the target's distribution.
 
 Logits are float32 here: SGLang's ``LogitsProcessor`` converts what the head computed, into a static buffer where there
-is one. On CUDA, batches without min-p and seeds are drafted and accepted from them by ``triton_sampling``, which writes no
-probabilities; other batches, and the CPU, go through distributions of torch and FlashInfer. (In staggered rounds each
+is one. On CUDA, batches without min-p and seeds are drafted and accepted from them (``logit_draws``), and no probability is
+written; other batches, and the CPU, go through distributions of torch and FlashInfer. (In staggered rounds each
 request of a batch goes its own way: ``window_sampling``.)
 """
 
@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from sglang_sparsespec.logit_draws import LogitDraws, with_min_p
+
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from sglang.srt.managers.schedule_batch import Req
     from sglang.srt.model_executor.model_runner import ModelRunner
     from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
-    from sglang.srt.sampling.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
@@ -350,24 +351,6 @@ def accept(
     return rule(candidates, probs.view(batch, width, -1), draft_probs, coins, final_coins)
 
 
-def has_filters(info: SamplingBatchInfo, reqs: Sequence[Req]) -> bool:
-    """Whether a request that samples has a top-k or a top-p.
-
-    SGLang's flags of the batch cannot tell: a greedy request is a top-k of 1 to them.
-    """
-    if not (info.need_top_k_sampling or info.need_top_p_sampling):
-        return False
-    from sglang.srt.sampling.sampling_params import TOP_K_ALL
-
-    params = (req.sampling_params for req in reqs)
-    return any(p.top_k != 1 and (p.top_k != TOP_K_ALL or p.top_p != 1.0) for p in params)
-
-
-def has_min_p(params: SamplingParams) -> bool:
-    """Whether a request samples with a min-p, which ``triton_sampling`` does not know."""
-    return params.top_k != 1 and params.min_p > 0
-
-
 def draft_logits_dtype(model_runner: ModelRunner) -> torch.dtype:
     """The narrowest type that holds the model's logits as they are.
 
@@ -384,7 +367,7 @@ class DraftSampler:
 
     Args:
         logits_dtype: see :func:`draft_logits_dtype`.
-        use_triton: batches without min-p and seeds are drawn by ``triton_sampling``.
+        use_triton: see ``LogitDraws``; a batch with a min-p goes through distributions as a whole.
 
     Attributes:
         rows: the sampling parameters of the round.
@@ -410,18 +393,13 @@ class DraftSampler:
         self._step = 0
         self._probs = []
         self._placed = None
-        self._from_logits = (
-            self.use_triton
-            and not info.is_all_greedy
-            and self.rows.seeds is None
-            and not (info.need_min_p_sampling and any(has_min_p(req.sampling_params) for req in reqs))
-        )
-        self._has_filters = self._from_logits and has_filters(info, reqs)
+        use_triton = self.use_triton and not with_min_p(info, reqs)
+        self._draws = LogitDraws.of(use_triton, info, reqs, num_steps + 1)
 
     def draw(self, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         """Draft tokens int64 [batch] of the next step; arguments as :func:`sample_draft`."""
-        if self._from_logits:
-            return self._draw_from_logits(logits, self.rows, logits.shape[0], None)
+        if self._draws is not None:
+            return self._draw_from_logits(self._draws, logits, self.rows, logits.shape[0], None)
         tokens, probs = sample_draft(logits, self.rows, positions)
         if probs is not None:
             self._probs.append(probs)
@@ -440,9 +418,9 @@ class DraftSampler:
         batch, count = places.shape
         parameters = SamplingRows.of(self.info, repeats=count)
         requests = torch.arange(batch, device=places.device).unsqueeze(1)
-        if self._from_logits:
+        if self._draws is not None:
             slots = (requests * self.num_steps + places).flatten()
-            tokens = self._draw_from_logits(logits, parameters, batch, slots)
+            tokens = self._draw_from_logits(self._draws, logits, parameters, batch, slots)
         else:
             tokens, probs = sample_draft(logits, parameters, positions)
             if probs is not None:
@@ -459,32 +437,28 @@ class DraftSampler:
         num_drafted: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Accept the round's drafts; arguments and result as :func:`accept`."""
-        if not self._from_logits:
+        if self._draws is None:
             probs = torch.stack(self._probs, dim=1) if self._probs else self._placed
             if probs is not None:
                 probs = probs[:, : candidates.shape[1] - 1]
             return accept(candidates, logits, self.info, positions, probs, num_drafted=num_drafted)
-        from sglang_sparsespec import triton_sampling
-
-        return triton_sampling.accept(
-            candidates, logits, self.rows.temperatures, self.rows.top_ks, self._kept, self._lse, self._seeds[-1:],
-            num_drafted=num_drafted, top_ps=self.rows.top_ps if self._has_filters else None,
-        )  # fmt: skip
+        return self._draws.accept(
+            candidates, logits, self.rows, self.num_steps, self._kept, self._lse, None, num_drafted
+        )
 
     def _draw_from_logits(
-        self, logits: torch.Tensor, parameters: SamplingRows, batch: int, slots: torch.Tensor | None
+        self,
+        draws: LogitDraws,
+        logits: torch.Tensor,
+        parameters: SamplingRows,
+        batch: int,
+        slots: torch.Tensor | None,
     ) -> torch.Tensor:
-        from sglang_sparsespec import triton_sampling
-
         vocab = logits.shape[1]
         if self._step == 0:
             self._kept = self._reserve(batch, vocab, logits.device)
             self._lse = torch.empty((batch, self.num_steps), dtype=torch.float32, device=logits.device)
-            self._seeds = triton_sampling.round_seeds(self.num_steps + 1, logits.device)
-        tokens = triton_sampling.draft(
-            logits, parameters.temperatures, parameters.top_ks, self._seeds, self._step, self._kept, self._lse, slots=slots,
-            top_ps=parameters.top_ps if self._has_filters else None,
-        )  # fmt: skip
+        tokens = draws.draft(logits, parameters, self._step, self._kept, self._lse, slots)
         self._step += 1
         return tokens
 

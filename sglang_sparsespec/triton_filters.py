@@ -15,7 +15,7 @@ import torch
 import triton
 import triton.language as tl
 
-from sglang_sparsespec.triton_sampling import LOG2E, _block_logits, _block_weights, _row_stride, _row_sums
+from sglang_sparsespec.triton_rows import LOG2E, block_logits, block_sums, block_weights, row_stride
 
 #: Logits near the largest that are collected.
 ROOM = 2048
@@ -73,7 +73,7 @@ def _floors_kernel(
     scale = LOG2E / temperature
     offs = tl.arange(0, PADDED)
     largest = tl.max(tl.load(maxima_ptr + row * BLOCKS + offs, mask=offs < BLOCKS, other=float("-inf")), 0)
-    weights, _lse = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
+    weights, _lse = block_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
     wanted = tl.where(top_p >= 1, float("inf"), top_p * tl.sum(tl.sum(weights, 1), 0))
 
     nearest = largest - REACH * temperature
@@ -82,12 +82,12 @@ def _floors_kernel(
     mass = 0.0
     for block in range(BLOCKS):
         if tl.load(maxima_ptr + row * BLOCKS + block) >= nearest:
-            logits = _block_logits(logits_row, block, vocab, BLOCK)
+            logits = block_logits(logits_row, block, vocab, BLOCK)
             near = logits >= nearest
             place = count + tl.cumsum(near.to(tl.int32), 0) - 1
             tl.store(near_row + place, logits, mask=near & (place < ROOM))
             count += tl.sum(near.to(tl.int32), 0)
-            mass += tl.sum(tl.where(near, _block_weights(logits, largest, scale), 0.0), 0)
+            mass += tl.sum(tl.where(near, block_weights(logits, largest, scale), 0.0), 0)
     # All threads' stores come before the loads below.
     tl.debug_barrier()
 
@@ -97,7 +97,7 @@ def _floors_kernel(
         index = tl.arange(0, ROOM)
         collected = tl.load(near_row + index, mask=index < count, other=float("-inf"))
         keys = _key(collected)
-        heavy = _block_weights(collected, largest, scale)
+        heavy = block_weights(collected, largest, scale)
         low = _key(nearest) - 1
         for _ in range(32):
             middle = _middle(low, high)
@@ -112,10 +112,10 @@ def _floors_kernel(
             above = 0
             above_mass = 0.0
             for block in range(BLOCKS):
-                logits = _block_logits(logits_row, block, vocab, BLOCK)
+                logits = block_logits(logits_row, block, vocab, BLOCK)
                 likelier = _key(logits) > middle
                 above += tl.sum(likelier.to(tl.int32), 0)
-                above_mass += tl.sum(tl.where(likelier, _block_weights(logits, largest, scale), 0.0), 0)
+                above_mass += tl.sum(tl.where(likelier, block_weights(logits, largest, scale), 0.0), 0)
             kept = (above < top_k) & (above_mass < wanted)
             high = tl.where(kept, middle, high)
             low = tl.where(kept, low, middle)
@@ -138,7 +138,7 @@ def floors(
         logits: [rows, vocab], unit stride along the vocabulary.
         temperatures: float32 [requests, 1]; top_ks: int [requests], 1 for greedy; top_ps: float32 [requests]. A request
             has rows / requests adjacent rows.
-        maxima, sums: ``triton_sampling.row_sums`` of the same logits, in blocks of ``block``.
+        maxima, sums: ``triton_rows.row_sums`` of the same logits, in blocks of ``block``.
         room: a power of 2, logits that are collected.
     """
     rows, vocab = logits.shape
@@ -147,7 +147,7 @@ def floors(
     found = torch.empty(rows, dtype=torch.float32, device=logits.device)
     _floors_kernel[(rows,)](
         logits,
-        _row_stride(logits),
+        row_stride(logits),
         temperatures,
         top_ks,
         top_ps,

@@ -1,4 +1,4 @@
-"""Drafting and rejection sampling straight from logits, in Triton, for batches without top-k, top-p and min-p.
+"""Drafting and rejection sampling straight from logits, in Triton, for requests without min-p.
 
 No probability is ever written to memory.  A row of logits is read once, by several programs: each keeps the largest
 logit of its block and the block's sum of exp((logit - largest) / T).  One program per row then draws a block with
@@ -22,9 +22,20 @@ import torch
 import triton
 import triton.language as tl
 
-#: Logits per program of the pass over a row.
-BLOCK = 4096
-LOG2E = tl.constexpr(1.4426950408889634)
+from sglang_sparsespec import triton_filters
+from sglang_sparsespec.triton_rows import (
+    BLOCK,
+    LOG2E,
+    above_floor,
+    block_logits,
+    block_sums,
+    block_weights,
+    entry_of,
+    filtered_logits,
+    row_stride,
+    row_sums,
+)
+
 # Draws with the same seed and row.
 DRAW_BLOCK = tl.constexpr(0)
 DRAW_TOKEN = tl.constexpr(1)
@@ -52,61 +63,11 @@ def _race(weights, seed, row, stream, SIZE: tl.constexpr):
 
 
 @triton.jit
-def _block_logits(logits, block, vocab, BLOCK: tl.constexpr):
-    """Logits [BLOCK] of a row's block as float32, -inf past the vocabulary."""
-    offs = block * BLOCK + tl.arange(0, BLOCK)
-    return tl.load(logits + offs, mask=offs < vocab, other=float("-inf")).to(tl.float32)
-
-
-@triton.jit
-def _above_floor(logits, floors_ptr, row):
-    """``logits`` of row or rows ``row``, -inf below the floor; as they are without floors."""
-    if floors_ptr is None:
-        kept = logits
-    else:
-        kept = tl.where(logits >= tl.load(floors_ptr + row), logits, float("-inf"))
-    return kept
-
-
-@triton.jit
-def _filtered_logits(logits, floors_ptr, row, block, vocab, BLOCK: tl.constexpr):
-    """:func:`_block_logits` of row ``row``, -inf below its floor."""
-    return _above_floor(_block_logits(logits, block, vocab, BLOCK), floors_ptr, row)
-
-
-@triton.jit
-def _block_weights(logits, largest, scale):
-    """exp((logit - largest) / T); 0 in a block without a possible token."""
-    return tl.exp2((logits - tl.where(largest == float("-inf"), 0.0, largest)) * scale)
-
-
-@triton.jit
 def _argmax(logits, maxima, vocab, BLOCKS: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr):
     """First largest logit of a row, whose blocks' largest are ``maxima``."""
     offs = tl.arange(0, PADDED)
     block = tl.argmax(tl.load(maxima + offs, mask=offs < BLOCKS, other=float("-inf")), 0)
-    return block * BLOCK + tl.argmax(_block_logits(logits, block, vocab, BLOCK), 0)
-
-
-@triton.jit
-def _row_sums(maxima, sums, rows, scale, BLOCKS: tl.constexpr, PADDED: tl.constexpr):
-    """Weights [R, PADDED] of the blocks of ``rows`` [R], and log2 of the rows' sums of exp(logit / T)."""
-    column = tl.arange(0, PADDED)[None, :]
-    offs = rows[:, None] * BLOCKS + column
-    largest = tl.load(maxima + offs, mask=column < BLOCKS, other=float("-inf"))
-    of_row = tl.max(largest, 1)
-    weights = tl.load(sums + offs, mask=column < BLOCKS, other=0.0) * tl.exp2((largest - of_row[:, None]) * scale)
-    return weights, of_row * scale + tl.log2(tl.sum(weights, 1))
-
-
-@triton.jit
-def _entry(indices_ptr, i):
-    """Entry ``i`` of the indices as int64; without indices ``i`` itself."""
-    if indices_ptr is None:
-        entry = i
-    else:
-        entry = tl.load(indices_ptr + i)
-    return entry.to(tl.int64)
+    return block * BLOCK + tl.argmax(block_logits(logits, block, vocab, BLOCK), 0)
 
 
 @triton.jit
@@ -117,43 +78,6 @@ def _made(num_drafted_ptr, b, K: tl.constexpr):
     else:
         made = tl.load(num_drafted_ptr + b).to(tl.int32)
     return made
-
-
-@triton.jit
-def _sums_kernel(
-    logits_ptr,
-    stride,
-    temperatures_ptr,
-    top_ks_ptr,
-    kept_ptr,
-    kept_stride,
-    slots_ptr,
-    floors_ptr,
-    maxima_ptr,
-    sums_ptr,
-    vocab,
-    REPEATS: tl.constexpr,
-    KEEP: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """Largest logit and sum of weights of one block; with KEEP also its logits, rounded to the kept type."""
-    row = tl.program_id(0) // BLOCKS
-    block = tl.program_id(0) % BLOCKS
-    greedy = tl.load(top_ks_ptr + row // REPEATS) == 1
-    logits = _filtered_logits(logits_ptr + row.to(tl.int64) * stride, floors_ptr, row, block, vocab, BLOCK)
-    if KEEP:
-        offs = block * BLOCK + tl.arange(0, BLOCK)
-        kept = logits.to(kept_ptr.dtype.element_ty)
-        slot = _entry(slots_ptr, row)
-        tl.store(kept_ptr + slot * kept_stride + offs, kept, mask=offs < vocab)
-        # A draft's distribution is the one of the logits that acceptance will read.
-        logits = tl.where(greedy, logits, kept.to(tl.float32))
-    largest = tl.max(logits, 0)
-    tl.store(maxima_ptr + row * BLOCKS + block, largest)
-    if not greedy:
-        scale = LOG2E / tl.load(temperatures_ptr + row // REPEATS)
-        tl.store(sums_ptr + row * BLOCKS + block, tl.sum(_block_weights(logits, largest, scale), 0))
 
 
 @triton.jit(do_not_specialize=["step"])
@@ -184,7 +108,7 @@ def _draw_kernel(
         token = _argmax(logits_row, maxima_ptr + b * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
     else:
         scale = LOG2E / tl.load(temperatures_ptr + b)
-        weights, lse = _row_sums(maxima_ptr, sums_ptr, b + tl.arange(0, 1), scale, BLOCKS, PADDED)
+        weights, lse = block_sums(maxima_ptr, sums_ptr, b + tl.arange(0, 1), scale, BLOCKS, PADDED)
         if slots_ptr is None:
             at = b * lse_stride + step
         else:
@@ -192,9 +116,9 @@ def _draw_kernel(
         tl.store(lse_ptr + at + tl.arange(0, 1), lse)
         seed = tl.load(seeds_ptr + step)
         block = _race(tl.sum(weights, 0), seed, b, DRAW_BLOCK, PADDED)
-        logits = _filtered_logits(logits_row, floors_ptr, b, block, vocab, BLOCK)
+        logits = filtered_logits(logits_row, floors_ptr, b, block, vocab, BLOCK)
         logits = logits.to(kept_ptr.dtype.element_ty).to(tl.float32)
-        token = block * BLOCK + _race(_block_weights(logits, tl.max(logits, 0), scale), seed, b, DRAW_TOKEN, BLOCK)
+        token = block * BLOCK + _race(block_weights(logits, tl.max(logits, 0), scale), seed, b, DRAW_TOKEN, BLOCK)
     # NaN logits must not become an index out of range.
     tl.store(tokens_ptr + b, tl.minimum(token, vocab - 1).to(tl.int64))
 
@@ -245,10 +169,10 @@ def _accept_kernel(
     else:
         scale = LOG2E / tl.load(temperatures_ptr + b)
         # Past the window the last row is read again.
-        _, lse = _row_sums(maxima_ptr, sums_ptr, b * (K + 1) + tl.minimum(i, K), scale, BLOCKS, PADDED)
+        _, lse = block_sums(maxima_ptr, sums_ptr, b * (K + 1) + tl.minimum(i, K), scale, BLOCKS, PADDED)
         target = tl.load(logits_ptr + row.to(tl.int64) * stride + tokens, mask=drafted, other=0.0).to(tl.float32)
-        p = tl.exp2(_above_floor(target, floors_ptr, b * (K + 1) + tl.minimum(i, K)) * scale - lse)
-        at = _entry(rows_ptr, b) * SLOTS + i
+        p = tl.exp2(above_floor(target, floors_ptr, b * (K + 1) + tl.minimum(i, K)) * scale - lse)
+        at = entry_of(rows_ptr, b) * SLOTS + i
         draft = tl.load(kept_ptr + at * vocab + tokens, mask=drafted, other=0.0).to(tl.float32)
         q = tl.exp2(draft * scale - tl.load(draft_lse_ptr + at, mask=drafted, other=0.0))
         rejected = (_uniform(tl.load(seed_ptr), b, COINS, i) * q >= p) | (i >= made)
@@ -277,10 +201,10 @@ def _residual(
 ):
     """max(p - q, 0) of a block of request b's first rejected row."""
     row = b * (K + 1) + accepted
-    at = _entry(rows_ptr, b) * SLOTS + accepted
-    target = _filtered_logits(logits_ptr + row.to(tl.int64) * stride, floors_ptr, row, block, vocab, BLOCK)
+    at = entry_of(rows_ptr, b) * SLOTS + accepted
+    target = filtered_logits(logits_ptr + row.to(tl.int64) * stride, floors_ptr, row, block, vocab, BLOCK)
     p = tl.exp2(target * scale - tl.load(final_lse_ptr + b))
-    q = tl.exp2(_block_logits(kept_ptr + at * vocab, block, vocab, BLOCK) * scale - tl.load(draft_lse_ptr + at))
+    q = tl.exp2(block_logits(kept_ptr + at * vocab, block, vocab, BLOCK) * scale - tl.load(draft_lse_ptr + at))
     return tl.maximum(p - q, 0.0)
 
 
@@ -351,7 +275,7 @@ def _final_kernel(
         token = _argmax(logits_row, maxima_ptr + row * BLOCKS, vocab, BLOCKS, PADDED, BLOCK)
     else:
         scale = LOG2E / tl.load(temperatures_ptr + b)
-        rows, _ = _row_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
+        rows, _ = block_sums(maxima_ptr, sums_ptr, row + tl.arange(0, 1), scale, BLOCKS, PADDED)
         weights = tl.sum(rows, 0)
         offs = tl.arange(0, PADDED)
         rejected = accepted < _made(num_drafted_ptr, b, K)
@@ -360,8 +284,8 @@ def _final_kernel(
         from_residual = tl.sum(residuals, 0) > 0
         seed = tl.load(seed_ptr)
         block = _race(tl.where(from_residual, residuals, weights), seed, b, DRAW_BLOCK, PADDED)
-        logits = _filtered_logits(logits_row, floors_ptr, row, block, vocab, BLOCK)
-        within = _block_weights(logits, tl.max(logits, 0), scale)
+        logits = filtered_logits(logits_row, floors_ptr, row, block, vocab, BLOCK)
+        within = block_weights(logits, tl.max(logits, 0), scale)
         if from_residual:
             residual = _residual(
                 logits_ptr, stride, floors_ptr, kept_ptr, draft_lse_ptr, final_lse_ptr, rows_ptr, b, accepted, block, scale,
@@ -378,55 +302,6 @@ def round_seeds(count: int, device: torch.device | str) -> torch.Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
-def _row_stride(logits: torch.Tensor) -> int:
-    if logits.stride(1) != 1:
-        raise ValueError("logits must have unit stride along the vocabulary")
-    return logits.stride(0)
-
-
-def row_sums(
-    logits: torch.Tensor,
-    temperatures: torch.Tensor,
-    top_ks: torch.Tensor,
-    kept: torch.Tensor | None = None,
-    slots: torch.Tensor | None = None,
-    floors: torch.Tensor | None = None,
-    block: int = BLOCK,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pass over ``logits`` [rows, vocab]: largest logits and sums of weights, float32 [rows, blocks] each.
-
-    Args:
-        temperatures: float32 [requests, 1]; top_ks: int [requests]; a request has rows / requests adjacent rows.
-        kept: [slots, vocab], unit stride along the vocabulary, receives a copy.
-        slots: int64 [rows], which row of ``kept`` each one goes to; None: its own.
-        floors: float32 [rows], logits below count (and are kept) as -inf.
-    """
-    rows, vocab = logits.shape
-    blocks = triton.cdiv(vocab, block)
-    # Two allocations: the second half of one is aligned or not, and Triton would compile for either.
-    maxima = torch.empty((rows, blocks), dtype=torch.float32, device=logits.device)
-    sums = torch.empty_like(maxima)
-    _sums_kernel[(rows * blocks,)](
-        logits,
-        _row_stride(logits),
-        temperatures,
-        top_ks,
-        logits if kept is None else kept,
-        0 if kept is None else _row_stride(kept),
-        slots,
-        floors,
-        maxima,
-        sums,
-        vocab,
-        REPEATS=rows // top_ks.shape[0],
-        KEEP=kept is not None,
-        BLOCKS=blocks,
-        BLOCK=block,
-        num_warps=4,
-    )
-    return maxima, sums
-
-
 def filtered_sums(
     logits: torch.Tensor,
     temperatures: torch.Tensor,
@@ -439,8 +314,6 @@ def filtered_sums(
     """:func:`row_sums` of what the filters leave, and the rows' floors; without ``top_ps`` there are no filters."""
     floors = None
     if top_ps is not None:
-        from sglang_sparsespec import triton_filters
-
         maxima, sums = row_sums(logits, temperatures, top_ks, block=block)
         floors = triton_filters.floors(logits, temperatures, top_ks, top_ps, maxima, sums, block)
     return *row_sums(logits, temperatures, top_ks, kept, slots, floors, block), floors
@@ -479,7 +352,7 @@ def draft(
     tokens = torch.empty(batch, dtype=torch.int64, device=logits.device)
     _draw_kernel[(batch,)](
         logits,
-        _row_stride(logits),
+        row_stride(logits),
         temperatures,
         top_ks,
         maxima,
@@ -536,7 +409,7 @@ def accept(
         raise ValueError("kept logits and their sums must be contiguous")
     if lse.shape != kept.shape[:2]:
         raise ValueError(f"kept logits {list(kept.shape)} and sums {list(lse.shape)} do not belong together")
-    stride = _row_stride(logits)
+    stride = row_stride(logits)
     maxima, sums, floors = filtered_sums(logits, temperatures, top_ks, top_ps, block=block)
     blocks = maxima.shape[1]
     sizes = {"K": width - 1, "SLOTS": kept.shape[1], "BLOCKS": blocks, "BLOCK": block}

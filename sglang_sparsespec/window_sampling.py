@@ -1,7 +1,7 @@
 """Drafting and acceptance of staggered windows: what drafts were drawn from is kept by row of ``req_to_token``.
 
 A window's drafts are drawn in several forwards, of two rounds and beside other requests each time. How a request is
-drawn therefore depends on nothing but its own parameters: those without min-p always from logits (``triton_sampling``,
+drawn therefore depends on nothing but its own parameters: those without min-p always from logits (``logit_draws``,
 on CUDA), the others always through distributions, and no window has drafts of both kinds. What
 decides for all requests together cannot change under a window either: seeds are the server's choice, a batch that is all
 greedy has no requests that sample, and a greedy request's acceptance reads nothing that was kept.
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from sglang_sparsespec import sampling
+from sglang_sparsespec.logit_draws import LogitDraws, with_min_p
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
@@ -34,7 +35,7 @@ class WindowSampler:
         num_rows: rows of ``req_to_token``.
         window: W.
         logits_dtype: see ``sampling.draft_logits_dtype``.
-        use_triton: requests without min-p are drawn by ``triton_sampling``.
+        use_triton: see ``LogitDraws``; requests with a min-p go through distributions.
     """
 
     def __init__(
@@ -57,9 +58,7 @@ class WindowSampler:
 
         They must stand last among the drafts and the verifications of each forward.
         """
-        if not (self.use_triton and info.need_min_p_sampling):
-            return frozenset()
-        return frozenset(req.req_pool_idx for req in reqs if sampling.has_min_p(req.sampling_params))
+        return frozenset(req.req_pool_idx for req in with_min_p(info, reqs)) if self.use_triton else frozenset()
 
     def begin_round(self, info: SamplingBatchInfo, reqs: Sequence[Req], with_min_p: frozenset[int]) -> None:
         """Sample with the batch's parameters from now on.
@@ -69,13 +68,8 @@ class WindowSampler:
         """
         self._info = info
         self._with_min_p = with_min_p
-        self._from_logits = self.use_triton and not info.is_all_greedy and info.sampling_seed is None
-        self._has_filters = self._from_logits and sampling.has_filters(info, reqs)
-        if self._from_logits:
-            from sglang_sparsespec import triton_sampling
-
-            # Of each forward one for its drafts and one for its acceptance.
-            self._seeds = triton_sampling.round_seeds(2 * self._window, self._device).view(self._window, 2)
+        # Each forward draws drafts and acceptance.
+        self._draws = LogitDraws.of(self.use_triton, info, reqs, 2 * self._window)
 
     def begin_forward(self, index: int, forward: StaggeredForward) -> None:
         """The round's ``index``-th forward comes next."""
@@ -85,7 +79,7 @@ class WindowSampler:
 
     def _without_min_p(self, entries: Sequence[tuple[int, int]]) -> int:
         """How many of the entries, which begin with them, are drawn from logits."""
-        if not self._from_logits:
+        if self._draws is None:
             return 0
         return sum(row not in self._with_min_p for row, _ in entries) if self._with_min_p else len(entries)
 
@@ -156,14 +150,10 @@ class WindowSampler:
         return torch.cat(tokens), torch.cat(accept_lens)
 
     def _draw_from_logits(self, slots: torch.Tensor, index: torch.Tensor, logits: torch.Tensor) -> torch.Tensor:
-        from sglang_sparsespec import triton_sampling
-
+        assert self._draws is not None
         kept, lse = self._logits(logits.shape[-1])
         parameters = sampling.SamplingRows.of(self._info, index=index)
-        return triton_sampling.draft(
-            logits, parameters.temperatures, parameters.top_ks, self._seeds.flatten(), 2 * self._forward, kept, lse,
-            slots=slots, top_ps=parameters.top_ps if self._has_filters else None,
-        )  # fmt: skip
+        return self._draws.draft(logits, parameters, 2 * self._forward, kept, lse, slots)
 
     def _accept_from_logits(
         self,
@@ -173,14 +163,11 @@ class WindowSampler:
         candidates: torch.Tensor,
         logits: torch.Tensor,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        from sglang_sparsespec import triton_sampling
-
+        assert self._draws is not None
         kept, lse = self._logits(logits.shape[-1])
         parameters = sampling.SamplingRows.of(self._info, index=index)
-        return triton_sampling.accept(
-            candidates, logits, parameters.temperatures, parameters.top_ks, kept, lse, self._seeds[self._forward, 1:],
-            rows=rows, num_drafted=num_drafted, top_ps=parameters.top_ps if self._has_filters else None,
-        )  # fmt: skip
+        number = 2 * self._forward + 1
+        return self._draws.accept(candidates, logits, parameters, number, kept, lse, rows, num_drafted)
 
     def _distributions(self, vocab_size: int) -> torch.Tensor:
         """What drafts were drawn from, float32 [rows, k, vocab]; made when a batch first needs them."""

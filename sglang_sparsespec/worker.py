@@ -78,7 +78,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self.draft_graphs: DraftGraphs | None = None
         self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
-        self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device))
+        is_first_rank = ps.tp_rank == 0 and not ps.dp_rank  # one of several ranks and replicas writes the trace
+        self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device, is_first_rank))
         self.speculation = Speculation(get_config(server_args).speculate, self.num_steps, self.device)
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)

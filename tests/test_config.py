@@ -481,6 +481,17 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--enable-dp-attention",
         "use --dp-size replicas",
     ),
+    "all-to-all between experts": (
+        {"moe_a2a_backend": "deepep", "tp_size": 2},
+        "--moe-a2a-backend deepep",
+        "use --ep-size without it",
+    ),
+    "dense layers on one rank": ({"moe_dense_tp_size": 1, "tp_size": 2}, "--moe-dense-tp-size 1", "remove it"),
+    "host tiers of several nodes by their free memory": (
+        {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
+        "--sparsespec-host-kv-gb auto with --nnodes 2",
+        "give a size in GB",
+    ),
     "pipeline": ({"pp_size": 2}, "--pp-size", "use --tp-size"),
     "decode context parallelism": ({"dcp_size": 2, "tp_size": 2}, "--dcp-size", "use --tp-size"),
     "attention context parallelism": ({"attn_cp_size": 2, "tp_size": 2}, "--attn-cp-size", "use --tp-size"),

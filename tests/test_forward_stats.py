@@ -37,10 +37,10 @@ def test_even_forwards_do_not_vary() -> None:
 def test_a_trace_has_a_line_per_forward_and_none_for_what_lies_between(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert ForwardTrace.from_environment("cpu") is None
+    assert ForwardTrace.from_environment("cpu", is_first_rank=True) is None
     path = tmp_path / "trace.jsonl"
     monkeypatch.setenv(TRACE_ENV, str(path))
-    stats = ForwardStats(ForwardTrace.from_environment("cpu"))
+    stats = ForwardStats(ForwardTrace.from_environment("cpu", is_first_rank=True))
     for _ in range(3):
         stats.count(2, 0)
         stats.count(0, 9)
@@ -51,6 +51,15 @@ def test_a_trace_has_a_line_per_forward_and_none_for_what_lies_between(
     assert all(record["ms"] >= 0 for record in records)
     times = [record["at_ms"] for record in records]
     assert times == sorted(times)
+
+
+def test_one_rank_of_several_writes_the_trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each would begin the file anew, and write every forward."""
+    path = tmp_path / "trace.jsonl"
+    path.write_text("the first rank's\n")
+    monkeypatch.setenv(TRACE_ENV, str(path))
+    assert ForwardTrace.from_environment("cpu", is_first_rank=False) is None
+    assert path.read_text() == "the first rank's\n"
 
 
 def write_trace(path: Path, forwards: list[tuple[int, int, float]]) -> None:

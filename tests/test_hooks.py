@@ -310,7 +310,7 @@ def make_toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any, draft_length
     runner = ToyRunner(draft_length)
     target: Any = SimpleNamespace(model_runner=runner, forward_batch_generation=runner.verify)
     args: Any = SimpleNamespace(device="cpu", speculative_num_steps=3, speculative_num_draft_tokens=4)
-    worker = SparseSpecWorker(args, 0, None, 0, target)
+    worker = SparseSpecWorker(args, 0, SimpleNamespace(tp_rank=0, dp_rank=None), 0, target)
     req_to_token = torch.arange(100, 400, dtype=torch.int32).view(3, 100)
     worker.alloc_memory_pool(req_to_token_pool=SimpleNamespace(req_to_token=req_to_token))
     lengths = torch.tensor([10, 7])

@@ -18,6 +18,7 @@ from sglang.srt.sampling.sampling_params import TOP_K_ALL
 from tiny_model import Sampling
 
 from sglang_sparsespec import sampling
+from sglang_sparsespec.logit_draws import has_filters
 
 VOCAB = 12
 GREEDY = Sampling(temperature=0.0)
@@ -383,7 +384,7 @@ def as_requests(requests: list[Sampling]) -> list[Any]:
     ],
 )
 def test_only_filters_of_requests_that_sample_count(requests: list[Sampling], expected: bool) -> None:
-    assert sampling.has_filters(batch_info(requests), as_requests(requests)) is expected
+    assert has_filters(batch_info(requests), as_requests(requests)) is expected
 
 
 @pytest.mark.parametrize("name", ["plain", "mixed", "greedy"])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import http.client
 import json
+import re
 import sys
 import threading
 import time
@@ -38,6 +39,8 @@ def client(
     command += ["--sleep-on-idle", "--dtype", "float32", "--port", str(port), "--speculative-algorithm", "SPARSESPEC"]
     command += ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
     command += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
+    command += ["--decode-log-interval", "5"]  # metrics are exported at this interval
+    command += ["--grammar-backend", "llguidance"]  # SGLang's default pins host memory, which needs a GPU
     # Admit as if outputs were short, so that a full pool retracts requests.
     command += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", request.param]
     environment = server_environment(True)
@@ -163,17 +166,20 @@ def test_requests_that_fill_the_context_leave_their_neighbours_alone(client: Cli
 @in_lockstep_only
 def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client) -> None:
     prompts = [f"Story number {i}. {PROMPT}" for i in range(6)]
-    alone = [client.generate(prompt, max_new_tokens=256)["output_ids"] for prompt in prompts]
-    together = client.generate_all([{"prompt": prompt, "max_new_tokens": 256} for prompt in prompts])
-    assert [answer["output_ids"] for answer in together] == alone
-    # 6 x (30 + 256) tokens do not fit in the pool together.
+    calls = [{"prompt": prompt, "max_new_tokens": 220} for prompt in prompts]
+    before = retractions(client)
+    apart = client.generate_all(calls[:3]) + client.generate_all(calls[3:])
+    assert retractions(client) == before
+    together = client.generate_all(calls)
+    assert [answer["output_ids"] for answer in together] == [answer["output_ids"] for answer in apart]
+    # Three requests of 30 + 220 tokens fit in the pool together, six do not.
+    assert retractions(client) > before
+
+
+def retractions(client: Client) -> float:
     metrics = requests.get(f"{client.url}/metrics", timeout=60).text
-    retracted = [
-        float(line.rsplit(" ", 1)[1])
-        for line in metrics.splitlines()
-        if line.startswith("sglang:num_retracted_requests_total")
-    ]
-    assert sum(retracted) > 0, "no request was retracted: the pool was not full"
+    name = "sglang:num_retracted_requests_total"
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name))
 
 
 def test_aborting_everything_under_load_empties_the_pool(client: Client) -> None:
@@ -200,7 +206,7 @@ def test_requests_that_cannot_be_exact_are_refused(client: Client) -> None:
 
 
 def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:
-    client.generate(PROMPT, max_new_tokens=400)  # at least one decode log interval
+    client.generate(PROMPT, max_new_tokens=100)  # several decode log intervals
     state = client.state()
     assert sum(state["sparsespec_accept_histogram"]) > 0
     assert 1 <= state["sparsespec_accept_length"] <= 9
@@ -209,3 +215,20 @@ def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:
     assert "sparsespec:accepted_drafts_total{" in metrics
     assert "sparsespec:kv_read_share{" in metrics
     assert "sglang:spec_accept_length" in metrics
+
+
+@pytest.mark.parametrize("client", ["unified"], indirect=True)
+def test_a_grammar_runs_its_rounds_in_lockstep_beside_other_requests(client: Client) -> None:
+    calls = [
+        {"prompt": prompt, "max_new_tokens": 24}
+        for prompt in ("The capital of France is", "A random date:", "Water boils at", "1, 2, 3, 5, 8, 13,")
+    ]
+    alone = client.generate_all(calls)
+    assert client.state()["sparsespec_lockstep_rounds"] == 0
+    # The grammar's request ends early: the others go on staggered after it.
+    dated = {**calls[1], "regex": r"\d\d\d\d-\d\d-\d\d", "ignore_eos": False}
+    mixed = client.generate_all([calls[0], dated, *calls[2:]])
+    assert client.state()["sparsespec_lockstep_rounds"] > 0
+    assert re.fullmatch(dated["regex"], mixed[1]["text"])
+    for index in (0, 2, 3):
+        assert mixed[index]["output_ids"] == alone[index]["output_ids"]

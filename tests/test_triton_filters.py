@@ -12,7 +12,7 @@ import torch
 from interpreter_child import assert_passes_in_the_interpreter
 from test_triton_sampling import check_draws
 
-from sglang_sparsespec import triton_filters, triton_sampling
+from sglang_sparsespec import triton_filters, triton_rows, triton_sampling
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -32,7 +32,7 @@ def found_floors(
     ks = torch.tensor(top_ks, dtype=torch.int32, device=DEVICE)
     ps = torch.tensor(top_ps, device=DEVICE)
     logits = logits.to(DEVICE)
-    maxima, sums = triton_sampling.row_sums(logits, given, ks, block=BLOCK)
+    maxima, sums = triton_rows.row_sums(logits, given, ks, block=BLOCK)
     return triton_filters.floors(logits, given, ks, ps, maxima, sums, BLOCK, room).cpu()
 
 

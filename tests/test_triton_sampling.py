@@ -27,7 +27,7 @@ kernels_run_here = pytest.mark.skipif(
 )
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB, BLOCK = 11, 8  # a full block and a part of one
-DRAWS = 200_000 if DEVICE == "cuda" else 200
+DRAWS = 200_000 if DEVICE == "cuda" else 120  # a multiple of 10
 NO_TOP_K = 1 << 30
 INF = float("inf")
 
@@ -133,13 +133,13 @@ def test_greedy_rows_draft_the_first_argmax() -> None:
 
 
 @kernels_run_here
-@pytest.mark.parametrize("temperature", [0.6, 1.5])
-def test_drafts_are_drawn_from_the_kept_logits_at_their_rows_temperature(temperature: float) -> None:
+def test_drafts_are_drawn_from_the_kept_logits_at_their_rows_temperature() -> None:
     logits = random_logits(1, VOCAB, seed=5)  # few are drawn from the second block
     logits[0, 4] = -INF
-    # Neighbours of another temperature.
-    tokens, kept, _ = drafted(logits.expand(DRAWS, -1), [temperature, 30.0] * (DRAWS // 2), torch.bfloat16)
-    check_draws(tokens[::2], torch.softmax(kept[0, 0].float() / temperature, -1))
+    temperatures = [0.6, 1.5]  # of neighbours
+    tokens, kept, _ = drafted(logits.expand(DRAWS, -1), temperatures * (DRAWS // 2), torch.bfloat16)
+    for first, temperature in enumerate(temperatures):
+        check_draws(tokens[first::2], torch.softmax(kept[0, 0].float() / temperature, -1))
 
 
 @kernels_run_here
@@ -180,28 +180,17 @@ def accepted(
     return triton_sampling.accept(candidates, target.flatten(0, 1), given, top_ks, draft.contiguous(), lse, seed, BLOCK)
 
 
-def impossible(case: str, target: torch.Tensor, draft: torch.Tensor) -> None:
-    if case == "q is 0 where p is not":
-        draft[:, :, ::2] = -INF
-    elif case == "p is 0 where q is not":
-        target[:, :, ::3] = -INF
-
-
 @kernels_run_here
 @pytest.mark.parametrize(
-    "case,dtype",
-    [
-        ("both are everywhere", torch.bfloat16),
-        ("q is 0 where p is not", torch.float32),
-        ("p is 0 where q is not", torch.float32),
-    ],
-    ids=str,
+    "zeros,dtype", [(False, torch.bfloat16), (True, torch.float32)], ids=["p and q everywhere", "zeros of p and of q"]
 )
-def test_the_output_follows_the_target_whatever_the_drafts_are(case: str, dtype: torch.dtype) -> None:
+def test_the_output_follows_the_target_whatever_the_drafts_are(zeros: bool, dtype: torch.dtype) -> None:
     """Every row at its own temperature; some drafts are accepted and some are not."""
     torch.manual_seed(1)
     target, draft = random_logits(1, 3, VOCAB, seed=1), random_logits(1, 2, VOCAB, seed=2)
-    impossible(case, target, draft)
+    if zeros:  # of each alone, of both, and of neither
+        draft[:, :, ::2] = -INF
+        target[:, :, ::3] = -INF
     target, draft = target.to(dtype), draft.to(dtype)
     temperature = 1.3
     q = torch.softmax(draft[0].float() / temperature, -1)
@@ -418,4 +407,4 @@ def test_a_place_that_is_drawn_again_is_accepted_by_its_last_draw() -> None:
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    assert_passes_in_the_interpreter(__file__, at_least=32)
+    assert_passes_in_the_interpreter(__file__, at_least=30)

@@ -1,4 +1,4 @@
-"""Engines with the unified schedule: requests that come, go, are retracted or want a grammar.
+"""Engines with the unified schedule: requests that come, go or are retracted.
 
 ``test_greedy_parity.py`` compares texts of a real model; here a tiny one is driven into the corners.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,11 +102,8 @@ def test_greedy_tokens_are_plain_sglangs(
         # Drafts were made and accepted: this is not plain decoding.
         accepted = [output["meta_info"]["spec_accept_length"] for output in outputs if len(output["output_ids"]) > 50]
         assert sum(accepted) / len(accepted) > 1.5
-
-
-def test_requests_were_retracted_on_the_way(engines: dict[str, EngineProcess], expected: list[list[int]]) -> None:
-    engines["retracting"].generate(**requests())
-    assert "Retract" in engines["retracting"].log()
+    if name == "retracting":
+        assert "Retract" in engines[name].log()
 
 
 def test_log_probabilities_are_plain_sglangs(engines: dict[str, EngineProcess]) -> None:
@@ -152,28 +148,3 @@ def test_tokens_per_forward_are_level(engines: dict[str, EngineProcess]) -> None
     )
     lines = re.findall(r"tokens per forward: ([\d.]+) \(variation (\d+)%", engines["no overlap"].log())
     assert lines and int(lines[0][1]) < 50
-
-
-def test_a_grammar_runs_its_rounds_in_lockstep_beside_other_requests(model_path: str, tmp_path: Path) -> None:
-    prompts = ["The capital of France is", "A random date:", "Water boils at", "1, 2, 3, 5, 8, 13,"]
-    greedy = {"temperature": 0.0, "max_new_tokens": 24, "ignore_eos": True}
-    dated = {"temperature": 0.0, "max_new_tokens": 24, "regex": r"\d\d\d\d-\d\d-\d\d"}
-    with EngineProcess(
-        model_path=model_path,
-        device="cpu",
-        dtype="float32",
-        speculative_algorithm="SPARSESPEC",
-        sparsespec_schedule="unified",
-        max_total_tokens=4000,
-        grammar_backend="llguidance",  # SGLang's default pins host memory, which needs a GPU
-        log_level="info",
-        port=31450,
-    ) as engine:
-        alone = engine.generate(prompt=prompts, sampling_params=greedy)
-        assert "run in lock-step" not in engine.log()
-        # The grammar's request ends early: the others go on staggered after it.
-        mixed = engine.generate(prompt=prompts, sampling_params=[greedy, dated, greedy, greedy])
-        assert "run in lock-step" in engine.log()
-    assert re.fullmatch(dated["regex"], mixed[1]["text"])  # type: ignore[call-overload]
-    for index in (0, 2, 3):
-        assert mixed[index]["output_ids"] == alone[index]["output_ids"]
