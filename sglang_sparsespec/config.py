@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT, MAX_LOOKAHEAD
 from sglang_sparsespec.attention_backend.policy import POLICIES, Pillar
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV, install_cpu_bridge
 
@@ -48,6 +49,7 @@ class SparseSpecConfig:
         min_budget: lower bound of that number, in tokens.
         draft_policy: which tokens those are, see ``attention_backend.policy``.
         num_sinks: sink tokens of ``streaming``.
+        lookahead: positions after each that selection by scores holds likely to be attended to next; 0 for none.
         base_attention_backend: SGLang backend that runs prefill; None for the default of
             the device.
         kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
@@ -65,6 +67,7 @@ class SparseSpecConfig:
     min_budget: int = 128
     draft_policy: str = Pillar.name
     num_sinks: int = 4
+    lookahead: int = 0
     base_attention_backend: str | None = None
     kernels: str = "auto"
     schedule: str = "lockstep"
@@ -94,6 +97,7 @@ class SparseSpecConfig:
             )
         if self.num_sinks < 0:
             raise ValueError(f"--sparsespec-num-sinks must not be negative, got {self.num_sinks}.")
+        self._check_lookahead()
         if not self.draft_cost > 0:
             raise ValueError(
                 f"--sparsespec-draft-cost must be above 0, got {self.draft_cost}; 0.15 is the default."
@@ -110,6 +114,21 @@ class SparseSpecConfig:
             raise ValueError(
                 f"--sparsespec-host-kv-gb must be a size in GB, 0 for no host tier, or {AUTO_HOST_KV!r}, "
                 f"got {self.host_kv_gb!r}."
+            )
+
+    def _check_lookahead(self) -> None:
+        if self.lookahead == 0:
+            return
+        if not 0 < self.lookahead <= MAX_LOOKAHEAD or self.lookahead & (self.lookahead - 1):
+            raise ValueError(
+                f"--sparsespec-lookahead must be a power of two up to {MAX_LOOKAHEAD}, or 0 for none, got "
+                f"{self.lookahead}; 0 is the default."
+            )
+        if not POLICIES[self.draft_policy].uses_scores:
+            raise ValueError(
+                f"--sparsespec-lookahead {self.lookahead} has no effect with --sparsespec-draft-policy "
+                f"{self.draft_policy}, which does not select by the scores of a verification; remove it, or use "
+                f"--sparsespec-draft-policy {Pillar.name}."
             )
 
     def budget(self, length: int) -> int:
@@ -178,6 +197,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         type=int,
         default=SparseSpecConfig.num_sinks,
         help="Sink tokens of the draft policy 'streaming'. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-lookahead",
+        type=int,
+        default=SparseSpecConfig.lookahead,
+        help="Select by scores as if each of so many positions after a token (a power of two) had at least "
+        f"{LOOKAHEAD_WEIGHT:g} times its score: for text that copies from its context. Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-draft-cost",
