@@ -14,7 +14,7 @@ import torch
 #: What a position's score is worth to each of the ``lookahead`` positions after it, see ``PillarKernels.select``.
 LOOKAHEAD_WEIGHT = 0.5
 #: Positions that selection can look ahead.
-MAX_LOOKAHEAD = 64
+MAX_LOOKAHEAD = 8
 
 
 def score_row(max_context: int) -> int:

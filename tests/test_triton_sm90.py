@@ -100,6 +100,8 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         kernels.select(scores.to(dtype), rows, rows, counts[1:], positions)
         text, shared = found.pop("_select_kernel")
         found[f"_select_kernel {dtype}"] = (text, shared)
+    kernels.select(scores, rows, rows, counts[1:], positions, lookahead=8)
+    found["_select_kernel lookahead"] = found.pop("_select_kernel")
     compile_sampling(found)
     return found
 
