@@ -14,7 +14,7 @@ import torch
 #: What a position's score is worth to each of the ``lookahead`` positions after it, see ``PillarKernels.select``.
 LOOKAHEAD_WEIGHT = 0.5
 #: Positions that selection can look ahead.
-MAX_LOOKAHEAD = 8
+LOOKAHEADS = (0, 1, 2, 4, 8)
 
 
 def score_row(max_context: int) -> int:
@@ -128,6 +128,6 @@ class PillarKernels(Protocol):
             scores: [B, Hkv, >= max length]; with ``lookahead`` not negative, and lost: it may be worked on in place.
             lengths, counts: int [B].
             positions: int32 [rows, Hkv, capacity], rows ``req_pool_indices`` are written.
-            lookahead: 0 (none) or a power of two up to MAX_LOOKAHEAD.
+            lookahead: one of LOOKAHEADS.
         """
         ...

@@ -380,7 +380,7 @@ def select(
 
     scores: [B, Hkv, max_len] fp32/bf16/fp16, unit stride along positions (fast if the other strides and max_len are
     multiples of 16 bytes, as vectors are loaded then); lens, n_sel: [B] ints; positions: int32 [rows, Hkv, cap]; pdl:
-    start while the kernel before still runs; lookahead: 0 or a power of two; others but 0 may overwrite the scores.
+    start while the kernel before still runs; lookahead: one of LOOKAHEADS; any but 0 may overwrite the scores.
     """
     batch = lens.shape[0]
     if batch == 0:

@@ -18,7 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
-from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT, MAX_LOOKAHEAD
+from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT, LOOKAHEADS
 from sglang_sparsespec.attention_backend.policy import POLICIES, Pillar
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV, install_cpu_bridge
 
@@ -49,7 +49,6 @@ class SparseSpecConfig:
         min_budget: lower bound of that number, in tokens.
         draft_policy: which tokens those are, see ``attention_backend.policy``.
         num_sinks: sink tokens of ``streaming``.
-        lookahead: positions after each that selection by scores holds likely to be attended to next; 0 for none.
         base_attention_backend: SGLang backend that runs prefill; None for the default of
             the device.
         kernels: ``torch`` (the oracle), ``cuda`` (Triton), or ``auto`` by device.
@@ -59,6 +58,7 @@ class SparseSpecConfig:
             of the server together); 0 for none, ``auto`` for half of the free memory.
         draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
+        lookahead: positions after each token that selection by scores takes as wanted next (``PillarKernels.select``).
         prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
             ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
     """
@@ -67,12 +67,12 @@ class SparseSpecConfig:
     min_budget: int = 128
     draft_policy: str = Pillar.name
     num_sinks: int = 4
-    lookahead: int = 0
     base_attention_backend: str | None = None
     kernels: str = "auto"
     schedule: str = "lockstep"
     host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
+    lookahead: int = 0
     prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
@@ -97,10 +97,14 @@ class SparseSpecConfig:
             )
         if self.num_sinks < 0:
             raise ValueError(f"--sparsespec-num-sinks must not be negative, got {self.num_sinks}.")
-        self._check_lookahead()
         if not self.draft_cost > 0:
             raise ValueError(
                 f"--sparsespec-draft-cost must be above 0, got {self.draft_cost}; 0.15 is the default."
+            )
+        if self.lookahead not in LOOKAHEADS:
+            raise ValueError(
+                f"--sparsespec-lookahead must be one of {', '.join(map(str, LOOKAHEADS))}, got {self.lookahead}; "
+                "0 is the default."
             )
         if self.kernels not in KERNELS:
             raise ValueError(
@@ -114,21 +118,6 @@ class SparseSpecConfig:
             raise ValueError(
                 f"--sparsespec-host-kv-gb must be a size in GB, 0 for no host tier, or {AUTO_HOST_KV!r}, "
                 f"got {self.host_kv_gb!r}."
-            )
-
-    def _check_lookahead(self) -> None:
-        if self.lookahead == 0:
-            return
-        if not 0 < self.lookahead <= MAX_LOOKAHEAD or self.lookahead & (self.lookahead - 1):
-            raise ValueError(
-                f"--sparsespec-lookahead must be a power of two up to {MAX_LOOKAHEAD}, or 0 for none, got "
-                f"{self.lookahead}; 0 is the default."
-            )
-        if not POLICIES[self.draft_policy].uses_scores:
-            raise ValueError(
-                f"--sparsespec-lookahead {self.lookahead} has no effect with --sparsespec-draft-policy "
-                f"{self.draft_policy}, which does not select by the scores of a verification; remove it, or use "
-                f"--sparsespec-draft-policy {Pillar.name}."
             )
 
     def budget(self, length: int) -> int:
@@ -199,18 +188,19 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         help="Sink tokens of the draft policy 'streaming'. Default: %(default)s.",
     )
     group.add_argument(
-        "--sparsespec-lookahead",
-        type=int,
-        default=SparseSpecConfig.lookahead,
-        help="Select by scores as if each of so many positions after a token (a power of two) had at least "
-        f"{LOOKAHEAD_WEIGHT:g} times its score: for text that copies from its context. Default: %(default)s.",
-    )
-    group.add_argument(
         "--sparsespec-draft-cost",
         type=float,
         default=SparseSpecConfig.draft_cost,
         help="Time of a draft step relative to a verification; the draft policy 'adaptive' drafts fewer "
         "tokens where it is high. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-lookahead",
+        type=int,
+        choices=LOOKAHEADS,
+        default=SparseSpecConfig.lookahead,
+        help="Experimental. Policies that select by scores take so many positions after a token for "
+        f"{LOOKAHEAD_WEIGHT:g} times as good as it; 0: as good as their own scores. Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-base-attention-backend",

@@ -14,6 +14,7 @@ from small_backend import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, NUM_Q_HEADS, WINDO
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.page_table import num_selected
 from sglang_sparsespec.attention_backend.policy import POLICIES, DraftPolicy, Vegas
+from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.draft_length import AcceptanceHistory, AcceptRule, accept_drafted, fill_window
 
@@ -60,6 +61,27 @@ def test_full_drafts_attend_to_what_verification_does() -> None:
     assert read == of > 0
     # And again after a verification, whatever it accepted.
     assert attended(server, 1, 73) == set(range(73))
+
+
+# ---------------------------------------------------------------------- look-ahead
+
+
+@pytest.mark.parametrize("kind", ["prefill", "verification", "mixed forward"])
+def test_every_selection_by_scores_looks_ahead(kind: str) -> None:
+    row, length, last = 1, 70, NUM_LAYERS - 1
+    server = SmallServer(min_budget=BUDGET, lookahead=4, schedule="unified")
+    server.pool.k.mul_(8)  # peaked attention
+    server.prefill([row], [length + WINDOW], [length + WINDOW])
+    if kind == "verification":
+        server.verify([row], [length])
+    elif kind == "mixed forward":
+        server.mixed([], [(row, length)])
+    # The last layer's scores are still there; mixed forwards keep those of odd layers in the second half.
+    scores = server.backend.scores[len(server.backend.scores) // 2 if kind == "mixed forward" else 0]
+    own = scores[:, :length]
+    best, unraised = (ranked.topk(BUDGET - WINDOW).indices.sort().values.tolist() for ranked in (look_ahead(own, 4), own))
+    assert [server.selected(row, last, head) for head in range(NUM_KV_HEADS)] == best
+    assert best != unraised
 
 
 # -------------------------------------------------------------------------- oracle

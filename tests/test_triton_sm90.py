@@ -191,6 +191,17 @@ def test_selection_compiles_for_keys_of_either_width(dtype: str, compiled: dict[
     assert f"_select_kernel torch.{dtype}" in compiled
 
 
+def test_selection_with_look_ahead_moves_16_bytes_at_a_time(compiled: dict[str, tuple[str, int]]) -> None:
+    text = compiled["_select_kernel lookahead"][0]
+    groups = re.findall(r"tt\.(load|store) .*tensor<1024x8x!tt\.ptr<i16>, (#\w+)>", text)
+    # Two of a row that fits the registers, two and the store of a longer one, those of the passes over it, and the gather.
+    assert sum(kind == "load" for kind, _ in groups) >= 6 and [kind for kind, _ in groups].count("store") == 1
+    layouts = [layout for _, layout in groups]
+    wide = [layout for layout in layouts if re.search(rf"^{layout} = #ttg.blocked<\{{sizePerThread = \[1, 8\]", text, re.M)]
+    # Candidates lie anywhere.
+    assert len(wide) >= len(layouts) - 1
+
+
 @pytest.mark.parametrize(
     "kernel",
     [
