@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 
 #: What a position's score is worth to each of the ``lookahead`` positions after it, see ``PillarKernels.select``.
-LOOKAHEAD_WEIGHT = 0.5
+LOOKAHEAD_WEIGHT = 0.25
 #: Positions that selection can look ahead.
 LOOKAHEADS = (0, 1, 2, 4, 8)
 
