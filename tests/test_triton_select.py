@@ -157,6 +157,19 @@ def test_selection_with_look_ahead_is_a_stable_sort_of_the_raised_scores(lookahe
     check_selection(scores, lens, counts, cap=64, lookahead=lookahead)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(DEVICE == "cpu", reason="the interpreter scans one value after another")
+@pytest.mark.parametrize("values", ["peaks", "prob", "equal"])
+@pytest.mark.parametrize("block", [2048, 8192])
+@pytest.mark.parametrize("context", [8192, 40960, 131072])
+def test_look_ahead_over_contexts_of_production(context: int, block: int, values: str) -> None:
+    lens = [context, context - 1, min(block + 1, context), block, block - 1]
+    counts = [-(-length // 20) for length in lens]
+    scores = make_scores(values, (len(lens), 2, context), torch.float16)
+    for lookahead in (4, 8):
+        check_selection(scores, lens, counts, cap=-(-context // 20), block=block, lookahead=lookahead)
+
+
 @kernels_run_here
 def test_look_ahead_needs_no_alignment() -> None:
     scores = make_scores("peaks", (3, 1, 2 * BLOCK + 12), torch.float16)[:, :, 1 : 2 * BLOCK + 4]
