@@ -23,7 +23,6 @@ from typing import Any
 import torch
 from _common import append_json_line, say
 from _workloads import LEAST_DISTINCT, distinct_share, make_prompts
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
 
 from sglang_sparsespec.attention_backend.page_table import num_selected
 from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
@@ -49,6 +48,8 @@ class Replay:
     """
 
     def __init__(self, model: Any, text: torch.Tensor, first: int) -> None:
+        from transformers import AttentionInterface
+
         self.model, self.text, self.first = model, text, first
         config = model.config
         shape = (config.num_hidden_layers, config.num_key_value_heads, len(text) - first, len(text))
@@ -195,6 +196,8 @@ def main() -> int:
     parser.add_argument("--weights", type=float, nargs="+", default=[0.5])
     parser.add_argument("--results", help="JSON-lines file to append to")
     args = parser.parse_args()
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     torch.set_grad_enabled(False)
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
     model = AutoModelForCausalLM.from_pretrained(args.model_path, dtype=torch.float32).eval()

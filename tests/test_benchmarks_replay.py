@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_model import VOCAB, write_tiny_llama
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import replay  # noqa: E402
 
 CONTEXT, NEW_TOKENS, K = 100, 50, 4
+VOCAB = 6
 
 
 def args(**given: Any) -> Namespace:
@@ -28,6 +28,7 @@ def args(**given: Any) -> Namespace:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    from tiny_model import write_tiny_llama
     from transformers import AutoModelForCausalLM
 
     torch.set_grad_enabled(False)
