@@ -436,7 +436,8 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def _select(self, kernels: PillarKernels, scores: torch.Tensor, layer_id: int, rows: torch.Tensor) -> None:
         assert self._counts is not None and self._lengths is not None
-        kernels.select(scores, self._lengths, rows, self._counts, self.table.positions[layer_id])
+        positions = self.table.positions[layer_id]
+        kernels.select(scores, self._lengths, rows, self._counts, positions, self.config.lookahead)
 
     def forward_decode(
         self,

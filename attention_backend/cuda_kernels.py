@@ -267,9 +267,12 @@ class CudaPillarKernels:
         req_pool_indices: torch.Tensor,
         counts: torch.Tensor,
         positions: torch.Tensor,
+        lookahead: int = 0,
     ) -> None:
         """See :meth:`interface.PillarKernels.select`; ties go to the lowest positions."""
-        triton_select.select(scores, lengths, req_pool_indices, counts, positions, self.select_config, self.pdl)
+        triton_select.select(
+            scores, lengths, req_pool_indices, counts, positions, self.select_config, self.pdl, lookahead
+        )
 
     def _check_window(self, window: int) -> None:
         if window > self.window:

@@ -11,6 +11,11 @@ from typing import Protocol
 
 import torch
 
+#: What a position's score is worth to each of the ``lookahead`` positions after it, see ``PillarKernels.select``.
+LOOKAHEAD_WEIGHT = 0.25
+#: Positions that selection can look ahead.
+LOOKAHEADS = (0, 1, 2, 4, 8)
+
 
 def score_row(max_context: int) -> int:
     """Entries of a row of scores for ``max_context`` positions: rows begin at multiples of 128 bytes, for vector loads."""
@@ -111,12 +116,18 @@ class PillarKernels(Protocol):
         req_pool_indices: torch.Tensor,
         counts: torch.Tensor,
         positions: torch.Tensor,
+        lookahead: int = 0,
     ) -> None:
         """Write the ``counts[b]`` best-scored positions of [0, lengths[b]), ascending.
 
+        With ``lookahead`` positions are ranked by max(score[p], LOOKAHEAD_WEIGHT * max(score[p - lookahead .. p - 1])):
+        text that copies from its context attends one position further with every token, so drafts want what follows
+        the tokens that the last verification attended to.
+
         Args:
-            scores: [B, Hkv, >= max length].
+            scores: [B, Hkv, >= max length]; with ``lookahead`` not negative, and lost: it may be worked on in place.
             lengths, counts: int [B].
             positions: int32 [rows, Hkv, capacity], rows ``req_pool_indices`` are written.
+            lookahead: one of LOOKAHEADS.
         """
         ...

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT
+
 
 def _probabilities(
     q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None
@@ -34,6 +36,19 @@ def _weighted_values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tens
     """[Hkv, g, rows, tokens] x [tokens, Hkv, D] -> [rows, Hq, D]."""
     out = torch.einsum("hgrt,thd->rhgd", probabilities, v.float())
     return out.reshape(out.shape[0], -1, v.shape[-1])
+
+
+def look_ahead(scores: torch.Tensor, lookahead: int, weight: float = LOOKAHEAD_WEIGHT) -> torch.Tensor:
+    """Scores by which selection with look-ahead ranks: max(score[p], weight * max(score[p - lookahead .. p - 1])).
+
+    Args:
+        scores: [..., length], not negative.
+        lookahead: positions, at least 0.
+        weight: 0 to 1.
+    """
+    # With a weight of at most 1 the position itself may be in the window.
+    before = torch.nn.functional.pad(scores, (lookahead, 0)).unfold(-1, lookahead + 1, 1)
+    return torch.maximum(scores, (before.amax(dim=-1).float() * weight).to(scores.dtype))
 
 
 class TorchPillarKernels:
@@ -156,6 +171,7 @@ class TorchPillarKernels:
         req_pool_indices: torch.Tensor,
         counts: torch.Tensor,
         positions: torch.Tensor,
+        lookahead: int = 0,
     ) -> None:
         """See :meth:`interface.PillarKernels.select`."""
         for b, (row, length, count) in enumerate(
@@ -163,5 +179,8 @@ class TorchPillarKernels:
         ):
             if count == 0:
                 continue
-            best = scores[b, :, :length].topk(count, dim=-1, sorted=False).indices
+            ranked = scores[b, :, :length]
+            if lookahead:
+                ranked = look_ahead(ranked, lookahead)
+            best = ranked.topk(count, dim=-1, sorted=False).indices
             positions[row, :, :count] = best.sort(dim=-1).values.to(positions.dtype)

@@ -8,6 +8,9 @@ their positions to a buffer.
 
 Positions come out ascending without a sort: a prefix sum gives every chosen position its place.  Ties at the threshold
 go to the lowest positions.  All lengths and counts are read on the device (CUDA-graph capturable).
+
+With look-ahead (see ``PillarKernels.select``) the scores of a row that fits the registers are raised there; a longer one
+is rewritten in place before, from its end to its start, since what a score becomes depends on those before it.
 """
 
 from __future__ import annotations
@@ -19,14 +22,18 @@ import torch
 import triton
 import triton.language as tl
 
+from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT
 from sglang_sparsespec.attention_backend.triton_common import let_next_start, pdl_options, wait_for_previous
 
+FLOATS = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Keys of a long row that suggest its first threshold.  Some 80 of them should reach it, so that it is 10% off.
 SAMPLE = 1024
 # The largest block that fits a multiprocessor's registers well.
 MAX_BLOCK = 16384
 # Adjacent scores of a thread.
 COLUMNS = tl.constexpr(8)
+# As the kernel reads it.
+WEIGHT = tl.constexpr(LOOKAHEAD_WEIGHT)
 # A word flags COLUMNS positions in its low bits and has their number above.
 COUNT = tl.constexpr(1 << 8)
 
@@ -59,6 +66,57 @@ def _load_block(src, start, length, BLOCK: tl.constexpr, VEC: tl.constexpr):
         bits = tl.load(src + offs, mask=offs < (length + VEC - 1) // VEC * VEC, other=-1)
         bits = tl.where(offs < length, bits, -1)
     return _sortable(bits)
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b)
+
+
+@triton.jit
+def _bits(keys, FLOAT: tl.constexpr):
+    """The bits, as an integer of the width of FLOAT, of the floats whose :func:`_sortable` keys these are."""
+    integer: tl.constexpr = tl.int32 if FLOAT.primitive_bitwidth == 32 else tl.int16
+    return _sortable(keys.to(integer)).to(integer)
+
+
+@triton.jit
+def _load_ahead(src, start, length, BLOCK: tl.constexpr, VEC: tl.constexpr, LOOKAHEAD: tl.constexpr, FLOAT: tl.constexpr):
+    """As :func:`_load_block`, of the scores with look-ahead: not negative ones of type FLOAT.
+
+    A position's window is the end of the group of LOOKAHEAD positions before its own, and the start of its own up to
+    itself, which changes nothing at a weight of at most 1.
+    """
+    offs = start + tl.arange(0, BLOCK // LOOKAHEAD)[:, None] * LOOKAHEAD + tl.arange(0, LOOKAHEAD)[None, :]
+    # See _load_block for where the masks end. All of the group before is loaded, even where its own is cut short.
+    end = (length + VEC - 1) // VEC * VEC
+    own = _sortable(tl.load(src + offs, mask=offs < end, other=-1))
+    earlier = offs - LOOKAHEAD
+    before = _sortable(tl.load(src + earlier, mask=(earlier >= 0) & (earlier < end), other=-1))
+    best = tl.associative_scan(own, 1, _larger)
+    # Not a scan: one from the end would shuffle each value through the warp.
+    column = tl.arange(0, LOOKAHEAD)[None, :]
+    for c in tl.static_range(LOOKAHEAD):
+        value = tl.max(tl.where(column == c, before, -0x80000000), 1)[:, None]
+        best = tl.where(column <= c, tl.maximum(best, value), best)
+    weighted = (_bits(best, FLOAT).to(FLOAT, bitcast=True).to(tl.float32) * WEIGHT).to(FLOAT)
+    raised = _sortable(weighted.to(_bits(best, FLOAT).dtype, bitcast=True))
+    keys = tl.where(offs < length, tl.maximum(own, raised), _sortable(tl.full([], -1, _bits(best, FLOAT).dtype)))
+    return tl.reshape(keys, [BLOCK // COLUMNS, COLUMNS])
+
+
+@triton.jit
+def _look_ahead(src, length, BLOCK: tl.constexpr, VEC: tl.constexpr, LOOKAHEAD: tl.constexpr, FLOAT: tl.constexpr):
+    """Replace the scores of a row by those with look-ahead. From its end: a block reads the end of the one before."""
+    blocks = tl.cdiv(length, BLOCK)
+    for done in range(0, blocks):
+        start = (blocks - 1 - done) * BLOCK
+        keys = _load_ahead(src, start, length, BLOCK, VEC, LOOKAHEAD, FLOAT)
+        # Every thread has read before any writes.
+        tl.debug_barrier()
+        offs = start + _block_offsets(BLOCK)
+        tl.store(src + offs, _bits(keys, FLOAT), mask=offs < (length + VEC - 1) // VEC * VEC)
+    tl.debug_barrier()
 
 
 @triton.jit
@@ -236,6 +294,8 @@ def _select_kernel(
     SAMPLE: tl.constexpr,
     VEC: tl.constexpr,
     PDL: tl.constexpr,
+    LOOKAHEAD: tl.constexpr,
+    FLOAT: tl.constexpr,
 ):
     let_next_start(PDL)
     h = tl.program_id(0)
@@ -262,6 +322,8 @@ def _select_kernel(
     hi = -lowest
     hi_count = zero
     if length > BLOCK:
+        if LOOKAHEAD > 0:
+            _look_ahead(src, length, BLOCK, VEC, LOOKAHEAD, FLOAT)
         lo, lo_count, hi, hi_count = _find_candidates(src, dst, candidates, length, n, lowest, BLOCK, SAMPLE, VEC)
     if lo_count <= BLOCK:
         offs = _block_offsets(BLOCK)
@@ -272,7 +334,10 @@ def _select_kernel(
             positions = tl.load(candidates + offs, mask=valid, other=0)
             keys = _sortable(tl.load(src + positions, mask=valid, other=-1))
         else:
-            keys = _load_block(src, 0, length, BLOCK, VEC)
+            if LOOKAHEAD > 0:
+                keys = _load_ahead(src, 0, length, BLOCK, VEC, LOOKAHEAD, FLOAT)
+            else:
+                keys = _load_block(src, 0, length, BLOCK, VEC)
             lo, hi = _key_range(keys, valid, lowest.dtype)
         t1, t2 = _thirds(lo, hi)
         lo, lo_count, hi, hi_count = _search(keys, src, length, n, n, t1, t2, lo, lo_count, hi, hi_count, False, BLOCK, VEC)
@@ -309,12 +374,13 @@ def select(
     positions: torch.Tensor,
     cfg: SelectConfig,
     pdl: bool = False,
+    lookahead: int = 0,
 ) -> None:
     """Write the ``n_sel[b]`` highest-scored positions of [0, lens[b]) ascending; see ``PillarKernels.select``.
 
     scores: [B, Hkv, max_len] fp32/bf16/fp16, unit stride along positions (fast if the other strides and max_len are
     multiples of 16 bytes, as vectors are loaded then); lens, n_sel: [B] ints; positions: int32 [rows, Hkv, cap]; pdl:
-    start while the kernel before still runs.
+    start while the kernel before still runs; lookahead: one of LOOKAHEADS; any but 0 may overwrite the scores.
     """
     batch = lens.shape[0]
     if batch == 0:
@@ -348,6 +414,8 @@ def select(
         SAMPLE=min(SAMPLE, block),
         VEC=vec,
         PDL=pdl,
+        LOOKAHEAD=lookahead,
+        FLOAT=FLOATS[scores.dtype],
         num_warps=num_warps,
         maxnreg=min(cfg.max_regs, 65536 // (32 * num_warps)),
         **pdl_options(pdl),

@@ -571,11 +571,13 @@ def selection_errors(p: Problem, scores: torch.Tensor, positions: torch.Tensor) 
     return {"out": wrong}
 
 
-def pillar_select(config: Callable[[], Any] | None = None) -> Callable[[Problem], Prepared]:
+def pillar_select(config: Callable[[], Any] | None = None, lookahead: int = 0) -> Callable[[Problem], Prepared]:
     """The plugin's selection from the scores that its verification wrote; the scores are in the L2 cache if they fit."""
 
     def make(p: Problem) -> Prepared:
         import torch
+
+        from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
 
         verify = p.cached("scored", lambda: pillar_verify(True)(p))
         verify.calls[0]()
@@ -583,12 +585,21 @@ def pillar_select(config: Callable[[], Any] | None = None) -> Callable[[Problem]
         assert scores is not None
         kernels = p.make_kernels(**({"select_config": config()} if config else {}))
         positions = torch.full_like(p.positions[0], 1 << 30)
+        # With look-ahead the kernel may work on the scores in place, which others use too.
+        own = scores.clone() if lookahead else scores
 
         def run() -> None:
-            kernels.select(scores, p.lens, p.requests[0], p.counts, positions)
+            kernels.select(own, p.lens, p.requests[0], p.counts, positions, lookahead)
+
+        def check() -> dict[str, float]:
+            if not lookahead:
+                return selection_errors(p, scores, positions)
+            own.copy_(scores)
+            run()
+            return selection_errors(p, look_ahead(scores, lookahead), positions)
 
         bytes_each = sum(p.lengths) * p.unit.shape.num_kv_heads * scores.element_size()
-        return Prepared([run], lambda: selection_errors(p, scores, positions), bytes_each)
+        return Prepared([run], check, bytes_each)
 
     return make
 
@@ -639,6 +650,7 @@ def default_providers() -> list[Provider]:
         Provider("verify", "pillar, no scores", pillar_verify(False), gpu=False),
         Provider("verify", "pillar, exact scores", pillar_verify(True, exact=True), gpu=False),
         Provider("select", "pillar", pillar_select(), gpu=False),
+        Provider("select", "pillar, look-ahead 8", pillar_select(lookahead=8), gpu=False),
         Provider("select", "torch", torch_select, gpu=False),
         Provider("verify+select", "pillar", verify_and_select, gpu=False),
         Provider("decode", "flashinfer, tensor cores", flashinfer_decode(True), needs=("fa2",)),

@@ -88,6 +88,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
         sparsespec_draft_policy=policy,
         sparsespec_budget_ratio=ratio,
         sparsespec_min_budget=args.min_budget,
+        sparsespec_lookahead=args.lookahead,
         max_running_requests=args.prompts,
         disable_radix_cache=True,
         random_seed=0,
@@ -113,6 +114,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
             "temperature": args.temperature,
             "k": k,
             "budget": max(args.min_budget, -(-context * ratio // 1)),
+            "lookahead": args.lookahead,
             **summarise(rows),
             "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
             "draft_length_so_far": round(state["sparsespec_draft_length"], 3),
@@ -140,6 +142,7 @@ def main() -> int:
     parser.add_argument("--k", type=int, help="tokens drafted per round (default: the policy's own)")
     parser.add_argument("--budget-ratio", type=float, help="default: the policy's own")
     parser.add_argument("--min-budget", type=int, default=128)
+    parser.add_argument("--lookahead", type=int, default=0, help="of policies that select by scores")
     parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--results", help="JSON-lines file to append to")
     args = parser.parse_args()

@@ -18,6 +18,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.interface import LOOKAHEAD_WEIGHT, LOOKAHEADS
 from sglang_sparsespec.attention_backend.policy import POLICIES, Pillar
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV, install_cpu_bridge
 
@@ -61,6 +62,7 @@ class SparseSpecConfig:
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
         speculate: which rounds speculate: ``always`` all of them, ``auto`` where that is faster than plain decoding,
             ``never`` none but those that need a verification (see ``round_choice``).
+        lookahead: positions after each token that selection by scores takes as wanted next (``PillarKernels.select``).
         prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
             ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
     """
@@ -75,6 +77,7 @@ class SparseSpecConfig:
     host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
     speculate: str = ALWAYS
+    lookahead: int = 0
     prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
@@ -102,6 +105,11 @@ class SparseSpecConfig:
         if not self.draft_cost > 0:
             raise ValueError(
                 f"--sparsespec-draft-cost must be above 0, got {self.draft_cost}; 0.15 is the default."
+            )
+        if self.lookahead not in LOOKAHEADS:
+            raise ValueError(
+                f"--sparsespec-lookahead must be one of {', '.join(map(str, LOOKAHEADS))}, got {self.lookahead}; "
+                "0 is the default."
             )
         if self.kernels not in KERNELS:
             raise ValueError(
@@ -194,6 +202,14 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         default=SparseSpecConfig.draft_cost,
         help="Time of a draft step relative to a verification; the draft policy 'adaptive' drafts fewer "
         "tokens where it is high. Default: %(default)s.",
+    )
+    group.add_argument(
+        "--sparsespec-lookahead",
+        type=int,
+        choices=LOOKAHEADS,
+        default=SparseSpecConfig.lookahead,
+        help="Experimental. Policies that select by scores take so many positions after a token for "
+        f"{LOOKAHEAD_WEIGHT:g} times as good as it; 0: as good as their own scores. Default: %(default)s.",
     )
     group.add_argument(
         "--sparsespec-base-attention-backend",

@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, Any] = {
     "kernels": "torch",
     "schedule": "unified",
     "draft_cost": 0.5,
+    "lookahead": 4,
     "host_kv_gb": 0.5,
     "speculate": "auto",
 }
@@ -423,6 +424,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "draft cost 0": ({"sparsespec_draft_cost": 0.0}, "--sparsespec-draft-cost", "0.15 is the default"),
     "num sinks": ({"sparsespec_num_sinks": -1}, "--sparsespec-num-sinks", "must not be negative"),
+    "lookahead": ({"sparsespec_lookahead": 3}, "--sparsespec-lookahead", "one of 0, 1, 2, 4, 8"),
     "kernels": ({"sparsespec_kernels": "x"}, "--sparsespec-kernels", "auto, torch, cuda"),
     "speculate": ({"sparsespec_speculate": "x"}, "--sparsespec-speculate", "always, auto, never"),
     "plain rounds under a policy for study": (

@@ -14,6 +14,7 @@ from small_backend import HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, NUM_Q_HEADS, WINDO
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.page_table import num_selected
 from sglang_sparsespec.attention_backend.policy import POLICIES, DraftPolicy, Vegas
+from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
 from sglang_sparsespec.config import SparseSpecConfig
 from sglang_sparsespec.draft_length import AcceptanceHistory, AcceptRule, accept_drafted, fill_window
 
@@ -75,6 +76,27 @@ def test_steps_of_a_plain_round_attend_to_what_verification_does(policy: str) ->
     torch.testing.assert_close(torch.stack(steps, dim=1), verified, rtol=1e-5, atol=1e-6)
     # The verification has selected for the rounds that follow.
     assert len(attended(server, 1, 71)) < 20
+
+
+# ---------------------------------------------------------------------- look-ahead
+
+
+@pytest.mark.parametrize("kind", ["prefill", "verification", "mixed forward"])
+def test_every_selection_by_scores_looks_ahead(kind: str) -> None:
+    row, length, last = 1, 70, NUM_LAYERS - 1
+    server = SmallServer(min_budget=BUDGET, lookahead=4, schedule="unified")
+    server.pool.k.mul_(8)  # peaked attention
+    server.prefill([row], [length + WINDOW], [length + WINDOW])
+    if kind == "verification":
+        server.verify([row], [length])
+    elif kind == "mixed forward":
+        server.mixed([], [(row, length)])
+    # The last layer's scores are still there; mixed forwards keep those of odd layers in the second half.
+    scores = server.backend.scores[len(server.backend.scores) // 2 if kind == "mixed forward" else 0]
+    own = scores[:, :length]
+    best, unraised = (ranked.topk(BUDGET - WINDOW).indices.sort().values.tolist() for ranked in (look_ahead(own, 4), own))
+    assert [server.selected(row, last, head) for head in range(NUM_KV_HEADS)] == best
+    assert best != unraised
 
 
 # -------------------------------------------------------------------------- oracle

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sglang_sparsespec.attention_backend.page_table import SelectionTable, num_selected
-from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels, look_ahead
 
 KERNELS = TorchPillarKernels()
 WINDOW = 3
@@ -204,6 +204,29 @@ def test_selection_leaves_other_rows_alone(problem: Problem) -> None:
     table, _ = random_selection(problem, 0.1, 8)
     others = [row for row in range(6) if row not in ROWS]
     assert (table.positions[0, others] == 0).all()
+
+
+@pytest.mark.parametrize("lookahead", [1, 4, 8])
+def test_look_ahead_raises_the_positions_after_a_high_score(lookahead: int) -> None:
+    scores = torch.rand(2, CONTEXT, generator=torch.Generator().manual_seed(0))
+    raised = look_ahead(scores, lookahead, weight=0.75)
+    for head in range(2):
+        line = scores[head].tolist()
+        for p in range(CONTEXT):
+            before = line[max(p - lookahead, 0) : p]
+            assert raised[head, p].item() == pytest.approx(max([line[p], *(0.75 * x for x in before)]))
+
+
+def test_selection_with_look_ahead_takes_what_follows_the_best(problem: Problem) -> None:
+    length = LENGTHS[3]
+    scores = torch.zeros(1, NUM_KV_HEADS, CONTEXT)
+    scores[0, 0, [3, 20]] = torch.tensor([0.5, 0.3])
+    scores[0, 1, [10, length - 1]] = torch.tensor([0.5, 0.2])
+    scores[..., length:] = torch.inf  # left by another request
+    counts, row = torch.tensor([6]), torch.tensor([ROWS[3]])
+    table = SelectionTable(1, 6, NUM_KV_HEADS, 6, "cpu")
+    KERNELS.select(scores, torch.tensor([length]), row, counts, table.positions[0], lookahead=4)
+    assert table.positions[0, ROWS[3]].tolist() == [[3, 4, 5, 6, 7, 20], [10, 11, 12, 13, 14, length - 1]]
 
 
 # ------------------------------------------------------------------------------- drafts

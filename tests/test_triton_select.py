@@ -29,9 +29,16 @@ def sort_keys(scores: torch.Tensor) -> torch.Tensor:
 
 
 def check_selection(
-    scores: torch.Tensor, lens: list[int], counts: list[int], cap: int, block: int = BLOCK, index: torch.dtype = torch.int64
+    scores: torch.Tensor,
+    lens: list[int],
+    counts: list[int],
+    cap: int,
+    block: int = BLOCK,
+    index: torch.dtype = torch.int64,
+    lookahead: int = 0,
 ) -> None:
     """Select from ``scores`` [B, Hkv, max_len] and compare every entry of the table with a stable sort."""
+    from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
     from sglang_sparsespec.attention_backend.triton_select import SelectConfig, select
 
     batch, heads, _ = scores.shape
@@ -40,7 +47,10 @@ def check_selection(
     positions = torch.full_like(expected, 1 << 30, device=DEVICE)
     for b, (length, count) in enumerate(zip(lens, counts, strict=True)):
         n = min(count, length, cap)
-        best = sort_keys(scores[b, :, :length].contiguous()).sort(dim=-1, descending=True, stable=True).indices[:, :n]
+        ranked = scores[b, :, :length].contiguous()
+        if lookahead:
+            ranked = look_ahead(ranked, lookahead)
+        best = sort_keys(ranked).sort(dim=-1, descending=True, stable=True).indices[:, :n]
         expected[rows[b], :, :n] = best.sort(dim=-1).values.to(torch.int32)
     select(
         scores.to(DEVICE),
@@ -49,6 +59,7 @@ def check_selection(
         torch.tensor(counts, dtype=torch.int32, device=DEVICE),
         positions,
         SelectConfig(block=block),
+        lookahead=lookahead,
     )
     assert torch.equal(positions.cpu(), expected)
 
@@ -57,6 +68,8 @@ def make_scores(values: str, shape: tuple[int, ...], dtype: torch.dtype) -> torc
     gen = torch.Generator().manual_seed(0)
     if values == "prob":
         return torch.softmax(2 * torch.randn(shape, generator=gen), dim=-1).to(dtype)
+    if values == "peaks":
+        return torch.softmax(6 * torch.randn(shape, generator=gen), dim=-1).to(dtype)
     if values == "signed":
         return torch.randn(shape, generator=gen).to(dtype)
     if values == "negative":
@@ -124,6 +137,43 @@ def test_a_wrong_sample_costs_passes_only() -> None:
     scores[0, :, ::16] = 0
     scores[1, :, ::16] = 1
     check_selection(scores, [4096, 4096], [205, 205], cap=256)
+
+
+@kernels_run_here
+@pytest.mark.parametrize(
+    "lookahead,dtype",
+    [*((8, dtype) for dtype in DTYPES), (1, torch.float16), (2, torch.float16), (4, torch.float32)],
+    ids=str,
+)
+def test_selection_with_look_ahead_is_a_stable_sort_of_the_raised_scores(lookahead: int, dtype: torch.dtype) -> None:
+    # Rows of one and of several blocks, whose ends fall within, before and after a group of positions.
+    lens = [1, 5, 8, 30, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK + 9]
+    counts = [1, 2, 3, 13, 40, 40, 40, 60]
+    scores = make_scores("peaks", (len(lens), 2, 2 * BLOCK + 16), dtype)
+    for b, length in enumerate(lens):
+        # The last position is raised by the one furthest before it; behind it is what other requests and layers left.
+        scores[b, :, max(length - 1 - lookahead, 0)] = 1
+        scores[b, :, length:] = torch.inf
+    check_selection(scores, lens, counts, cap=64, lookahead=lookahead)
+
+
+# The interpreter scans one value after another, so what it gets is small.
+@kernels_run_here
+@pytest.mark.parametrize("values", ["peaks", "prob", "equal"])
+@pytest.mark.parametrize("block", [2048, 8192] if DEVICE == "cuda" else [BLOCK])
+@pytest.mark.parametrize("context", [8192, 40960, 131072] if DEVICE == "cuda" else [1024])
+def test_look_ahead_over_long_contexts(context: int, block: int, values: str) -> None:
+    lens = [context, context - 1, min(block + 1, context), block, block - 1]
+    counts = [-(-length // 20) for length in lens]
+    scores = make_scores(values, (len(lens), 2, context), torch.float16)
+    for lookahead in (4, 8):
+        check_selection(scores, lens, counts, cap=-(-context // 20), block=block, lookahead=lookahead)
+
+
+@kernels_run_here
+def test_look_ahead_needs_no_alignment() -> None:
+    scores = make_scores("peaks", (3, 1, 2 * BLOCK + 12), torch.float16)[:, :, 1 : 2 * BLOCK + 4]
+    check_selection(scores, [2 * BLOCK + 3, BLOCK + 2, 255], [50, 40, 12], cap=64, index=torch.int32, lookahead=8)
 
 
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")

@@ -100,6 +100,8 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         kernels.select(scores.to(dtype), rows, rows, counts[1:], positions)
         text, shared = found.pop("_select_kernel")
         found[f"_select_kernel {dtype}"] = (text, shared)
+    kernels.select(scores, rows, rows, counts[1:], positions, lookahead=8)
+    found["_select_kernel lookahead"] = found.pop("_select_kernel")
     compile_sampling(found)
     return found
 
@@ -187,6 +189,17 @@ def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: d
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_selection_compiles_for_keys_of_either_width(dtype: str, compiled: dict[str, tuple[str, int]]) -> None:
     assert f"_select_kernel torch.{dtype}" in compiled
+
+
+def test_selection_with_look_ahead_moves_16_bytes_at_a_time(compiled: dict[str, tuple[str, int]]) -> None:
+    text = compiled["_select_kernel lookahead"][0]
+    groups = re.findall(r"tt\.(load|store) .*tensor<1024x8x!tt\.ptr<i16>, (#\w+)>", text)
+    # Two of a row that fits the registers, two and the store of a longer one, those of the passes over it, and the gather.
+    assert sum(kind == "load" for kind, _ in groups) >= 6 and [kind for kind, _ in groups].count("store") == 1
+    layouts = [layout for _, layout in groups]
+    wide = [layout for layout in layouts if re.search(rf"^{layout} = #ttg.blocked<\{{sizePerThread = \[1, 8\]", text, re.M)]
+    # Candidates lie anywhere.
+    assert len(wide) >= len(layouts) - 1
 
 
 @pytest.mark.parametrize(
