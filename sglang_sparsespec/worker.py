@@ -225,7 +225,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.attn_backend.attend_to_all(batch.req_pool_indices)
         positions, slots = self._begin_window(batch)
         steps = self.num_steps
-        drafted, used_graph = self._run_draft_steps(batch, batch.spec_info.bonus_tokens, positions, slots, steps)
+        drafted, used_graph = self._run_draft_steps(batch, positions, slots, steps)
         new_seq_lens = batch.seq_lens + steps
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -264,10 +264,9 @@ class SparseSpecWorker(BaseSpecWorker):
     def _round(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
-        draft_input: SparseSpecDraftInput = batch.spec_info
         seq_lens = batch.seq_lens
         positions, slots = self._begin_window(batch)
-        drafted, rule = self._draft(batch, draft_input.bonus_tokens, positions, slots)
+        drafted, rule = self._draft(batch, positions, slots)
         candidates = fill_window(drafted, self.window)
         record_stream_each((candidates,), torch.get_device_module(self.device).current_stream())
 
@@ -337,56 +336,46 @@ class SparseSpecWorker(BaseSpecWorker):
         return positions, slots
 
     def _draft(
-        self,
-        batch: ScheduleBatch,
-        bonus_tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
+        self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor
     ) -> tuple[torch.Tensor, AcceptRule]:
         """Draft n tokens per request with sparse attention; n is k, or less where the policy says so.
 
         Args:
-            bonus_tokens: int64 [batch]. positions, slots: int64 [batch, W].
+            positions, slots: int64 [batch, W].
 
         Returns:
             candidates int64 [batch, n + 1], and how they are accepted.
         """
         if self.ngram_drafter is not None:
             self.attn_backend.set_draft_length(0)  # the drafter counts its queries itself
-            drafted, num_drafted = self.ngram_drafter.draft(batch, bonus_tokens)
+            drafted, num_drafted = self.ngram_drafter.draft(batch, batch.spec_info.bonus_tokens)
             return drafted, partial(self._sampler.accept, num_drafted=num_drafted)
         steps = self.attn_backend.policy.next_draft_length()
         self.attn_backend.set_draft_length(steps)
-        drafted, _ = self._run_draft_steps(batch, bonus_tokens, positions, slots, steps)
+        drafted, _ = self._run_draft_steps(batch, positions, slots, steps)
         self.attn_backend.fill_lse_hint(len(batch.seq_lens), steps)
         return drafted, self._sampler.accept
 
     def _run_draft_steps(
-        self,
-        batch: ScheduleBatch,
-        bonus_tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        steps: int,
+        self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor, steps: int
     ) -> tuple[torch.Tensor, bool]:
-        """``steps`` draft steps; returns candidates int64 [batch, steps + 1], and whether graphs were replayed."""
+        """``steps`` draft steps from the last committed tokens, at the first of the given places (int64 [batch, W]).
+
+        Returns:
+            candidates int64 [batch, steps + 1], and whether graphs were replayed.
+        """
         self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)
         if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            return self._draft_by_graph(self.draft_graphs, batch, bonus_tokens, positions, steps), True
-        return self._draft_eagerly(batch, bonus_tokens, positions, slots, steps), False
+            return self._draft_by_graph(self.draft_graphs, batch, positions, steps), True
+        return self._draft_eagerly(batch, positions, slots, steps), False
 
     def _draft_eagerly(
-        self,
-        batch: ScheduleBatch,
-        bonus_tokens: torch.Tensor,
-        positions: torch.Tensor,
-        slots: torch.Tensor,
-        steps: int,
+        self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor, steps: int
     ) -> torch.Tensor:
         """:meth:`_run_draft_steps` without graphs."""
         is_all_greedy = self._sampler.rows.is_all_greedy
         backend = self.attn_backend
-        tokens = [bonus_tokens.long()]
+        tokens = [batch.spec_info.bonus_tokens.long()]
         forward_batch = draft_forward_batch(
             tokens[0],
             batch.req_pool_indices,
@@ -416,17 +405,12 @@ class SparseSpecWorker(BaseSpecWorker):
         return torch.stack(tokens, dim=1)
 
     def _draft_by_graph(
-        self,
-        graphs: DraftGraphs,
-        batch: ScheduleBatch,
-        bonus_tokens: torch.Tensor,
-        positions: torch.Tensor,
-        steps: int,
+        self, graphs: DraftGraphs, batch: ScheduleBatch, positions: torch.Tensor, steps: int
     ) -> torch.Tensor:
         """:meth:`_run_draft_steps` by replaying the captured step."""
         size = len(batch.seq_lens)
         is_all_greedy = self._sampler.rows.is_all_greedy
-        key = graphs.begin_round(bonus_tokens, batch.req_pool_indices, batch.seq_lens)
+        key = graphs.begin_round(batch.spec_info.bonus_tokens, batch.req_pool_indices, batch.seq_lens)
         for step in range(steps):
             self.forward_stats.count(size, 0)
             logits = graphs.replay(key)
