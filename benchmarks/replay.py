@@ -26,6 +26,7 @@ from _workloads import LEAST_DISTINCT, distinct_share, make_prompts
 
 from sglang_sparsespec.attention_backend.page_table import num_selected
 from sglang_sparsespec.attention_backend.torch_kernels import look_ahead
+from sglang_sparsespec.config import SparseSpecConfig
 
 #: Drafts accepted before, look-ahead and its weight.
 Key = tuple[int, int, float]
@@ -214,7 +215,7 @@ def main() -> int:
                     "model": Path(args.model_path).name,
                     "temperature": args.temperature,
                     "context": context,
-                    "budget": max(args.min_budget, -(-context * args.budget_ratio // 1)),
+                    "budget": SparseSpecConfig(budget_ratio=args.budget_ratio, min_budget=args.min_budget).budget(context),
                     "texts": len(found),
                     "repeating": repeats,
                     **dict(zip(("accepted_before", "lookahead", "weight"), key, strict=True)),

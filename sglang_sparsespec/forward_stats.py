@@ -10,12 +10,11 @@ from __future__ import annotations
 import json
 import math
 import os
-import time
 from collections import deque
 from pathlib import Path
 from typing import Any
 
-import torch
+from sglang_sparsespec.device_clock import DeviceClock
 
 TRACE_ENV = "SPARSESPEC_FORWARD_TRACE"
 
@@ -69,13 +68,13 @@ class ForwardTrace:
 
     Args:
         path: JSON-lines file, begun anew.
-        device: "cuda" for CUDA events, else the host's clock is the device's.
+        device: see ``DeviceClock``.
     """
 
     def __init__(self, path: Path, device: str) -> None:
         path.write_text("")
         self._path = path
-        self._cuda = device == "cuda"
+        self._clock = DeviceClock(device)
         self._marks: deque[tuple[Any, dict[str, int] | None]] = deque()
         self._clock_ms = 0.0
 
@@ -87,21 +86,15 @@ class ForwardTrace:
 
     def mark(self, record: dict[str, int] | None) -> None:
         """A forward begins (its record), or nothing that counts does (None)."""
-        if self._cuda:
-            moment: Any = torch.cuda.Event(enable_timing=True)
-            moment.record()
-        else:
-            moment = time.perf_counter()
-        self._marks.append((moment, record))
+        self._marks.append((self._clock.now(), record))
         if record is None:
             self._write()
 
     def _write(self) -> None:
         lines = []
-        while len(self._marks) > 1 and (not self._cuda or self._marks[1][0].query()):
+        while len(self._marks) > 1 and self._clock.is_over(self._marks[1][0]):
             begin, record = self._marks.popleft()
-            end = self._marks[0][0]
-            elapsed = begin.elapsed_time(end) if self._cuda else 1000 * (end - begin)
+            elapsed = 1000 * self._clock.seconds(begin, self._marks[0][0])
             if record is not None:
                 lines.append(json.dumps({"at_ms": round(self._clock_ms, 4), "ms": round(elapsed, 4), **record}))
             self._clock_ms += elapsed

@@ -7,15 +7,14 @@ measured as the server runs: both kinds of round give the target's output, which
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.distributed import get_tp_group
 
 from sglang_sparsespec.config import ALWAYS, NEVER
+from sglang_sparsespec.device_clock import DeviceClock
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -123,24 +122,12 @@ class RoundChoice:
         return self._plain_tokens if plain else self._accept_length
 
 
-class RoundTimer:
-    """Times rounds on the device's clock without waiting for them.
-
-    Args:
-        device: "cuda" for CUDA events; else the host's clock is the device's.
-    """
+class RoundTimer(DeviceClock):
+    """Times rounds without waiting for them."""
 
     def __init__(self, device: str) -> None:
-        self._cuda = device == "cuda"
+        super().__init__(device)
         self._rounds: deque[tuple[Any, Any, Any]] = deque()
-
-    def now(self) -> Any:
-        """The place in the device's work that has been launched so far."""
-        if not self._cuda:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
 
     def add(self, begin: Any, end: Any, label: Any) -> None:
         """A round was launched between two :meth:`now`."""
@@ -149,9 +136,9 @@ class RoundTimer:
     def finished(self) -> list[tuple[float, Any]]:
         """Seconds and labels of the rounds that the device has finished since the last call."""
         done = []
-        while self._rounds and (not self._cuda or self._rounds[0][1].query()):
+        while self._rounds and self.is_over(self._rounds[0][1]):
             begin, end, label = self._rounds.popleft()
-            done.append((begin.elapsed_time(end) / 1000 if self._cuda else end - begin, label))
+            done.append((self.seconds(begin, end), label))
         return done
 
 
@@ -161,7 +148,7 @@ class Speculation:
     Args:
         when: ``--sparsespec-speculate``.
         plain_tokens: tokens that a plain round yields per request.
-        device: see :class:`RoundTimer`.
+        device: see ``DeviceClock``.
 
     Attributes:
         plain_rounds: rounds that decoded plainly.

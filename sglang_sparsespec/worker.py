@@ -213,6 +213,11 @@ class SparseSpecWorker(BaseSpecWorker):
 
     # ----------------------------------------------------------------------- round
 
+    @property
+    def _stream(self) -> Any:
+        """The stream that rounds are launched on."""
+        return torch.get_device_module(self.device).current_stream()
+
     def _plain_round(
         self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
@@ -244,7 +249,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self, unified: UnifiedRounds, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
         """Each request drafts in k of W forwards and verifies in one, not all in the same."""
-        record_stream_for_v2_verify(batch, None, torch.get_device_module(self.device).current_stream())
+        record_stream_for_v2_verify(batch, None, self._stream)
         done = unified.run(batch, batch.spec_info.bonus_tokens)
         if on_publish is not None:
             on_publish(done.new_seq_lens)
@@ -268,7 +273,7 @@ class SparseSpecWorker(BaseSpecWorker):
         positions, slots = self._begin_window(batch)
         drafted, rule = self._draft(batch, positions, slots)
         candidates = fill_window(drafted, self.window)
-        record_stream_each((candidates,), torch.get_device_module(self.device).current_stream())
+        record_stream_each((candidates,), self._stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
         logits_output, can_run_graph = self._verify(batch, candidates, positions, slots)
@@ -326,13 +331,12 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _begin_window(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor]:
         """Positions and KV slots of the next W tokens: int64 [batch, W] each."""
-        stream = torch.get_device_module(self.device).current_stream()
-        record_stream_for_v2_verify(batch, None, stream)
+        record_stream_for_v2_verify(batch, None, self._stream)
         positions = batch.seq_lens.unsqueeze(1) + self._window_offsets
         # Slots of the window: allocated by eagle_prepare_for_decode (reserve of 2W per
         # request), in position order.
         slots = self.req_to_token_pool.req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
-        record_stream_each((positions, slots), stream)
+        record_stream_each((positions, slots), self._stream)
         return positions, slots
 
     def _draft(

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from engine_process import EngineProcess, install_plugin
 from test_sampling_distribution import BOUND, KINDS, LENGTH, NUM_STEPS, engine_args, p_value, prompt_of
-from tiny_model import Sampling, sequence_probabilities, write_tiny_llama
-from transformers import LlamaForCausalLM
+from tiny_model import Sampling, greedy_continuation, sequence_probabilities, write_tiny_llama
 
 from sglang_sparsespec.attention_backend.policy import POLICIES
 
@@ -99,16 +97,8 @@ def histogram(outputs: list[dict[str, Any]]) -> list[int]:
 @pytest.fixture(scope="module")
 def greedy(checkpoint: Path) -> dict[str, tuple[list[int], list[int]]]:
     """Each kind's prompt and the target's greedy continuation, by transformers."""
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    found = {}
-    for kind in KINDS:
-        prompt = prompt_of(kind)
-        tokens = list(prompt)
-        with torch.no_grad():
-            for _ in range(1 + ROUNDS * (NUM_STEPS + 1)):
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        found[kind] = (prompt, tokens[len(prompt) :])
-    return found
+    length = 1 + ROUNDS * (NUM_STEPS + 1)
+    return {kind: (prompt_of(kind), greedy_continuation(checkpoint, prompt_of(kind), length)) for kind in KINDS}
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, PLAIN])

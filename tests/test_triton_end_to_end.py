@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_process import EngineProcess
+from engine_process import EngineProcess, install_plugin
+from tiny_model import greedy_continuation
 from transformers import LlamaConfig, LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -88,28 +89,15 @@ def outputs(checkpoint: str, env: dict[str, str], schedule: str) -> list[list[in
 @pytest.fixture(scope="module")
 def expected(checkpoint: str) -> list[list[int]]:
     """The target's greedy continuations, by transformers."""
-    model = LlamaForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    found = []
-    for prompt in PROMPTS:
-        tokens = list(prompt)
-        with torch.no_grad():
-            for _ in range(NEW_TOKENS):
-                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
-        found.append(tokens[len(prompt) :])
-    return found
+    return [greedy_continuation(checkpoint, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
 @pytest.mark.parametrize("schedule", ["lockstep", "unified"])
 def test_triton_kernels_serve_the_targets_greedy_tokens(
     schedule: str, checkpoint: str, expected: list[list[int]], tmp_path: Path
 ) -> None:
-    (tmp_path / "triton_on_cpu.py").write_text(KERNELS_PLUGIN)
-    info = tmp_path / "triton_on_cpu-0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: triton-on-cpu\nVersion: 0\n")
-    # Plugins load in the order of their names: after the one it changes.
-    (info / "entry_points.txt").write_text("[sglang.srt.plugins]\nzz_triton_on_cpu = triton_on_cpu:register\n")
     used = tmp_path / "used"
-    env = {"TRITON_INTERPRET": "1", "PYTHONPATH": str(tmp_path), "TRITON_KERNELS_USED": str(used)}
+    plugin = install_plugin(tmp_path, "zz_triton_on_cpu", KERNELS_PLUGIN)
+    env = {"TRITON_INTERPRET": "1", "TRITON_KERNELS_USED": str(used), **plugin}
     assert outputs(checkpoint, env, schedule) == expected
     assert used.exists()

@@ -87,6 +87,16 @@ class Sampling:
 
 
 @torch.no_grad()
+def greedy_continuation(folder: str | Path, prompt: list[int], length: int) -> list[int]:
+    """The ``length`` tokens that the checkpoint continues ``prompt`` with at temperature 0, by transformers."""
+    model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokens = list(prompt)
+    for _ in range(length):
+        tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@torch.no_grad()
 def sequence_probabilities(
     folder: Path, prompt: list[int], length: int, sampling: Sampling
 ) -> dict[tuple[int, ...], float]:
