@@ -84,6 +84,7 @@ def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[in
         device=args.device,
         dtype=args.dtype,
         speculative_algorithm="SPARSESPEC",
+        sparsespec_speculate="always",
         speculative_num_steps=k,
         sparsespec_draft_policy=policy,
         sparsespec_budget_ratio=ratio,

@@ -96,6 +96,7 @@ def start_engine(args: argparse.Namespace, speculative: bool) -> Any:
     if speculative:
         settings.update(speculative_algorithm="SPARSESPEC", speculative_num_steps=args.k)
         settings["sparsespec_schedule"] = args.schedule
+        settings.setdefault("sparsespec_speculate", "always")  # what is compared is speculation
     elif args.device == "cpu":
         os.environ["SPARSESPEC_CPU_BRIDGE"] = "1"
         settings.update(disable_cuda_graph=True, attention_backend="torch_native")

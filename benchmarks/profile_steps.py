@@ -50,7 +50,10 @@ def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> di
     import sglang
 
     context, batch = args.case
-    engine = sglang.Engine(**engine_arguments(name, batch, args))
+    settings = engine_arguments(name, batch, args)
+    if name.startswith("sparsespec"):
+        settings.setdefault("sparsespec_speculate", "always")  # a step is a round that speculates
+    engine = sglang.Engine(**settings)
     try:
         prefill(engine, prompts, [args.temperature])
         with tempfile.TemporaryDirectory() as folder:

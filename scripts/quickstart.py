@@ -174,6 +174,8 @@ def server_command(
     """The command that starts the server; ``extra`` comes last, so it wins over the rest."""
     command = [os.fspath(python), "-m", "sglang.launch_server", "--model-path", model]
     command += ["--speculative-algorithm", "SPARSESPEC", "--device", device, "--dtype", dtype]
+    # So that there are drafts to show: by default the server would decode plainly where that is faster, as on a CPU.
+    command += ["--sparsespec-speculate", "always"]
     command += ["--host", HOST, "--port", str(port)]
     if k is not None:
         command += ["--speculative-num-steps", str(k)]

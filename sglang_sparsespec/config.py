@@ -60,8 +60,9 @@ class SparseSpecConfig:
             of the server together); 0 for none, ``auto`` for half of the free memory.
         draft_cost: time of a draft step relative to a verification, for ``adaptive``. The default is
             that of 128 requests of 8,192 tokens on an H100 (``benchmarks/results``, profile-c10904a).
-        speculate: which rounds speculate: ``always`` all of them, ``auto`` where that is faster than plain decoding,
-            ``never`` none but those that need a verification (see ``round_choice``).
+        speculate: which rounds speculate: ``auto`` those where that is faster than plain decoding, ``always`` all of
+            them (default of the policies that are for study), ``never`` none but those that need a verification (see
+            ``round_choice``).
         lookahead: positions after each token that selection by scores takes as wanted next (``PillarKernels.select``).
         prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
             ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
@@ -76,7 +77,7 @@ class SparseSpecConfig:
     schedule: str = "lockstep"
     host_kv_gb: float | str = 0.0
     draft_cost: float = 0.15
-    speculate: str = ALWAYS
+    speculate: str = AUTO
     lookahead: int = 0
     prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
@@ -137,7 +138,8 @@ class SparseSpecConfig:
 def make_config(**given: Any) -> SparseSpecConfig:
     """The settings that were given, and the policy's own defaults or the general ones for the others."""
     policy = POLICIES.get(given.get("draft_policy", Pillar.name), Pillar)  # check() refuses unknown ones
-    return SparseSpecConfig(**{"budget_ratio": policy.default_budget_ratio, **given})
+    speculate = ALWAYS if policy.warning else AUTO
+    return SparseSpecConfig(**{"budget_ratio": policy.default_budget_ratio, "speculate": speculate, **given})
 
 
 FLAG_NAMES = tuple(field.name for field in dataclasses.fields(SparseSpecConfig) if field.metadata.get("flag", True))
@@ -238,10 +240,10 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "--sparsespec-speculate",
         type=str,
         choices=SPECULATE,
-        default=SparseSpecConfig.speculate,
-        help="Which rounds speculate: 'always' all of them; 'auto' those where it is faster than plain decoding, by the "
-        "time that both take, which is measured as the server runs; 'never' none, for comparison (requests with a "
-        "grammar, logit bias or log-probabilities still do). Default: %(default)s.",
+        help="Which rounds speculate: 'auto' those where it is faster than plain decoding, by the time that both take, "
+        "which is measured as the server runs; 'always' all of them; 'never' none, for comparison (requests with a "
+        f"grammar, logit bias or log-probabilities still do). Default: {SparseSpecConfig.speculate}; always with draft "
+        "policies that are for study.",
     )
     group.add_argument(
         "--sparsespec-host-kv-gb",

@@ -34,6 +34,7 @@ ENGINE = {
     "dtype": "float32",
     "skip_tokenizer_init": True,
     "speculative_algorithm": "SPARSESPEC",
+    "sparsespec_speculate": "always",
     "sparsespec_min_budget": 32,
     "context_length": CONTEXT,
     "max_running_requests": 12,

@@ -103,6 +103,7 @@ def server(
     for name, value in COMMON.items():
         command += [f"--{name.replace('_', '-')}"] + ([] if value is True else [str(value)])
     command += ["--speculative-algorithm", "SPARSESPEC", "--sparsespec-min-budget", "32", "--enable-mixed-chunk"]
+    command += ["--sparsespec-speculate", "always"]
     command += ["--chunked-prefill-size", str(CHUNK), "--max-running-requests", "12", "--decode-log-interval", "1"]
     command += ["--enable-metrics", "--sleep-on-idle", *flags]
     with Server(command, port, log, {**server_environment(True), **environment}) as started:

@@ -129,6 +129,7 @@ def engine_args(checkpoint: Path, **more: Any) -> dict[str, Any]:
         "dtype": "float32",  # "auto" would make it half precision
         "skip_tokenizer_init": True,
         "speculative_algorithm": "SPARSESPEC",
+        "sparsespec_speculate": "always",
         "speculative_num_steps": NUM_STEPS,
         # One selected token and the tail: far less than the prompts.
         "sparsespec_min_budget": NUM_STEPS + 2,

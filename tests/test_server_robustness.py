@@ -44,6 +44,7 @@ def client(
     command += ["--grammar-backend", "llguidance"]  # SGLang's default pins host memory, which needs a GPU
     # Admit as if outputs were short, so that a full pool retracts requests.
     command += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", request.param]
+    command += ["--sparsespec-speculate", "always"]
     environment = server_environment(True)
     with Server(command, port, log, environment) as server:
         server.wait_until_ready(300)

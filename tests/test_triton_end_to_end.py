@@ -76,6 +76,7 @@ def outputs(checkpoint: str, env: dict[str, str], schedule: str) -> list[list[in
         "max_total_tokens": 1000,
         "max_running_requests": 3,
         "speculative_algorithm": "SPARSESPEC",
+        "sparsespec_speculate": "always",
         "speculative_num_steps": 3,
         "sparsespec_schedule": schedule,
         "sparsespec_min_budget": 16,

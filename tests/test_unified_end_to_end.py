@@ -61,6 +61,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     unified: dict[str, Any] = {
         **common,
         "speculative_algorithm": "SPARSESPEC",
+        "sparsespec_speculate": "always",
         "sparsespec_schedule": "unified",
         "sparsespec_min_budget": 12,
         "sparsespec_budget_ratio": 0.01,
