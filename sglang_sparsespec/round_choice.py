@@ -34,11 +34,17 @@ class Load:
 
     def ratio(self, other: Load) -> float:
         """How far two loads are apart: the product of the ratios, larger by smaller (1: the same)."""
-        ratio = 1.0
+        return 1 / (self.least_share_of(other) * other.least_share_of(self))
+
+    def least_share_of(self, other: Load) -> float:
+        """A round of this load takes at least this share of one of ``other``, at most 1.
+
+        It takes less at best in proportion to what is less of it, and no less where there is more.
+        """
+        share = 1.0
         for ours, theirs in ((self.requests, other.requests), (self.tokens, other.tokens)):
-            small, large = sorted((max(ours, 1), max(theirs, 1)))
-            ratio *= large / small
-        return ratio
+            share *= min(1.0, max(ours, 1) / max(theirs, 1))
+        return share
 
 
 @dataclass
@@ -54,9 +60,9 @@ class RoundChoice:
     """Chooses between rounds that speculate and plain ones.
 
     The kind that runs is timed all along. The other one is tried now and then: at first, after
-    :attr:`STALE` rounds, and when the load has changed by more than the advantage of the kind that runs. (A
-    round takes at most in proportion longer than its load, so until then the faster kind is still the
-    faster one.) A kind that is tried runs until its time is known, a few rounds.
+    :attr:`STALE` rounds, and when it could be the faster one by now, that is, if it took no longer than when it
+    was measured, or in proportion less where the load has shrunk since (:meth:`Load.least_share_of`). A kind that
+    is tried runs until its time is known, a few rounds.
 
     Args:
         plain_tokens: tokens that a plain round yields per request.
@@ -68,6 +74,9 @@ class RoundChoice:
     NEAR = 1.25
     #: Rounds after which the kind that does not run is tried again.
     STALE = 1000
+    #: Rounds before it is tried again, unless the load has changed: near the crossover growing contexts
+    #: would have it tried all the time.
+    RETRY = 64
     #: The other kind must be that much faster: it costs a round of the first sort to return.
     MARGIN = 1.03
 
@@ -78,12 +87,14 @@ class RoundChoice:
         self._round = 0
         #: The kind of the last round, and the round that its run began in.
         self._plain, self._since = False, 0
+        #: Whether the kind that runs has been found the faster one since.
+        self._settled = False
 
     def next_is_plain(self, load: Load) -> bool:
         """The kind of the next round, which has ``load``: whether it is a plain one."""
         self._round += 1
         if self._wants_other(load):
-            self._plain, self._since = not self._plain, self._round
+            self._plain, self._since, self._settled = not self._plain, self._round, False
         return self._plain
 
     @property
@@ -113,8 +124,13 @@ class RoundChoice:
             return False  # the kind that runs is not known yet
         if other is None or self._round - other.round > self.STALE:
             return True
-        advantage = self._tokens(self._plain) / current.seconds * other.seconds / self._tokens(not self._plain)
-        return advantage * self.MARGIN < 1 or load.ratio(other.load) > max(self.NEAR, advantage)
+        share = load.least_share_of(other.load)
+        changed = share * self.NEAR < 1
+        rate = self._tokens(self._plain) / current.seconds
+        best_of_other = self._tokens(not self._plain) / (other.seconds * (share if changed else 1))
+        is_too_soon = self._settled and not changed and self._round - other.round < self.RETRY
+        self._settled = True
+        return best_of_other > rate * self.MARGIN and not is_too_soon
 
     def _tokens(self, plain: bool) -> float:
         """Tokens that a round of the kind yields per request."""

@@ -75,8 +75,15 @@ def test_growing_contexts_move_the_choice_at_the_crossover() -> None:
     assert 5000 < crossover < 70_000
     below = [share for tokens, share in shares.items() if tokens < 0.8 * crossover]
     above = [share for tokens, share in shares.items() if tokens > 1.25 * crossover]
-    assert sum(below) / len(below) > 0.8
-    assert sum(above) / len(above) < 0.1
+    assert sum(below) / len(below) > 0.97
+    assert sum(above) / len(above) < 0.02
+
+
+def test_what_grew_no_faster_is_not_tried_again() -> None:
+    """Twice as fast as the other kind can be: growing contexts alone are no reason to try it."""
+    server = Server(lambda load: 0.12 + 1e-7 * load.tokens, lambda load: 0.06 + 1e-7 * load.tokens)
+    server.run(100, Load(16, 1000))
+    assert all(server.run(10, Load(16, tokens)) == 10 for tokens in range(1000, 100_000, 2000))
 
 
 def test_a_fall_in_acceptance_moves_the_choice() -> None:
@@ -110,6 +117,12 @@ def test_the_first_round_to_speculate_after_plain_ones_is_not_learned_from() -> 
 def test_loads_differ_by_the_product_of_their_ratios() -> None:
     assert Load(8, 1000).ratio(Load(8, 1000)) == 1
     assert Load(8, 1000).ratio(Load(16, 500)) == Load(16, 500).ratio(Load(8, 1000)) == 4
+
+
+def test_a_round_takes_no_less_than_in_proportion_to_what_is_less_of_it() -> None:
+    assert Load(4, 500).least_share_of(Load(8, 1000)) == 0.25
+    assert Load(8, 1000).least_share_of(Load(4, 500)) == 1
+    assert Load(4, 1000).least_share_of(Load(8, 500)) == 0.5
 
 
 def test_a_timer_gives_each_round_once() -> None:
