@@ -30,13 +30,19 @@ def bandwidth(row: dict[str, Any]) -> float:
 
 @dataclass
 class Summary:
-    """One unit's figures; None where a part was not measured."""
+    """One unit's figures; None where a part was not measured.
+
+    ``copy_*`` are of a contiguous copy of as many bytes as draft attention moves, ``copy_round`` what the round would be
+    if draft attention took no longer than that: small copies do not reach the bandwidth of large ones either.
+    """
 
     unit: dict[str, Any]
     draft_us: float | None = None
     draft_share: float | None = None
     draft_speedup: float | None = None
     copy_us: float | None = None
+    copy_share: float | None = None
+    copy_round: float | None = None
     decode_best: str | None = None
     decode_ms: float | None = None
     decode_share: float | None = None
@@ -95,6 +101,8 @@ def summarize_unit(
         summary.full_best, summary.full_ms = full["name"], full["ms"]
     if copy:
         summary.copy_us = copy["ms"] * 1e3
+        if copy_bytes_per_s:
+            summary.copy_share = bandwidth(copy) / copy_bytes_per_s
     if draft:
         summary.draft_us = draft["ms"] * 1e3
         if copy_bytes_per_s:
@@ -111,6 +119,8 @@ def summarize_unit(
             summary.select_share = select["ms"] / verify["ms"]
     if decode and draft and both:
         summary.round = round_speedup(decode["ms"], draft["ms"], both["ms"])
+    if decode and copy and both:
+        summary.copy_round = round_speedup(decode["ms"], copy["ms"], both["ms"])
     return summary
 
 
@@ -141,7 +151,7 @@ def main_table(found: Sequence[Summary]) -> str:
     """The table that is printed: one line per batch, figures next to the goals."""
     headers = (
         "shape", "context", "slots", "batch", "draft us", "of copy", "vs decode", "verify ms", "vs full", "select",
-        "round", "goals missed",
+        "round", "goals missed", "same-size copy us", "of copy", "round with it",
     )
     rows = []
     for s in found:
@@ -149,26 +159,26 @@ def main_table(found: Sequence[Summary]) -> str:
             (
                 s.unit["shape"], s.unit["context"], s.unit["layout"], s.unit["batch"], s.draft_us,
                 percent(s.draft_share), times(s.draft_speedup), s.verify_ms, times(s.verify_ratio),
-                percent(s.select_share), times(s.round), ", ".join(s.missed()) or "none",
+                percent(s.select_share), times(s.round), ", ".join(s.missed()) or "none", s.copy_us,
+                percent(s.copy_share), times(s.copy_round),
             )
         )
-    return markdown_table(headers, rows, right=(1, 3, 4, 5, 6, 7, 8, 9, 10))
+    return markdown_table(headers, rows, right=(1, 3, 4, 5, 6, 7, 8, 9, 10, 12, 13, 14))
 
 
 def baseline_table(found: Sequence[Summary]) -> str:
     """The fastest kernels of SGLang's backends, which the main table compares with."""
     headers = (
         "shape", "context", "slots", "batch", "full decode ms", "of copy", "by", "full verify ms", "by",
-        "same-size copy us",
     )
     rows = [
         (
             s.unit["shape"], s.unit["context"], s.unit["layout"], s.unit["batch"], s.decode_ms,
-            percent(s.decode_share), s.decode_best, s.full_ms, s.full_best, s.copy_us,
+            percent(s.decode_share), s.decode_best, s.full_ms, s.full_best,
         )
         for s in found
     ]
-    return markdown_table(headers, rows, right=(1, 3, 4, 5, 7, 9))
+    return markdown_table(headers, rows, right=(1, 3, 4, 5, 7))
 
 
 def detail_table(records: Sequence[dict[str, Any]], copy_bytes_per_s: float | None) -> str:

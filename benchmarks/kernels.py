@@ -478,7 +478,8 @@ def legend() -> str:
         "the fastest SGLang backend over draft attention. vs full: verification with scores over the fastest full "
         "attention of an SGLang backend for the same rows. select: selection over verification. "
         f"round: attention of {ACCEPTED + 1:.2f} plain decoding steps over that of {DRAFT_TOKENS} draft steps, "
-        "verification and selection."
+        "verification and selection. same-size copy: of a contiguous block, as many bytes read and written as draft "
+        "attention reads; round with it: the round if draft attention took no longer than that."
     )
 
 

@@ -88,11 +88,11 @@ def smoke() -> str:
     return table(aggregate(read("2026-11-25-cpu/run-smoke-cpu.jsonl")))
 
 
-def runs(name: str) -> str:
-    """All results of ``run.py`` that are named after ``name``, and what it could not run."""
+def runs(pattern: str) -> str:
+    """The results of ``run.py`` in files like ``pattern``, and what it could not run."""
     from _report import aggregate, latest_not_run, not_run_table, table
 
-    paths = sorted(RESULTS.glob(f"*/run-{name}-*.jsonl"))
+    paths = sorted(RESULTS.glob(pattern))
     records = [record for path in paths for record in read(str(path.relative_to(RESULTS)))]
     parts = [table(aggregate(record for record in records if record["kind"] == "sample"))]
     parts.append("Files: " + ", ".join(f"`{path.relative_to(RESULTS)}`" for path in paths) + ".")
@@ -117,9 +117,10 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "throughput": throughput,
     "accept-length": accept_length,
     "smoke-cpu": smoke,
-    "rivals": partial(runs, "rivals"),
-    "policies": partial(runs, "policies"),
-    "schedules": partial(runs, "schedules"),
+    "rivals": partial(runs, "2026-11-27-h100/run-rivals-*.jsonl"),
+    "speculate": partial(runs, "2026-11-27-h200/run-speculate-*.jsonl"),
+    "policies": partial(runs, "*/run-policies-*.jsonl"),
+    "schedules": partial(runs, "*/run-schedules-*.jsonl"),
     "crossover": crossover,
 }
 

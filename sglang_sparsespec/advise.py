@@ -82,14 +82,17 @@ def make_setup(args: argparse.Namespace) -> perf_model.Setup:
 
 
 def recommendation(setup: perf_model.Setup) -> str:
-    """One sentence: serve with SPARSESPEC, without it, or measure."""
+    """One sentence: serve with SPARSESPEC, measure, or expect no gain."""
     expected = perf_model.gain(setup)
     limit = perf_model.STATED_ERROR
     if expected >= 1 + limit:
         return f"Serve with SPARSESPEC: {expected:.2f} times the throughput of plain decoding is expected."
     if expected > 1 - limit:
         return f"Measure: {expected:.2f} times plain decoding is expected, which is within the model's error of {limit:.0%}."
-    return f"Serve without SPARSESPEC: {expected:.2f} times the throughput of plain decoding is expected."
+    return (
+        f"No gain by speculation: {expected:.2f} times the throughput of plain decoding is expected. A server with "
+        "--sparsespec-speculate auto (the default) finds that out and decodes plainly."
+    )
 
 
 def crossover_sentence(setup: perf_model.Setup) -> str:
@@ -97,10 +100,10 @@ def crossover_sentence(setup: perf_model.Setup) -> str:
     context = perf_model.crossover_context(setup)
     at = f"At batch {setup.batch} and accept length {setup.accept_length:g}"
     if context is None:
-        return f"{at}, no context up to {1 << 20:,} tokens pays: serve without."
+        return f"{at}, speculation pays at no context up to {1 << 20:,} tokens."
     if context <= 1:
         return f"{at}, speculation pays at every context."
-    return f"{at}, context under {context:,} tokens: serve without."
+    return f"{at}, speculation pays from a context of {context:,} tokens on."
 
 
 def method_rows(setup: perf_model.Setup) -> list[dict[str, Any]]:

@@ -49,10 +49,11 @@ class Load:
 
 @dataclass
 class _Measured:
-    """Time of the last rounds of one kind: at which load, and in which round."""
+    """Time of the last rounds of one kind: at which load, of how many rounds since it began to run, up to which."""
 
     seconds: float
     load: Load
+    rounds: int
     round: int
 
 
@@ -68,8 +69,10 @@ class RoundChoice:
         plain_tokens: tokens that a plain round yields per request.
     """
 
-    #: Weight of what was known, when a round's time or acceptance comes in.
+    #: Weight of what was known, when a round's time (of a kind that has run for a while) or acceptance comes in.
     KEEP = 0.7
+    #: Rounds that must have been timed before a kind that is tried is judged.
+    LEAST = 3
     #: Rounds of the same load share their time.
     NEAR = 1.25
     #: Rounds after which the kind that does not run is tried again.
@@ -99,18 +102,23 @@ class RoundChoice:
 
     @property
     def is_typical(self) -> bool:
-        """Whether the round just chosen is one to learn from: not the first to speculate after plain ones.
+        """Whether the round just chosen is one to learn from: not the first of its kind after the other.
 
-        That one drafts with full attention, since plain rounds select nothing.
+        The first to speculate drafts with full attention, since plain rounds select nothing; and the GPU may wait in
+        the first of either kind for the CPU, which launches something new.
         """
-        return self._plain or self._round > self._since
+        return self._round > self._since
 
     def note_time(self, plain: bool, load: Load, seconds: float) -> None:
         """A typical round of ``load`` took so long."""
-        known = self._measured.get(plain)
-        if known is not None and known.round >= self._since and load.ratio(known.load) < self.NEAR:
-            seconds = self.KEEP * known.seconds + (1 - self.KEEP) * seconds
-        self._measured[plain] = _Measured(seconds, load, self._round)
+        known, rounds = self._measured.get(plain), 1
+        # Times of the other kind are still coming in after a change: they belong to its last run.
+        is_of_earlier_run = known is not None and plain == self._plain and known.round < self._since
+        if known is not None and not is_of_earlier_run and load.ratio(known.load) < self.NEAR:
+            rounds = known.rounds + 1
+            keep = min(self.KEEP, known.rounds / rounds)
+            seconds = keep * known.seconds + (1 - keep) * seconds
+        self._measured[plain] = _Measured(seconds, load, rounds, self._round)
 
     def note_acceptance(self, accept_length: float) -> None:
         """A typical round that speculated yielded so many tokens per request."""
@@ -122,6 +130,8 @@ class RoundChoice:
         current, other = self._measured.get(self._plain), self._measured.get(not self._plain)
         if self._accept_length is None or current is None or current.round < self._since:
             return False  # the kind that runs is not known yet
+        if not self._settled and current.rounds < self.LEAST:
+            return False  # nor well enough
         if other is None or self._round - other.round > self.STALE:
             return True
         share = load.least_share_of(other.load)

@@ -189,10 +189,10 @@ def test_advise_says_that_it_predicts_and_recommends_serving_with(capsys: pytest
     assert "Serve with SPARSESPEC" in text
 
 
-def test_advise_recommends_serving_without_and_names_the_context(capsys: pytest.CaptureFixture[str]) -> None:
+def test_advise_says_from_which_context_speculation_pays(capsys: pytest.CaptureFixture[str]) -> None:
     text = advised(capsys, "--model", "qwen3-32b", "--gpu", "h200", "--tp", "4", "--context", "1024", "--batch", "256")
-    assert "Serve without SPARSESPEC" in text
-    assert "context under" in text and "serve without" in text
+    assert "No gain by speculation" in text and "--sparsespec-speculate auto" in text
+    assert "speculation pays from a context of" in text
     assert "no point of it has been measured" in text
 
 

@@ -103,15 +103,38 @@ def test_a_batch_that_shrinks_is_measured_anew() -> None:
     assert server.run(300, Load(2, 2 * 2000)) > 280
 
 
-def test_the_first_round_to_speculate_after_plain_ones_is_not_learned_from() -> None:
+def run_until(choice: RoundChoice, load: Load, plain: bool, seconds: float) -> None:
+    """Run rounds, told at once that they take so long, until the next one is of the other kind."""
+    while choice.next_is_plain(load) == plain:
+        if choice.is_typical:
+            choice.note_time(plain, load, seconds)
+
+
+def test_the_first_round_of_a_kind_after_the_other_is_not_learned_from() -> None:
     choice, load = RoundChoice(STEPS), Load(1, 100)
-    assert not choice.next_is_plain(load) and choice.is_typical
-    choice.note_time(False, load, 1.0)
     choice.note_acceptance(9.0)
-    assert choice.next_is_plain(load) and choice.is_typical
-    choice.note_time(True, load, 10.0)
-    assert not choice.next_is_plain(load) and not choice.is_typical
     assert not choice.next_is_plain(load) and choice.is_typical
+    run_until(choice, load, plain=False, seconds=1.0)
+    assert not choice.is_typical
+    assert choice.next_is_plain(load) and choice.is_typical
+    run_until(choice, load, plain=True, seconds=10.0)
+    assert not choice.is_typical
+    assert not choice.next_is_plain(load) and choice.is_typical
+
+
+def test_a_kind_is_judged_by_several_rounds() -> None:
+    """The second round of each run waits for something too, and takes twice as long."""
+    load, found = Load(16, 4000), []
+    choice, since = RoundChoice(STEPS), 0
+    choice.note_acceptance(6.0)
+    for number in range(400):
+        plain = choice.next_is_plain(load)
+        found.append(plain)
+        if found[-2:-1] != [plain]:
+            since = number
+        if choice.is_typical:
+            choice.note_time(plain, load, (0.06 if plain else 0.05) * (1 + (number - since == 1)))
+    assert sum(found) / len(found) > 0.97
 
 
 def test_loads_differ_by_the_product_of_their_ratios() -> None:
