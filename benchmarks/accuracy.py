@@ -89,10 +89,7 @@ def run_engine(name: str, questions: list[Question], args: argparse.Namespace) -
     prompts = [chat_prompt(tokenizer, question.text) for question in questions]
     templated = bool(getattr(tokenizer, "chat_template", None))
     ids = [tokenizer(prompt, add_special_tokens=not templated).input_ids for prompt in prompts]
-    settings = engine_arguments(name, args.concurrency, args)
-    if name.startswith("sparsespec"):
-        settings.setdefault("sparsespec_speculate", "always")  # what is compared is speculation
-    engine = sglang.Engine(**settings)
+    engine = sglang.Engine(**engine_arguments(name, args.concurrency, args, speculate="always"))
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
     outputs = engine.generate(input_ids=ids, sampling_params=sampling)
     engine.shutdown()

@@ -50,10 +50,7 @@ def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> di
     import sglang
 
     context, batch = args.case
-    settings = engine_arguments(name, batch, args)
-    if name.startswith("sparsespec"):
-        settings.setdefault("sparsespec_speculate", "always")  # a step is a round that speculates
-    engine = sglang.Engine(**settings)
+    engine = sglang.Engine(**engine_arguments(name, batch, args, speculate="always"))
     try:
         prefill(engine, prompts, [args.temperature])
         with tempfile.TemporaryDirectory() as folder:

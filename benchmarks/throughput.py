@@ -34,11 +34,16 @@ from _workloads import LEAST_DISTINCT, distinct_share, make_prompts, random_prom
 SGLANG_SPECULATION = {"ngram": "NGRAM", "standalone": "STANDALONE", "eagle3": "EAGLE3"}
 
 
-def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dict[str, Any]:
+def engine_arguments(
+    name: str, max_batch: int, args: argparse.Namespace, speculate: str | None = None
+) -> dict[str, Any]:
     """An engine's name as ``sglang.Engine`` arguments.
 
     ``plain:BACKEND``, ``sparsespec[:POLICY[:SCHEDULE]]``, or ``ngram``, ``standalone``, ``eagle3`` with ``[:BACKEND]``:
     SGLang's own speculation, with SGLang's default draft lengths (the draft model's path comes with ``--engine-args``).
+
+    Args:
+        speculate: SPARSESPEC's ``--sparsespec-speculate``, where measurements of rounds that speculate need it.
 
     Raises:
         SystemExit: no such name.
@@ -70,6 +75,8 @@ def engine_arguments(name: str, max_batch: int, args: argparse.Namespace) -> dic
             sparsespec_draft_policy=policy or "pillar",
             sparsespec_schedule=schedule or "lockstep",
         )
+        if speculate is not None:
+            settings["sparsespec_speculate"] = speculate
     elif kind in SGLANG_SPECULATION:
         settings.update(speculative_algorithm=SGLANG_SPECULATION[kind], attention_backend=detail or "flashinfer")
     else:
