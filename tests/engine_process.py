@@ -90,6 +90,20 @@ class EngineProcess:
         return Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
 
 
+PLAIN_ROUNDS = """
+def register():
+    from sglang_sparsespec.round_choice import Speculation
+
+    def begin_round(self, batch):
+        self.rounds = getattr(self, "rounds", 0) + 1
+        plain = self.rounds % 3 == 0
+        self.plain_rounds += plain
+        return plain
+
+    Speculation.begin_round = begin_round
+"""
+
+
 def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
     """Make ``source``, a module with a function ``register``, an SGLang plugin; the environment that loads it."""
     (site / f"{name}.py").write_text(source)
@@ -99,6 +113,11 @@ def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
     (info / "entry_points.txt").write_text(f"[sglang.srt.plugins]\n{name} = {name}:register\n")
     paths = [str(site), *filter(None, [os.environ.get("PYTHONPATH")])]
     return {"PYTHONPATH": os.pathsep.join(paths)}
+
+
+def plain_rounds_plugin(site: Path) -> dict[str, str]:
+    """A plugin that makes every third round a plain one; the environment that loads it."""
+    return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS)
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """The KV manager in a server: outputs are those of an ample pool, whatever was moved, and pools end empty.
 
 ``SPARSESPEC_TEST_OFFLOAD_INTERVAL`` has a request offloaded, and evicted from the device, every
-second iteration, in a KV pool that the requests overflow besides.
+second iteration, in a KV pool that the requests overflow besides. Every third round is plain.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from typing import Any
 import psutil
 import pytest
 import requests
-from engine_process import EngineProcess
+from engine_process import EngineProcess, plain_rounds_plugin
 from quickstart import Server, choose_port, server_environment
 from server_client import Client
 from tiny_model import VOCAB, write_tiny_llama
@@ -107,7 +107,8 @@ def moving_server(
 ) -> Iterator[tuple[Server, Client]]:
     """A server that moves every request again and again; the last test's to kill."""
     log = tmp_path_factory.mktemp("moving") / "server.log"
-    with start(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2") as (server, client):
+    plain_rounds = plain_rounds_plugin(tmp_path_factory.mktemp("site"))
+    with start(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2", **plain_rounds) as (server, client):
         yield server, client
 
 
@@ -126,6 +127,7 @@ def test_requests_that_are_moved_several_times_keep_their_outputs(
     state = moving.state()
     assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
     assert state["sparsespec_kv_requests_restored"] > 0
+    assert state["sparsespec_plain_rounds"] > 0 and state["sparsespec_accept_length"] > 1
     assert state["sparsespec_kv_bytes_to_host"] > 0 and state["sparsespec_kv_bytes_from_host"] > 0
     assert state["sparsespec_kv_tokens_recomputed"] == 0
     moving.assert_pool_empties()

@@ -11,24 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import EngineProcess, install_plugin
+from engine_process import EngineProcess, plain_rounds_plugin
 from tiny_model import CONTEXT, VOCAB, write_tiny_llama
 
 from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
 
 pytestmark = pytest.mark.slow
-
-#: Every third round is plain.
-PLAIN_ROUNDS_PLUGIN = """
-def register():
-    from sglang_sparsespec.round_choice import Speculation
-
-    def begin_round(self, batch):
-        self.rounds = getattr(self, "rounds", 0) + 1
-        return self.rounds % 3 == 0
-
-    Speculation.begin_round = begin_round
-"""
 
 #: Lengths of prompts, some of them sharing prefixes, and of outputs up to the context's end.
 LENGTHS = [3, 40, 77, 120, 5, 9, 200, 31, 64, 65, 17, 150, 40, 2, 90, 33, 64, 8, 110, 25]
@@ -76,7 +64,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         ) as retracting_engine,
         EngineProcess(**unified, **simple, speculative_num_steps=3, max_running_requests=7, port=31400) as simple_engine,
         EngineProcess(
-            install_plugin(tmp_path_factory.mktemp("site"), "zz_plain_rounds", PLAIN_ROUNDS_PLUGIN),
+            plain_rounds_plugin(tmp_path_factory.mktemp("site")),
             **unified, **retracting, speculative_num_steps=5, max_running_requests=12, port=31360,
         ) as mixed_engine,
     ):  # fmt: skip
