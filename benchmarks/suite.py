@@ -222,7 +222,7 @@ def all_steps(args: argparse.Namespace) -> list[Step]:
         Step("sampling", program("sampling", "--results", out), 120),
         matrix("h100-policies", 900),
         matrix("h100-schedules", 900),
-        matrix("h100-long", 1800),
+        matrix("h100-long", 900),
     ]
 
 
