@@ -270,6 +270,20 @@ def test_draft_attention_is_full_attention_where_the_budget_covers_the_length(pr
         torch.testing.assert_close(sparse, full[:, step], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_without_a_selection_drafts_attend_to_everything(problem: Problem, dtype: torch.dtype) -> None:
+    """As in plain rounds; the cache may be of another type."""
+    table = SelectionTable(1, 6, NUM_KV_HEADS, 8, "cpu")
+    nothing = torch.zeros(len(LENGTHS), dtype=torch.int64)
+    table.set_window(problem.rows, nothing, nothing)
+    problem.k_cache, problem.v_cache = problem.k_cache.to(dtype), problem.v_cache.to(dtype)
+    q = problem.queries(len(LENGTHS))
+    out = draft(problem, q, table, problem.lengths)
+    for b, (row, length) in enumerate(zip(ROWS, LENGTHS, strict=True)):
+        expected = problem.attend_all(q[b], row, length) if length else torch.zeros_like(q[b]).double()
+        torch.testing.assert_close(out[b].double(), expected, rtol=1e-4, atol=1e-5)
+
+
 def test_draft_attention_differs_from_full_attention_where_the_budget_is_short(problem: Problem) -> None:
     """What makes the test above mean something."""
     table, _ = random_selection(problem, 0.1, 8)
