@@ -14,6 +14,10 @@ from _kernel_providers import Provider, pillar_draft, pillar_select, pillar_veri
 
 # (block_n, num_warps, stages, target, min_chunk)
 DRAFT = [
+    # Fewer programs than multiprocessors: whole lists where there are few.
+    (64, 4, 3, 0.5, 64),
+    (64, 8, 3, 0.5, 64),
+    (128, 8, 2, 0.5, 64),
     (32, 1, 3, 1.0, 64),
     (32, 2, 4, 1.0, 64),
     (64, 2, 2, 1.0, 64),
