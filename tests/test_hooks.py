@@ -303,6 +303,7 @@ def make_toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any, draft_length
     """One greedy round of two requests: k = 3, committed 10 and 7 tokens, last tokens 1 and 3."""
     from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
+    from sglang_sparsespec.config import SparseSpecConfig
     from sglang_sparsespec.spec_input import SparseSpecDraftInput
     from sglang_sparsespec.worker import SparseSpecWorker
 
@@ -310,6 +311,7 @@ def make_toy_round(monkeypatch: pytest.MonkeyPatch, algorithm: Any, draft_length
     runner = ToyRunner(draft_length)
     target: Any = SimpleNamespace(model_runner=runner, forward_batch_generation=runner.verify)
     args: Any = SimpleNamespace(device="cpu", speculative_num_steps=3, speculative_num_draft_tokens=4)
+    args.sparsespec_config = SparseSpecConfig(speculate="always")
     worker = SparseSpecWorker(args, 0, SimpleNamespace(tp_rank=0, dp_rank=None), 0, target)
     req_to_token = torch.arange(100, 400, dtype=torch.int32).view(3, 100)
     worker.alloc_memory_pool(req_to_token_pool=SimpleNamespace(req_to_token=req_to_token))

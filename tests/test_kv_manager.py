@@ -125,7 +125,7 @@ def test_requests_that_are_moved_several_times_keep_their_outputs(
     answers = moving.generate_all(CALLS)
     assert [answer["output_ids"] for answer in answers] == expected
     state = moving.state()
-    assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
+    assert state["sparsespec_kv_requests_offloaded"] >= 2 * len(CALLS)
     assert state["sparsespec_kv_requests_restored"] > 0
     assert state["sparsespec_plain_rounds"] > 0 and state["sparsespec_accept_length"] > 1
     assert state["sparsespec_kv_bytes_to_host"] > 0 and state["sparsespec_kv_bytes_from_host"] > 0
