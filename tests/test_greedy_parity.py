@@ -51,13 +51,15 @@ def test_every_token_is_plain_sglangs(
     overlap: str,
     chunk: int,
 ) -> None:
+    # One by one takes longest: half of the prompts then, the long one among them.
+    shards, prompts = ("1/2", 6) if concurrency == 1 else ("0/1", 12)
     done = run(
-        model_path, "compare", "--baseline", str(baseline), "--schedule", schedule, "--k", str(k),
+        model_path, "compare", "--shard", shards, "--baseline", str(baseline), "--schedule", schedule, "--k", str(k),
         "--concurrency", str(concurrency), "--radix", radix, "--overlap", overlap, "--chunked-prefill-size", str(chunk),
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
     record = json.loads(done.stdout.strip().splitlines()[-1])
-    assert record["equal_prompts"] == record["prompts"] == 12
+    assert record["equal_prompts"] == record["prompts"] == prompts
     # Drafts were made and accepted: this is not plain decoding.
     assert record["accept_length"] > 1.2
     assert record["kv_read_share"] < 1
