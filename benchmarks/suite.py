@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -29,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from _common import REPO, append_json_line, say, utc_now
+from run import end_group, read_results
 
 HERE = Path(__file__).resolve().parent
 GPU_TESTS = ("cuda_kernels", "triton_select", "triton_filters", "triton_sampling")
@@ -331,14 +331,9 @@ class Suite:
         """Record a step's end; with ``why``, end it."""
         step, process, taken, began = self._running.pop(name)
         # Servers and workers that it left behind would keep its GPU's memory.
-        for number in (signal.SIGTERM, signal.SIGKILL):
-            try:
-                os.killpg(process.pid, number)
-                process.wait(timeout=10)
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                continue
+        end_group(process)
         self._free += taken
-        status = process.wait()
+        status = process.returncode
         succeeded = status == 0 and not why
         (self.succeeded if succeeded else self.failed).add(name)
         record = {"step": name, "date": utc_now(), "status": status, "why": why, "gpus": taken}
@@ -355,9 +350,8 @@ def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
 
 def done_before(folder: Path) -> set[str]:
     """Names of the steps that succeeded in an earlier run."""
-    path = folder / "suite.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    return {record["step"] for record in map(json.loads, lines) if record["status"] == 0 and not record["why"]}
+    records = read_results(folder / "suite.jsonl")
+    return {record["step"] for record in records if record["status"] == 0 and not record["why"]}
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:

@@ -96,7 +96,7 @@ def register():
 
     def begin_round(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
-        plain = self.rounds % 3 == 0
+        plain = self.rounds % EVERY == 0
         self.plain_rounds += plain
         return plain
 
@@ -115,9 +115,9 @@ def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
     return {"PYTHONPATH": os.pathsep.join(paths)}
 
 
-def plain_rounds_plugin(site: Path) -> dict[str, str]:
-    """A plugin that makes every third round a plain one; the environment that loads it."""
-    return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS)
+def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
+    """A plugin that makes every so many rounds a plain one; the environment that loads it."""
+    return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS.replace("EVERY", str(every)))
 
 
 def main() -> None:

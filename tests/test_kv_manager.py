@@ -1,7 +1,7 @@
 """The KV manager in a server: outputs are those of an ample pool, whatever was moved, and pools end empty.
 
 ``SPARSESPEC_TEST_OFFLOAD_INTERVAL`` has a request offloaded, and evicted from the device, every
-second iteration, in a KV pool that the requests overflow besides. Every third round is plain.
+second iteration, in a KV pool that the requests overflow besides. Some rounds are plain.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ def moving_server(
 ) -> Iterator[tuple[Server, Client]]:
     """A server that moves every request again and again; the last test's to kill."""
     log = tmp_path_factory.mktemp("moving") / "server.log"
-    plain_rounds = plain_rounds_plugin(tmp_path_factory.mktemp("site"))
+    # Not many: they are longer, and a request is moved every so many rounds.
+    plain_rounds = plain_rounds_plugin(tmp_path_factory.mktemp("site"), every=8)
     with start(tiny_model, log, "0.01", SPARSESPEC_TEST_OFFLOAD_INTERVAL="2", **plain_rounds) as (server, client):
         yield server, client
 
@@ -125,7 +126,7 @@ def test_requests_that_are_moved_several_times_keep_their_outputs(
     answers = moving.generate_all(CALLS)
     assert [answer["output_ids"] for answer in answers] == expected
     state = moving.state()
-    assert state["sparsespec_kv_requests_offloaded"] >= 2 * len(CALLS)
+    assert state["sparsespec_kv_requests_offloaded"] >= 3 * len(CALLS)
     assert state["sparsespec_kv_requests_restored"] > 0
     assert state["sparsespec_plain_rounds"] > 0 and state["sparsespec_accept_length"] > 1
     assert state["sparsespec_kv_bytes_to_host"] > 0 and state["sparsespec_kv_bytes_from_host"] > 0
