@@ -16,11 +16,12 @@ import asyncio
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from _common import append_json_line, markdown_table, stamp
+from _engine_job import flush
 from _trace import GpuEvent, by_kernel, load_gpu_events, occupancy, write_small_trace
 from throughput import add_engine_options, describe, engine_arguments, make_inputs, parse_case, prefill
 
@@ -45,20 +46,29 @@ def without_first_step(events: Sequence[GpuEvent], steps: int) -> list[GpuEvent]
     return [event for event in events if event.start >= begin]
 
 
-def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, Any]:
-    """Start engine ``name``, record its steps, write trace and figures; returns the figures."""
+def profile(name: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """Start engine ``name``, record steps of each case, write traces and figures; yields the figures of each."""
     import sglang
 
-    context, batch = args.case
-    engine = sglang.Engine(**engine_arguments(name, batch, args, speculate="always"))
+    engine = sglang.Engine(**engine_arguments(name, max(batch for _, batch in args.case), args, speculate="always"))
     try:
-        prefill(engine, prompts, [args.temperature])
-        with tempfile.TemporaryDirectory() as folder:
-            engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
-            (trace,) = Path(folder).glob("*.json*")
-            events = without_first_step(load_gpu_events(trace), args.steps + 1)
+        for context, batch in args.case:
+            flush(engine)
+            prompts = make_inputs(args, context, batch)
+            prefill(engine, prompts, [args.temperature])
+            with tempfile.TemporaryDirectory() as folder:
+                engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
+                (trace,) = Path(folder).glob("*.json*")
+                events = without_first_step(load_gpu_events(trace), args.steps + 1)
+            yield write_figures(name, context, batch, events, args)
     finally:
         engine.shutdown()
+
+
+def write_figures(
+    name: str, context: int, batch: int, events: Sequence[GpuEvent], args: argparse.Namespace
+) -> dict[str, Any]:
+    """Write a small trace and a record of ``events``, those of ``--steps`` steps; returns the record."""
     taken = occupancy(events)
     folder_out = Path(args.results)
     folder_out.mkdir(parents=True, exist_ok=True)
@@ -86,7 +96,7 @@ def profile(name: str, prompts: list[list[int]], args: argparse.Namespace) -> di
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser)
-    parser.add_argument("--case", type=parse_case, default=(8192, 64), help="CONTEXTxBATCH")
+    parser.add_argument("--case", type=parse_case, nargs="+", default=[(8192, 64)], metavar="CONTEXTxBATCH")
     parser.add_argument("--temperature", type=float, default=0.0)
     parser.add_argument("--delay", type=float, default=2.0, help="seconds of decoding before the recording begins")
     parser.add_argument("--steps", type=int, default=8, help="scheduler steps to record")
@@ -94,17 +104,16 @@ def main() -> int:
     parser.add_argument("--top", type=int, default=40, help="kernels to list")
     parser.add_argument("--results", required=True, help="folder to write to")
     args = parser.parse_args()
-    prompts = make_inputs(args, *args.case)
     for name in args.engines:
-        started = time.perf_counter()
-        record = profile(name, prompts, args)
-        print(
-            f"{name}: {record['ms_per_step']:.2f} ms a step, GPU idle {record['gpu_idle']:.1%} "
-            f"(waiting {record['gpu_idle_waiting']:.1%}); {time.perf_counter() - started:.0f} s",
-            flush=True,
-        )
-        rows = [[row["kernel"][:90], row["launches"], row["ms"]] for row in record["kernels"]]
-        print(markdown_table(["kernel", "launches a step", "ms a step"], rows, right=(1, 2)), flush=True)
+        began = time.perf_counter()
+        for record in profile(name, args):
+            print(
+                f"{name}, {record['context']}x{record['batch']}: {record['ms_per_step']:.2f} ms a step, GPU idle "
+                f"{record['gpu_idle']:.1%} (waiting {record['gpu_idle_waiting']:.1%}); {time.perf_counter() - began:.0f} s",
+                flush=True,
+            )
+            rows = [[row["kernel"][:90], row["launches"], row["ms"]] for row in record["kernels"]]
+            print(markdown_table(["kernel", "launches a step", "ms a step"], rows, right=(1, 2)), flush=True)
     return 0
 
 

@@ -154,6 +154,13 @@ def kv_manager_steps(model: Path, out: Path, seconds: float) -> list[Step]:
     ]
 
 
+def kill_step(model: Path) -> Step:
+    """A scheduler that is killed while KV moves, and the next server."""
+    command = (sys.executable, "-m", "pytest", "-q", "-s", "-n", "0", str(REPO / "tests" / "test_kv_manager_gpu.py"))
+    environment = {"SPARSESPEC_TEST_MODEL": str(model)}
+    return Step("kill", command, 300, needs=(model / "config.json",), environment=environment)
+
+
 def open_loop_steps(model: Path, out: Path) -> list[Step]:
     """Poisson arrivals, a step for each engine."""
     arguments = ["--rates", 8, 16, "inf", "--dataset", "code:2048", "--output-len", 512, "--num-prompts", 160]
@@ -172,8 +179,10 @@ def open_loop_steps(model: Path, out: Path) -> list[Step]:
 def profile_steps(model: Path, out: Path) -> list[Step]:
     """Idle share of a round: of 8B shapes, where acceptance is simulated, and of the model."""
     recorded = ["--new-tokens", 512, "--delay", 1.5, "--results", out / "profile"]
-    recorded += engine_args(cuda_graph_bs_decode=[64])
-    shapes = ["--model-path", out / SHAPES_FOLDER, "--load-format", "dummy", "--random-prompts", "--case", "4096x64"]
+    recorded += engine_args(cuda_graph_bs_decode=[64, 128])
+    shapes = ["--model-path", out / SHAPES_FOLDER, "--load-format", "dummy", "--random-prompts"]
+    # The first for the idle share, the second for what the schedule moves most.
+    shapes += ["--case", "4096x64", "576x128"]
     return [
         Step(
             "profile-8b",
@@ -209,6 +218,7 @@ def all_steps(args: argparse.Namespace) -> list[Step]:
     tests = [str(REPO / "tests" / f"test_{name}.py") for name in GPU_TESTS]
     return [
         Step("tests", (sys.executable, "-m", "pytest", "-q", "-m", "gpu", "-n", "8", *tests), 240),
+        kill_step(args.small_model_path),
         *kv_manager_steps(model, out, args.kv_seconds),
         *open_loop_steps(model, out),
         Step(
