@@ -168,6 +168,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.needs_cpu_seq_lens = self.device.type == "cpu"
 
         layers = attention_layers(model_runner.model)
+        self.dtype: torch.dtype = model_runner.dtype
+        self.first_layer = layers[0].layer_id
         self.num_layers = layers[-1].layer_id + 1
         self.num_kv_heads = layers[0].tp_k_head_num
         self.num_q_heads = layers[0].tp_q_head_num
@@ -235,6 +237,12 @@ class SparseSpecAttnBackend(AttentionBackend):
         )
         if self.policy.warning:
             logger.warning("%s", self.policy.warning)
+
+    def warm_up(self) -> None:
+        """Compile kernels that no captured forward has; else a request would wait for it."""
+        if self.policy.uses_scores:
+            keys, table = self.token_to_kv_pool.get_key_buffer(self.first_layer), self.req_to_token_pool.req_to_token
+            self.kernels.warm_up_prefill(self.dtype, keys, table, self.scores, self.config.lookahead)
 
     # ------------------------------------------------------------------ metadata
 

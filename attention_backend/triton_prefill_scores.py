@@ -43,7 +43,9 @@ def _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W: tl.constexpr, 
     return length, first, nq
 
 
-@triton.jit
+# A prefill batch has any size: specialised to it, or to the splits that follow from it, each size would compile a kernel
+# of its own, while requests wait.
+@triton.jit(do_not_specialize=["batch", "splits"])
 def _window_lse_kernel(
     q_ptr,
     k_ptr,
@@ -55,6 +57,7 @@ def _window_lse_kernel(
     part_lse_ptr,
     scale_log2,
     batch,
+    splits,
     stride_q_tok,
     stride_k_slot,
     stride_k_head,
@@ -63,7 +66,6 @@ def _window_lse_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
-    SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -83,7 +85,7 @@ def _window_lse_kernel(
     head = h * G + offs_m % G
     part = part_lse_ptr + ((split * batch + b).to(tl.int64) * W + win) * (HKV * G) + head
     total = length + nq
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(total, splits), BLOCK_N) * BLOCK_N, MIN_CHUNK)
     start = split * chunk
     end = tl.minimum(start + chunk, total)
     if end <= start:
@@ -114,7 +116,7 @@ def _window_lse_kernel(
     tl.store(part, m_i + tl.log2(tl.where(l_i > 0, l_i, 1.0)), mask=win < W)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batch", "splits", "lse_splits"])
 def _window_scores_kernel(
     q_ptr,
     k_ptr,
@@ -127,6 +129,8 @@ def _window_scores_kernel(
     scores_ptr,
     scale_log2,
     batch,
+    splits,
+    lse_splits,
     stride_q_tok,
     stride_k_slot,
     stride_k_head,
@@ -137,9 +141,7 @@ def _window_scores_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     W: tl.constexpr,
-    LSE_SPLITS: tl.constexpr,
-    LSE_SPLITS_POW2: tl.constexpr,
-    SPLITS: tl.constexpr,
+    MAX_LSE_SPLITS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -152,7 +154,7 @@ def _window_scores_kernel(
     split = tl.program_id(1)
     b = tl.program_id(2)
     length, first, nq = _window(seq_lens_ptr, extend_start_ptr, extend_len_ptr, b, W, PREFILL)
-    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, SPLITS), BLOCK_N) * BLOCK_N, MIN_CHUNK)
+    chunk = tl.maximum(tl.cdiv(tl.cdiv(length, splits), BLOCK_N) * BLOCK_N, MIN_CHUNK)
     start = split * chunk
     end = tl.minimum(start + chunk, length)
     if end <= start:
@@ -164,9 +166,9 @@ def _window_scores_kernel(
     head = h * G + offs_m % G
     mask_m = win < nq
     # All splits are loaded at once: one memory round trip instead of a serial chain.
-    offs_s = tl.arange(0, LSE_SPLITS_POW2)
+    offs_s = tl.arange(0, MAX_LSE_SPLITS)
     part = ((offs_s[None, :] * batch + b).to(tl.int64) * W + win[:, None]) * (HKV * G) + head[:, None]
-    given = mask_m[:, None] & (offs_s < LSE_SPLITS)[None, :]
+    given = mask_m[:, None] & (offs_s < lse_splits)[None, :]
     parts = tl.load(part_lse_ptr + part, mask=given, other=float("-inf"))
     highest = tl.max(parts, 1)
     # Rows of padding get an infinite log-sum-exp, so they add nothing.
@@ -189,6 +191,11 @@ def _window_scores_kernel(
         tl.store(s_base + offs, (tl.sum(p, 0) * share).to(scores_ptr.dtype.element_ty), mask=offs < end)
 
 
+MAX_SPLITS = 64
+#: Parts of a log-sum-exp that the second pass is compiled for.
+MAX_LSE_SPLITS = (8, MAX_SPLITS)
+
+
 @dataclass
 class ScoresConfig:
     """Launch parameters of both passes.
@@ -209,7 +216,7 @@ class ScoresConfig:
 
 def scores_num_splits(pairs: int, max_len: int, num_sms: int, cfg: ScoresConfig) -> int:
     """Splits per (request, KV head); ``max_len``: of the longest request."""
-    return num_splits(pairs, max_len, num_sms, cfg.target, cfg.min_chunk, max_splits=64)
+    return num_splits(pairs, max_len, num_sms, cfg.target, cfg.min_chunk, MAX_SPLITS)
 
 
 def _launch(
@@ -226,9 +233,10 @@ def _launch(
     scores: torch.Tensor | None,
     splits: int,
     cfg: ScoresConfig,
+    lse_splits: int | None = None,
     **constants: int,
 ) -> None:
-    """Launch either pass; the second one takes ``scores``."""
+    """Launch either pass; the second one takes ``scores`` and ``lse_splits``."""
     batch = seq_lens.shape[0]
     if batch == 0:
         return
@@ -247,6 +255,8 @@ def _launch(
         *(() if scores is None else (scores,)),
         scaling * LOG2E.value,
         batch,
+        splits,
+        *(() if lse_splits is None else (lse_splits,)),
         query_stride(q),
         k_cache.stride(0),
         k_cache.stride(1),
@@ -256,7 +266,6 @@ def _launch(
         G=group,
         D=q.shape[2],
         W=window,
-        SPLITS=splits,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         MIN_CHUNK=cfg.min_chunk,
@@ -320,7 +329,9 @@ def window_scores(
     lse2: float32 [parts, B, W, Hq], contiguous; scores: [B, Hkv, >= max length].  Others as in ``window_lse``.
     """
     parts = lse2.shape[0]
+    # One of few, since each compiles a kernel of its own.
+    most = next(count for count in MAX_LSE_SPLITS if parts <= count)
     _launch(
         _window_scores_kernel, q, k_cache, req_to_token, req_pool_indices, seq_lens, extend, window, scaling, lse2,
-        scores, splits, cfg, LSE_SPLITS=parts, LSE_SPLITS_POW2=triton.next_power_of_2(parts),
+        scores, splits, cfg, parts, MAX_LSE_SPLITS=most,
     )  # fmt: skip

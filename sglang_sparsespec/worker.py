@@ -134,6 +134,7 @@ class SparseSpecWorker(BaseSpecWorker):
         from sglang.srt.model_executor.cuda_graph_config import Backend
         from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
+        self.attn_backend.warm_up()
         runner = self.model_runner.decode_cuda_graph_runner
         if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner) or self.ngram_drafter:
             return

@@ -94,7 +94,7 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
     window_scores(
         qw, cache_rows, table, rows, rows, None, window, dim**-0.5, hint.unsqueeze(0), scores, 4, kernels.scores_config
     )
-    kernels.prefill_scores(qw, cache_rows, table, rows, rows, rows, rows, window, dim**-0.5, scores)
+    prefill_any_number(kernels, qw, cache_rows, table, found)
     # Mixed integer types are errors that only the compiler sees, and keys are 16 or 32 bits wide.
     for dtype in (torch.float32, torch.float16):
         kernels.select(scores.to(dtype), rows, rows, counts[1:], positions)
@@ -104,6 +104,32 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
     found["_select_kernel lookahead"] = found.pop("_select_kernel")
     compile_sampling(found)
     return found
+
+
+def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tuple[str, int]]) -> None:
+    """Warm the prefill kernels up, then let prefill batches of many sizes come; keeps count of what is compiled."""
+    from sglang_sparsespec.attention_backend import triton_prefill_scores, triton_select
+
+    kernels_of_prefill = (
+        triton_prefill_scores._window_lse_kernel,
+        triton_prefill_scores._window_scores_kernel,
+        triton_select._select_kernel,
+    )
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels_of_prefill)
+
+    kernels._reserve(64)
+    dim, heads, context = queries.shape[2], cache_rows.shape[1], table.shape[1]
+    scores = torch.empty(64, heads, context, dtype=torch.float16)
+    kernels.warm_up_prefill(queries.dtype, cache_rows, table, scores, 0)
+    before = compiled()
+    for batch in (1, 2, 3, 5, 6, 7, 8, 11, 16, 33, 48, 64):
+        rows = torch.zeros(batch, dtype=torch.int64)
+        kernels.prefill_scores(queries, cache_rows, table, rows, rows, rows, rows, kernels.window, dim**-0.5, scores)
+        positions = torch.empty(65, heads, kernels.capacity, dtype=torch.int32)
+        kernels.select(scores, rows, rows, rows.int(), positions)
+    found["compiled in warm-up, and later"] = (str(before), compiled() - before)
 
 
 def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
@@ -184,6 +210,11 @@ def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: d
 @pytest.mark.parametrize("kernel,programs", [("_draft_kernel", 2), ("_verify_kernel", 2)])
 def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: dict[str, tuple[str, int]]) -> None:
     assert programs * (compiled[kernel][1] + RESERVED_BYTES) <= SHARED_BYTES
+
+
+def test_no_size_of_a_prefill_batch_compiles_kernels_while_requests_wait(compiled: dict[str, tuple[str, int]]) -> None:
+    before, later = compiled["compiled in warm-up, and later"]
+    assert int(before) >= 3 and later == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
