@@ -15,6 +15,8 @@ A staggered round's forwards hold draft steps of some requests and windows of ot
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -223,6 +225,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._counts: torch.Tensor | None = None
         self._lengths: torch.Tensor | None = None
         self._mixed: MixedRows | None = None
+        self._plain = False
         self._hints: torch.Tensor | None = None
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page "
@@ -312,6 +315,19 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._counts, self._lengths = counts, tail_start
         self.table.set_window(rows, counts, tail_start)
         self.policy.write(lengths, counts, rows, self.table.positions)
+
+    @contextmanager
+    def plain_steps(self) -> Iterator[None]:
+        """Decode forwards within attend to all tokens. Recordable.
+
+        Contexts of one batch can differ by a factor of a hundred, which draft attention, made for budgets, would not
+        share evenly between multiprocessors; verification does, and a token is a window of one.
+        """
+        self._plain = True
+        try:
+            yield
+        finally:
+            self._plain = False
 
     def attend_to_all(self, rows: torch.Tensor) -> None:
         """Let draft steps of ``rows`` (int [batch]) attend to every token, until the next selection.
@@ -464,10 +480,40 @@ class SparseSpecAttnBackend(AttentionBackend):
         out = torch.empty_like(q)
         if self._mixed is not None:
             self._mixed_attention(q, layer, self._mixed, out)
+        elif self._plain and self.lse_step is not None:
+            self._plain_attention(q, layer, forward_batch, self.lse_step[layer.layer_id], out)
         else:
             rows = forward_batch.req_pool_indices
             self._draft_attention(self.kernels, q, layer, rows, forward_batch.seq_lens, out)
         return out
+
+    def _plain_attention(
+        self, q: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch, lse: torch.Tensor, out: torch.Tensor
+    ) -> None:
+        """Full attention of one token per request; ``lse`` (float32 [rows, Hq]) is the last step's, and becomes this one's.
+
+        After a change of the batch a request finds another's log-sum-exps there, which serve nearly always as well.
+        """
+        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
+        k_descale, v_descale = kv_descales(layer)
+        hint = lse[: len(q)].unsqueeze(1)
+        self.kernels.verify_attention(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            k_cache,
+            v_cache,
+            self.req_to_token_pool.req_to_token,
+            forward_batch.req_pool_indices,
+            # Of a request's next token: how many there are before it.
+            forward_batch.positions,
+            1,
+            layer.scaling * k_descale,
+            out.view(-1, layer.tp_q_head_num, layer.head_dim),
+            None,
+            hint,
+            hint,
+        )
+        if v_descale != 1.0:
+            out.mul_(v_descale)
 
     def _mixed_attention(self, q: torch.Tensor, layer: RadixAttention, mixed: MixedRows, out: torch.Tensor) -> None:
         """Draft attention of the first D tokens beside verification of the V windows after them.

@@ -183,6 +183,7 @@ class CudaPillarKernels:
         out: torch.Tensor,
         scores: torch.Tensor | None = None,
         lse_hint: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`interface.PillarKernels.verify_attention`.
 
@@ -211,6 +212,7 @@ class CudaPillarKernels:
             self.max_batch,
             self.verify_config,
             self.pdl,
+            lse,
         )
 
     def _exact_lse(

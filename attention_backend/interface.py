@@ -71,6 +71,7 @@ class PillarKernels(Protocol):
         out: torch.Tensor,
         scores: torch.Tensor | None = None,
         lse_hint: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """Full causal attention of W consecutive queries, with scores of the tokens before.
 
@@ -83,6 +84,7 @@ class PillarKernels(Protocol):
                 and the Hq / Hkv heads of a group of softmax probabilities (paper, PillarAttn).
             lse_hint: float32 [B, W, Hq] estimates of the rows' log-sum-exp; with it the
                 probabilities are taken relative to the estimate, in one pass.
+            lse: float32 [B, W, Hq] natural log-sum-exp, written if given; it may be ``lse_hint``.
         """
         ...
 

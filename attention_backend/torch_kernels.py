@@ -139,6 +139,7 @@ class TorchPillarKernels:
         out: torch.Tensor,
         scores: torch.Tensor | None = None,
         lse_hint: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
         """See :meth:`interface.PillarKernels.verify_attention`; ignores ``lse_hint`` (exact)."""
         for b, (row, length) in enumerate(
@@ -148,7 +149,9 @@ class TorchPillarKernels:
             slots = req_to_token[row, : length + window].long()
             query_position = torch.arange(length, length + window, device=q.device).unsqueeze(1)
             mask = torch.arange(length + window, device=q.device).unsqueeze(0) <= query_position
-            probabilities, _ = _probabilities(q[rows], k_cache[slots], scaling, mask)
+            probabilities, log_sums = _probabilities(q[rows], k_cache[slots], scaling, mask)
+            if lse is not None:
+                lse[b] = log_sums.permute(2, 0, 1).flatten(1)
             out[rows] = _weighted_values(probabilities, v_cache[slots]).to(out.dtype)
             if scores is not None:
                 scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)

@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from sglang_sparsespec.attention_backend.triton_common import (
+    LN2,
     LOG2E,
     is_wide,
     kv_offsets,
@@ -176,6 +177,7 @@ def _verify_kernel(
     out_ptr,
     part_o_ptr,
     part_lse_ptr,
+    lse_ptr,
     scores_ptr,
     scale_log2,
     clamp_log2,
@@ -202,6 +204,7 @@ def _verify_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     SCORES: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
@@ -275,6 +278,8 @@ def _verify_kernel(
                 acc.to(out_ptr.dtype.element_ty),
                 mask=mask_m[:, None],
             )
+            if HAS_LSE:
+                tl.store(lse_ptr + q_rows, (ref + log_l) * LN2, mask=mask_m)
         else:
             # A program has at most one part that does not begin its request (slot 0) and one that does (slot 1).
             place = ((h * PROGRAMS + c) * 2 + (from_block == 0).to(tl.int32)).to(tl.int64) * R + offs_m
@@ -288,6 +293,7 @@ def _verify_combine_kernel(
     out_ptr,
     part_o_ptr,
     part_lse_ptr,
+    lse_ptr,
     seq_lens_ptr,
     batch,
     HKV: tl.constexpr,
@@ -299,6 +305,7 @@ def _verify_combine_kernel(
     MIN_BLOCKS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_LSE: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the parts of the requests that several programs shared."""
@@ -336,6 +343,8 @@ def _verify_combine_kernel(
     res = acc / tl.where(l_i > 0, l_i, 1.0)[:, None]
     q_rows = (b * W + offs_m // G).to(tl.int64) * (HKV * G) + h * G + offs_m % G
     tl.store(out_ptr + q_rows[:, None] * D + offs_d[None, :], res.to(out_ptr.dtype.element_ty), mask=mask_m[:, None])
+    if HAS_LSE:
+        tl.store(lse_ptr + q_rows, (m_i + tl.log2(l_i)) * LN2, mask=mask_m)
 
 
 @dataclass
@@ -379,12 +388,14 @@ def verify_attention(
     max_batch: int,
     cfg: VerifyConfig,
     pdl: bool = False,
+    lse: torch.Tensor | None = None,
 ) -> None:
     """Causal attention of a W-row window per request, with scores; see ``PillarKernels.verify_attention``.
 
     q, out: [B*W, Hq, D]; scores: [B, Hkv, max_len] fp32/bf16/fp16 or None; lse_hint: [B, W, Hq] fp32 natural log;
     part_o: fp32 scratch of at least 2*Hq*W*programs*D elements, part_lse: 2*Hq*W*programs; max_batch: what the kernels
-    are compiled for, so that all smaller batches share them; pdl: start while the kernel before still runs.
+    are compiled for, so that all smaller batches share them; pdl: start while the kernel before still runs; lse: as
+    lse_hint, which it may be, or None.
     """
     batch = seq_lens.shape[0]
     if batch == 0:
@@ -406,6 +417,7 @@ def verify_attention(
         "PROGRAMS": programs,
         "MIN_BLOCKS": cfg.min_blocks,
         "BLOCK_N": block_n,
+        "HAS_LSE": lse is not None,
         "PDL": pdl,
         **pdl_options(pdl),
     }
@@ -420,6 +432,7 @@ def verify_attention(
         out,
         part_o,
         part_lse,
+        lse if lse is not None else part_lse,
         scores_arg,
         scaling * LOG2E.value,
         HINT_CLAMP_LOG2,
@@ -449,6 +462,7 @@ def verify_attention(
         out,
         part_o,
         part_lse,
+        lse if lse is not None else part_lse,
         seq_lens,
         batch,
         ROWS=combine_rows,

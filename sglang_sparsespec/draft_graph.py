@@ -1,4 +1,4 @@
-"""CUDA graphs of a draft step.
+"""CUDA graphs of a draft step, and of a step of plain rounds.
 
 One graph per batch size holds one draft step with everything around it: slots of the
 current token, the model with sparse attention, the greedy next token, and the state of
@@ -9,6 +9,7 @@ Sampled batches replace the next token between two replays.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,18 +25,23 @@ if TYPE_CHECKING:
 
 
 class DraftGraphs(StepGraphs):
-    """Captured draft steps and their static state.
+    """Captured draft steps, or steps of plain rounds, and their static state.
+
+    Args:
+        plain: the steps attend to all tokens.
 
     Attributes:
         tokens: int64 [max_bs], input of the next step.
         candidates: int64 [max_bs, W], the round's window as drafted so far.
     """
 
-    name = "draft"
-
-    def __init__(self, model_runner: ModelRunner, backend: SparseSpecAttnBackend, window: int) -> None:
+    def __init__(
+        self, model_runner: ModelRunner, backend: SparseSpecAttnBackend, window: int, plain: bool = False
+    ) -> None:
         super().__init__(model_runner, backend)
+        self.name = "plain" if plain else "draft"
         self.window = window
+        self._plain = plain
         with torch.device(self.device):
             self.tokens = torch.zeros(self.max_bs, dtype=torch.int64)
             self.rows = torch.zeros(self.max_bs, dtype=torch.int64)
@@ -75,14 +81,16 @@ class DraftGraphs(StepGraphs):
             self.rows[:bs], forward_batch.positions
         ].long()
         set_is_extend_in_batch(False)
-        output = self.model_runner.model.forward(
-            forward_batch.input_ids, forward_batch.positions, forward_batch
-        )
+        with backend.plain_steps() if self._plain else nullcontext():
+            output = self.model_runner.model.forward(
+                forward_batch.input_ids, forward_batch.positions, forward_batch
+            )
         logits = output.next_token_logits
         token = logits.argmax(dim=-1)
         self.tokens[:bs].copy_(token)
         self.candidates[:bs].index_copy_(1, step + 1, token.unsqueeze(1))
-        backend.store_lse_hint(bs, step)
+        if not self._plain:
+            backend.store_lse_hint(bs, step)
         position.add_(live)
         self.step.add_(1)
         return logits

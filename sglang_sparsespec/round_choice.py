@@ -7,6 +7,7 @@ measured as the server runs: both kinds of round give the target's output, which
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -120,6 +121,12 @@ class RoundChoice:
             seconds = keep * known.seconds + (1 - keep) * seconds
         self._measured[plain] = _Measured(seconds, load, rounds, self._round)
 
+    @property
+    def plain_step_seconds(self) -> float | None:
+        """Time of a step of the last plain rounds, None before any was timed."""
+        measured = self._measured.get(True)
+        return measured.seconds / self._plain_tokens if measured else None
+
     def note_acceptance(self, accept_length: float) -> None:
         """A typical round that speculated yielded so many tokens per request."""
         if self._accept_length is not None:
@@ -169,31 +176,38 @@ class RoundTimer(DeviceClock):
 
 
 class Speculation:
-    """Decides for each round of a worker whether it speculates.
+    """Decides for each round of a worker whether it speculates, and how long it is if not.
 
     Args:
         when: ``--sparsespec-speculate``.
-        plain_tokens: tokens that a plain round yields per request.
+        most_steps: of a plain round.
         device: see ``DeviceClock``.
 
     Attributes:
         plain_rounds: rounds that decoded plainly.
     """
 
-    def __init__(self, when: str, plain_tokens: int, device: str) -> None:
+    #: Seconds that a plain round should last on a GPU, and more for each request: what the scheduler does in one
+    #: iteration has to fit, several times. Longer, and whoever arrives waits longer; shorter, and the GPU waits.
+    ROUND_S, REQUEST_S = 0.010, 60e-6
+
+    def __init__(self, when: str, most_steps: int, device: str) -> None:
         self._when = when
-        self._choice = RoundChoice(plain_tokens)
+        self._most_steps = most_steps
+        self._on_gpu = device == "cuda"
+        # Plain rounds are timed as if all of them had that many steps.
+        self._choice = RoundChoice(most_steps)
         self._timer = RoundTimer(device)
-        self._begun: tuple[Any, tuple[bool, Load]] | None = None
+        self._begun: tuple[Any, tuple[int, Load]] | None = None
         self.plain_rounds = 0
 
-    def begin_round(self, batch: ScheduleBatch) -> bool:
-        """The kind of the round that is about to be launched: whether it is a plain one. The same on all ranks."""
-        plain = False
+    def begin_round(self, batch: ScheduleBatch) -> int:
+        """Steps of the round that is about to be launched if it is a plain one, else 0. The same on all ranks."""
+        steps = 0
         if self._when != ALWAYS and not _needs_verification(batch):
-            plain = self._when == NEVER or self._next_is_plain(batch)
-        self.plain_rounds += plain
-        return plain
+            steps = self._same_on_all_ranks(batch)
+        self.plain_rounds += steps > 0
+        return steps
 
     def end_round(self) -> None:
         """The round has been launched."""
@@ -212,20 +226,28 @@ class Speculation:
         if accepted:
             self._choice.note_acceptance(1 + sum(accepted) / len(accepted))
 
-    def _next_is_plain(self, batch: ScheduleBatch) -> bool:
+    def _same_on_all_ranks(self, batch: ScheduleBatch) -> int:
         group = get_tp_group()
-        plain = group.rank_in_group == 0 and self._choose(batch)
+        steps = self._choose(batch) if group.rank_in_group == 0 else 0
         # Clocks differ between ranks.
-        return plain if group.world_size == 1 else group.broadcast_object(plain, src=0)
+        return steps if group.world_size == 1 else group.broadcast_object(steps, src=0)
 
-    def _choose(self, batch: ScheduleBatch) -> bool:
-        for seconds, (plain, load) in self._timer.finished():
-            self._choice.note_time(plain, load, seconds)
+    def _choose(self, batch: ScheduleBatch) -> int:
+        for seconds, (steps, load) in self._timer.finished():
+            self._choice.note_time(steps > 0, load, seconds * self._most_steps / steps if steps else seconds)
         load = Load.of(batch)
-        plain = self._choice.next_is_plain(load)
-        if self._choice.is_typical:
-            self._begun = (self._timer.now(), (plain, load))
-        return plain
+        plain = self._when == NEVER or self._choice.next_is_plain(load)
+        steps = self._plain_steps(load) if plain else 0
+        if self._when == NEVER or self._choice.is_typical:
+            self._begun = (self._timer.now(), (steps, load))
+        return steps
+
+    def _plain_steps(self, load: Load) -> int:
+        """As few as last long enough; all of them where the scheduler's work is not hidden behind the device's."""
+        step = self._choice.plain_step_seconds
+        if step is None or not self._on_gpu:
+            return self._most_steps
+        return min(self._most_steps, math.ceil((self.ROUND_S + self.REQUEST_S * load.requests) / step))
 
 
 def _needs_verification(batch: ScheduleBatch) -> bool:

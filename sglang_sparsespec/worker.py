@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ from sglang.srt.speculative.spec_utils import (
 
 from sglang_sparsespec import sampling
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
-from sglang_sparsespec.config import get_config
+from sglang_sparsespec.config import ALWAYS, get_config
 from sglang_sparsespec.draft_batch import draft_forward_batch
 from sglang_sparsespec.draft_graph import DraftGraphs
 from sglang_sparsespec.draft_length import AcceptRule, accept_drafted, fill_window
@@ -76,6 +77,7 @@ class SparseSpecWorker(BaseSpecWorker):
         self.speculative_num_draft_tokens = self.window
         self.speculative_num_steps = self.num_steps
         self.draft_graphs: DraftGraphs | None = None
+        self.plain_graphs: DraftGraphs | None = None
         self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
         is_first_rank = ps.tp_rank == 0 and not ps.dp_rank  # one of several ranks and replicas writes the trace
@@ -146,6 +148,9 @@ class SparseSpecWorker(BaseSpecWorker):
             self._additional_graph_memory_usage["unified"] = self.unified.graphs.memory_usage_gb
         self.draft_graphs = DraftGraphs(self.model_runner, self.attn_backend, self.window)
         self._additional_graph_memory_usage["draft_decode"] = self.draft_graphs.memory_usage_gb
+        if get_config(self.server_args).speculate != ALWAYS:
+            self.plain_graphs = DraftGraphs(self.model_runner, self.attn_backend, self.window, plain=True)
+            self._additional_graph_memory_usage["plain_decode"] = self.plain_graphs.memory_usage_gb
 
     def lose_drafts(self, reqs: list[Req]) -> None:
         """``reqs`` leave the device: their slots beyond the committed lengths are freed, with what was drafted into them.
@@ -184,8 +189,8 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         if not batch.forward_mode.is_decode():
             return self._prefill(batch, on_publish)
-        if self.speculation.begin_round(batch):
-            result = self._plain_round(batch, on_publish)
+        if plain_steps := self.speculation.begin_round(batch):
+            result = self._plain_round(batch, plain_steps, on_publish)
         elif self.unified is None or self.unified.must_run_in_lockstep(batch):
             result = self._round(batch, on_publish)
         else:
@@ -220,9 +225,9 @@ class SparseSpecWorker(BaseSpecWorker):
         return torch.get_device_module(self.device).current_stream()
 
     def _plain_round(
-        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None
+        self, batch: ScheduleBatch, steps: int, on_publish: Callable[[torch.Tensor], None] | None
     ) -> GenerationBatchResult:
-        """k steps of plain decoding: draft steps that attend to everything, so that their tokens are the target's.
+        """``steps`` steps of plain decoding: draft steps that attend to everything, so that their tokens are the target's.
 
         The next round that speculates drafts so too, having no selection: a round with every draft accepted.
         """
@@ -230,8 +235,7 @@ class SparseSpecWorker(BaseSpecWorker):
             self.unified.lose_drafts(batch.reqs)
         self.attn_backend.attend_to_all(batch.req_pool_indices)
         positions, slots = self._begin_window(batch)
-        steps = self.num_steps
-        drafted, used_graph = self._run_draft_steps(batch, positions, slots, steps)
+        drafted, used_graph = self._run_draft_steps(batch, positions, slots, steps, plain=True)
         new_seq_lens = batch.seq_lens + steps
         if on_publish is not None:
             on_publish(new_seq_lens)
@@ -362,17 +366,22 @@ class SparseSpecWorker(BaseSpecWorker):
         return drafted, self._sampler.accept
 
     def _run_draft_steps(
-        self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor, steps: int
+        self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor, steps: int, plain: bool = False
     ) -> tuple[torch.Tensor, bool]:
         """``steps`` draft steps from the last committed tokens, at the first of the given places (int64 [batch, W]).
+
+        Args:
+            plain: they attend to all tokens.
 
         Returns:
             candidates int64 [batch, steps + 1], and whether graphs were replayed.
         """
         self._sampler.begin_round(batch.sampling_info, batch.reqs, steps)
-        if self.draft_graphs is not None and self.draft_graphs.bucket(len(batch.seq_lens)) is not None:
-            return self._draft_by_graph(self.draft_graphs, batch, positions, steps), True
-        return self._draft_eagerly(batch, positions, slots, steps), False
+        graphs = self.plain_graphs if plain else self.draft_graphs
+        if graphs is not None and graphs.bucket(len(batch.seq_lens)) is not None:
+            return self._draft_by_graph(graphs, batch, positions, steps), True
+        with self.attn_backend.plain_steps() if plain else nullcontext():
+            return self._draft_eagerly(batch, positions, slots, steps), False
 
     def _draft_eagerly(
         self, batch: ScheduleBatch, positions: torch.Tensor, slots: torch.Tensor, steps: int

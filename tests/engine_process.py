@@ -96,9 +96,9 @@ def register():
 
     def begin_round(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
-        plain = self.rounds % EVERY == 0
-        self.plain_rounds += plain
-        return plain
+        steps = 1 + self.rounds % self._most_steps if self.rounds % EVERY == 0 else 0
+        self.plain_rounds += steps > 0
+        return steps
 
     Speculation.begin_round = begin_round
 """
@@ -116,7 +116,7 @@ def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
 
 
 def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
-    """A plugin that makes every so many rounds a plain one; the environment that loads it."""
+    """A plugin that makes every so many rounds plain ones, of various lengths; the environment that loads it."""
     return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS.replace("EVERY", str(every)))
 
 

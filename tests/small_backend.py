@@ -76,6 +76,7 @@ class SmallServer:
         ]
         settings = {"budget_ratio": 0.01, "min_budget": 8, **config}
         runner: Any = SimpleNamespace(
+            dtype=torch.float32,
             server_args=SimpleNamespace(
                 speculative_num_draft_tokens=WINDOW, sparsespec_config=SparseSpecConfig(**settings)
             ),

@@ -76,6 +76,8 @@ CPU_CASES = [
     Case("full", g=4, d=64, lens=(300, 0, 20), budget=0, splits=100, hkv=1),
     # The same with a table that is made for short lists.
     Case("plain", g=4, d=64, lens=(300, 0, 20), splits=100, hkv=1),
+    Case("plain_step", g=4, d=64, lens=(300, 0, 20), hkv=1),
+    Case("plain_step", g=6, d=64, lens=(40, 7), hkv=2),
     Case("own_query", g=4, d=64, lens=(37, 0, 90, 5), splits=100),
     Case("own_query", g=2, d=64, lens=(37, 90), splits=0.01, hkv=1, score_dtype="float16"),
     Case("verify", g=1, d=64, lens=RAGGED, programs=1),
@@ -117,6 +119,8 @@ GPU_CASES = [
     Case("full", g=4, d=128, lens=LONG, budget=0, window=9, splits=4, hkv=8, block_n=0),
     Case("full", g=6, d=128, lens=(131072, 5), budget=0, window=9, splits=4, hkv=2, block_n=0),
     Case("plain", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0),
+    Case("plain_step", g=4, d=128, lens=LONG, hkv=8, window=9, block_n=0),
+    Case("plain_step", g=6, d=128, lens=(131072, 5), hkv=2, window=9, block_n=0),
     Case("plain", g=6, d=128, lens=(131072, 5), budget=128, window=9, splits=4, hkv=2, block_n=0),
     Case("own_query", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0, score_dtype="float16"),
     *[
@@ -328,6 +332,25 @@ def check_plain(case: Case, p: Problem, kernels) -> None:
     p.tail_start.zero_()
     assert kernels.longest_list < int(p.draft_lens.max())
     check_draft(case, p, kernels)
+
+
+def check_plain_step(case: Case, p: Problem, kernels) -> None:
+    """A step of a plain round (``SparseSpecAttnBackend.plain_steps``): a window of one, hinted by the last step."""
+    from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
+
+    args = (p.k, p.v, p.req_to_token, p.rows, p.lens, 1, p.scaling)
+    ref, exact = torch.empty_like(p.q1, dtype=torch.float32), torch.empty(p.batch, 1, p.q1.shape[1], device=p.device)
+    TorchPillarKernels().verify_attention(
+        p.q1.float(), p.k.float(), p.v.float(), *args[2:], ref, None, None, exact
+    )
+    noise = torch.empty_like(exact).uniform_(-2, 2)
+    # A useful hint, another request's, none at all.
+    for hint in (exact + noise, exact.flip(0), torch.zeros_like(exact), torch.full_like(exact, float("nan"))):
+        lse, out = hint.clone(), p.poison(*p.q1.shape, dtype=p.dtype)
+        poison_scratch(kernels)
+        kernels.verify_attention(p.q1, *args, out, None, lse, lse)
+        assert rel_error(out, ref) < tolerance(p.dtype)
+        assert (lse - exact).abs().max() < 0.02
 
 
 def check_own_query(case: Case, p: Problem, kernels) -> None:
@@ -552,6 +575,7 @@ CHECKS = {
     "draft": check_draft,
     "full": check_full,
     "plain": check_plain,
+    "plain_step": check_plain_step,
     "own_query": check_own_query,
     "verify": check_verify,
     "exact": check_exact,

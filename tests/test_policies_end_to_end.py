@@ -40,7 +40,7 @@ def register():
 
     def begin_round(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
-        return asked() == "{PLAIN}" and self.rounds % 2 == 0
+        return self._most_steps if asked() == "{PLAIN}" and self.rounds % 2 == 0 else 0
 
     def prefill(self, batch, on_publish):
         name, backend = asked().replace("{PLAIN}", "pillar"), self.attn_backend

@@ -177,14 +177,43 @@ def test_the_load_of_a_batch_is_its_requests_and_their_tokens() -> None:
     assert Load.of(a_batch()) == Load(2, 72)
 
 
-@pytest.mark.parametrize(("when", "plain"), [("always", False), ("never", True)])
-def test_always_and_never_are_taken_literally(when: str, plain: bool) -> None:
+@pytest.mark.parametrize(("when", "steps"), [("always", 0), ("never", STEPS)])
+def test_always_and_never_are_taken_literally(when: str, steps: int, one_rank: None) -> None:
     speculation = Speculation(when, STEPS, "cpu")
     for _ in range(20):
-        assert speculation.begin_round(a_batch()) == plain
-        assert not speculation.is_typical  # nothing is learned
+        assert speculation.begin_round(a_batch()) == steps
         speculation.end_round()
-    assert speculation.plain_rounds == 20 * plain
+    assert speculation.plain_rounds == 20 * (steps > 0)
+
+
+@pytest.mark.parametrize(("step_ms", "requests", "steps"), [(2.5, 2, 5), (20, 2, 1), (0.5, 2, STEPS), (5, 250, 5)])
+@pytest.mark.parametrize("first", [STEPS, 3])
+def test_plain_rounds_are_no_longer_than_hides_the_schedulers_work(
+    step_ms: float, requests: int, steps: int, first: int, one_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who arrives waits for the end of a round; two requests want 10.12 ms, 250 want 25."""
+    speculation = Speculation("never", STEPS, "cpu")
+    monkeypatch.setattr(speculation, "_on_gpu", True)
+    monkeypatch.setattr(Load, "of", lambda batch: Load(requests, 1000))
+    assert speculation.begin_round(a_batch()) == STEPS  # how long a step takes is not known yet
+    timed = [(first * step_ms / 1e3, (first, Load(requests, 1000)))]
+    monkeypatch.setattr(speculation._timer, "finished", lambda: timed)
+    assert speculation.begin_round(a_batch()) == steps
+
+
+def test_where_nothing_is_hidden_plain_rounds_have_all_their_steps(one_rank: None) -> None:
+    speculation = Speculation("never", STEPS, "cpu")
+    for _ in range(5):
+        assert speculation.begin_round(a_batch()) == STEPS
+        speculation.end_round()
+
+
+def test_short_and_long_plain_rounds_are_compared_by_their_steps(one_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    speculation, load = Speculation("auto", STEPS, "cpu"), Load(2, 72)
+    for timed in ((0.08, (8, load)), (0.01, (1, load))):
+        monkeypatch.setattr(speculation._timer, "finished", lambda timed=timed: [timed])
+        speculation.begin_round(a_batch())
+        assert speculation._choice.plain_step_seconds == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(
@@ -198,7 +227,7 @@ def test_auto_tries_both_kinds(one_rank: None) -> None:
     speculation = Speculation("auto", STEPS, "cpu")
     found = []
     for _ in range(20):
-        plain = speculation.begin_round(a_batch())
+        plain = speculation.begin_round(a_batch()) > 0
         if not plain and speculation.is_typical:
             speculation.note_acceptance([8, 8])
         speculation.end_round()
@@ -210,7 +239,7 @@ def test_auto_tries_both_kinds(one_rank: None) -> None:
 def test_all_ranks_follow_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     from sglang_sparsespec import round_choice
 
-    for said in (True, False):
+    for said in (3, 0):
         group = SimpleNamespace(world_size=2, rank_in_group=1, broadcast_object=lambda mine, src, said=said: said)
         monkeypatch.setattr(round_choice, "get_tp_group", lambda group=group: group)
         assert Speculation("auto", STEPS, "cpu").begin_round(a_batch()) == said

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from engine_process import EngineProcess, install_plugin
+from engine_process import EngineProcess, install_plugin, plain_rounds_plugin
 from tiny_model import greedy_continuation
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -99,6 +99,9 @@ def test_triton_kernels_serve_the_targets_greedy_tokens(
 ) -> None:
     used = tmp_path / "used"
     plugin = install_plugin(tmp_path, "zz_triton_on_cpu", KERNELS_PLUGIN)
+    if schedule == "lockstep":
+        # Beside the other plugin, on the path that it has made.
+        plugin = plain_rounds_plugin(tmp_path)
     env = {"TRITON_INTERPRET": "1", "TRITON_KERNELS_USED": str(used), **plugin}
     assert outputs(checkpoint, env, schedule) == expected
     assert used.exists()

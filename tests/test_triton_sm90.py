@@ -91,6 +91,13 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
     hint = torch.empty(batch, window, hq)
     for given in (None, hint):
         kernels.verify_attention(qw, cache_rows, cache_rows, table, rows, rows, window, dim**-0.5, qw.clone(), scores, given)
+    found["_verify_kernel window"] = found.pop("_verify_kernel")
+    # A step of a plain round.
+    log_sums = lse.unsqueeze(1)
+    kernels.verify_attention(
+        q1, cache_rows, cache_rows, table, rows, rows, 1, dim**-0.5, q1.clone(), None, log_sums, log_sums
+    )
+    found["_verify_kernel plain step"] = found.pop("_verify_kernel")
     window_scores(
         qw, cache_rows, table, rows, rows, None, window, dim**-0.5, hint.unsqueeze(0), scores, 4, kernels.scores_config
     )
@@ -196,7 +203,13 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 
 @pytest.mark.parametrize(
     "kernel,tiles",
-    [("_draft_kernel", 2), ("_verify_kernel", 2), ("_window_lse_kernel", 1), ("_window_scores_kernel", 1)],
+    [
+        ("_draft_kernel", 2),
+        ("_verify_kernel window", 2),
+        ("_verify_kernel plain step", 2),
+        ("_window_lse_kernel", 1),
+        ("_window_scores_kernel", 1),
+    ],
 )
 def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: dict[str, tuple[str, int]]) -> None:
     """K and V (scores: K alone) of the next iteration load while this one computes."""
@@ -207,7 +220,9 @@ def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: d
     assert waits and min(waits) >= tiles, f"the loop waits for its own loads: {waits} outstanding"
 
 
-@pytest.mark.parametrize("kernel,programs", [("_draft_kernel", 2), ("_verify_kernel", 2)])
+@pytest.mark.parametrize(
+    "kernel,programs", [("_draft_kernel", 2), ("_verify_kernel window", 2), ("_verify_kernel plain step", 2)]
+)
 def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: dict[str, tuple[str, int]]) -> None:
     assert programs * (compiled[kernel][1] + RESERVED_BYTES) <= SHARED_BYTES
 
