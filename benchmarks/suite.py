@@ -352,8 +352,13 @@ class Suite:
 
 
 def chosen(steps: Sequence[Step], names: Sequence[str] | None) -> list[Step]:
-    """The steps whose names begin with one of ``names`` (None: all), and those that they come after."""
-    wanted = {step.name for step in steps if names is None or any(step.name.startswith(name) for name in names)}
+    """The steps whose names are or begin with one of ``names`` (None: all), and those that they come after."""
+    whole = {step.name for step in steps}
+
+    def is_meant(step: Step, name: str) -> bool:
+        return step.name == name or (name not in whole and step.name.startswith(name))
+
+    wanted = {step.name for step in steps if names is None or any(is_meant(step, name) for name in names)}
     wanted |= {name for step in steps if step.name in wanted for name in step.after}
     return [step for step in steps if step.name in wanted]
 
@@ -371,7 +376,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--small-model-path", type=Path, required=True)
     parser.add_argument("--results", type=Path, required=True, help="folder of logs and results")
     parser.add_argument("--gpus", default="0", help="their numbers, with commas between; default: 0")
-    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only steps whose names begin so, in the order given")
+    parser.add_argument("--steps", nargs="+", metavar="NAME", help="only these, or those that begin so, in this order")
     parser.add_argument("--time-limit", type=float, default=0, help="seconds for everything; 0: none")
     parser.add_argument("--patience", type=float, default=0, help="seconds to wait for models when nothing else is left")
     parser.add_argument("--kv-seconds", type=float, default=60, help="length of a run of the KV manager")

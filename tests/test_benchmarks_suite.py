@@ -108,6 +108,13 @@ def test_the_same_command_goes_on_where_it_ended(tmp_path: Path, monkeypatch: py
     assert (tmp_path / "runs").read_text() == "x"
 
 
+def test_a_whole_name_means_no_other_step_that_begins_so(tmp_path: Path) -> None:
+    args = suite.parse_arguments([*ARGUMENTS, "--results", str(tmp_path)])
+    found = [step.name for step in suite.chosen(suite.all_steps(args), ["kv-sparsespec-retract", "open-"])]
+    assert "kv-sparsespec-retract" in found and "kv-sparsespec-retract-aggressive" not in found
+    assert sum(name.startswith("open-") for name in found) > 1
+
+
 def test_steps_are_chosen_by_how_their_names_begin_with_what_they_come_after(tmp_path: Path) -> None:
     args = suite.parse_arguments([*ARGUMENTS, "--results", str(tmp_path)])
     names = ["open-", "parity-tp2-host"]
