@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang_sparsespec.device_clock import DeviceClock
+from sglang_sparsespec.round_progress import RoundProgress
 
 TRACE_ENV = "SPARSESPEC_FORWARD_TRACE"
 
@@ -22,20 +23,26 @@ TRACE_ENV = "SPARSESPEC_FORWARD_TRACE"
 class ForwardStats:
     """Counters of one worker's decode forwards.
 
+    Args:
+        progress: is told where each forward begins and the round ends, as the trace is.
+
     Attributes:
         forwards: forwards so far.
         tokens, verify_tokens: tokens they took, and those of verify windows among them.
     """
 
-    def __init__(self, trace: ForwardTrace | None = None) -> None:
+    def __init__(self, trace: ForwardTrace | None = None, progress: RoundProgress | None = None) -> None:
         self.forwards = 0
         self.tokens = 0
         self.verify_tokens = 0
         self._squares = 0
         self._trace = trace
+        self._progress = progress
 
     def count(self, draft_tokens: int, verify_tokens: int) -> None:
         """A forward is about to be launched."""
+        if self._progress is not None:
+            self._progress.mark()
         tokens = draft_tokens + verify_tokens
         self.forwards += 1
         self.tokens += tokens
@@ -46,6 +53,8 @@ class ForwardStats:
 
     def end_of_round(self) -> None:
         """No decode forward follows at once: what comes next is not the last forward's time."""
+        if self._progress is not None:
+            self._progress.end()
         if self._trace is not None:
             self._trace.mark(None)
 

@@ -10,7 +10,9 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
   mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
 - ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step;
 - ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``);
-- ``sparsespec:plain_rounds_total``: rounds of k steps that decoded plainly (``--sparsespec-speculate``).
+- ``sparsespec:plain_rounds_total``: rounds of k steps that decoded plainly (``--sparsespec-speculate``);
+- ``sparsespec:launch_waits_total``, ``sparsespec:late_launches_total``: launches held back until the round before was
+  about to end (``scheduler_patch.late_launch``), and those of them that came after its end.
 
 With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
 :class:`KVManagerMetrics`.
@@ -28,6 +30,7 @@ from sglang_sparsespec.forward_stats import ForwardStats
 
 if TYPE_CHECKING:
     from sglang_sparsespec.round_choice import Speculation
+    from sglang_sparsespec.round_progress import RoundProgress
     from sglang_sparsespec.unified_round import UnifiedRounds
 
 logger = logging.getLogger(__name__)
@@ -44,6 +47,8 @@ COUNTERS = {
     "lockstep_rounds": "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
     "interleaved_rounds": "Decode rounds that ran before a prefill batch that could have gone on.",
     "plain_rounds": "Rounds that decoded plainly instead of speculating.",
+    "launch_waits": "Launches that were held back until the round before was about to end.",
+    "late_launches": "Launches held back so long that the round before was over.",
 }
 
 
@@ -59,12 +64,18 @@ class DraftMetrics:
     """
 
     def __init__(
-        self, num_steps: int, kv_read: torch.Tensor, forward_stats: ForwardStats, speculation: Speculation
+        self,
+        num_steps: int,
+        kv_read: torch.Tensor,
+        forward_stats: ForwardStats,
+        speculation: Speculation,
+        progress: RoundProgress,
     ) -> None:
         self.unified: UnifiedRounds | None = None
         self.interleaved_rounds = 0
         self._forward_stats = forward_stats
         self._speculation = speculation
+        self._progress = progress
         self.histogram = [0] * (num_steps + 1)
         self.drafted = 0
         self._kv_read = kv_read
@@ -107,6 +118,8 @@ class DraftMetrics:
             "sparsespec_lockstep_rounds": self._lockstep_rounds,
             "sparsespec_interleaved_rounds": self.interleaved_rounds,
             "sparsespec_plain_rounds": self._speculation.plain_rounds,
+            "sparsespec_launch_waits": self._progress.waits,
+            "sparsespec_late_launches": self._progress.late_launches,
         }
 
     @property

@@ -87,6 +87,7 @@ def register() -> None:
         from sglang_sparsespec.config import register_flags
         from sglang_sparsespec.scheduler_patch.hooks import register_hooks
         from sglang_sparsespec.scheduler_patch.kv_manager_hooks import register_kv_manager_hooks
+        from sglang_sparsespec.scheduler_patch.late_launch import register_late_launch_hooks
         from sglang_sparsespec.scheduler_patch.metrics_hooks import register_metrics_hooks
         from sglang_sparsespec.scheduler_patch.prefill_interleave import register_prefill_interleave_hooks
 
@@ -97,6 +98,7 @@ def register() -> None:
         register_kv_manager_hooks()
         register_metrics_hooks()
         register_prefill_interleave_hooks()
+        register_late_launch_hooks()
     except Exception as error:
         reason = str(error) if isinstance(error, PluginUnavailableError) else (
             f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"

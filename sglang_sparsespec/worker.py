@@ -37,6 +37,7 @@ from sglang_sparsespec.forward_stats import ForwardStats, ForwardTrace
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.ngram_draft import NgramDrafter
 from sglang_sparsespec.round_choice import Speculation
+from sglang_sparsespec.round_progress import RoundProgress, set_current
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
 from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
@@ -81,7 +82,9 @@ class SparseSpecWorker(BaseSpecWorker):
         self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
         is_first_rank = ps.tp_rank == 0 and not ps.dp_rank  # one of several ranks and replicas writes the trace
-        self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device, is_first_rank))
+        self.progress = RoundProgress.on_device(self.device, self.window)
+        set_current(self.progress)
+        self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device, is_first_rank), self.progress)
         self.speculation = Speculation(get_config(server_args).speculate, self.num_steps, self.device)
         self._simulated = SimulatedAcceptance.from_environment(self.window)
         self._window_offsets = torch.arange(self.window, device=self.device)
@@ -103,7 +106,7 @@ class SparseSpecWorker(BaseSpecWorker):
     def init_attention_backends(self) -> None:
         """The target's backend exists now; its counters become the worker's metrics."""
         self.sparsespec_metrics = DraftMetrics(
-            self.num_steps, self.attn_backend.kv_read, self.forward_stats, self.speculation
+            self.num_steps, self.attn_backend.kv_read, self.forward_stats, self.speculation, self.progress
         )
         if get_config(self.server_args).schedule == "unified":
             self.unified = UnifiedRounds(
@@ -187,6 +190,8 @@ class SparseSpecWorker(BaseSpecWorker):
             on_publish: to be called with the new committed lengths (int64 [batch]) as soon
                 as they exist on the device (overlap scheduling).
         """
+        # SGLang advances a grammar by the last round's tokens before it launches the next.
+        self.progress.begin(follows_results=batch.has_grammar)
         if not batch.forward_mode.is_decode():
             return self._prefill(batch, on_publish)
         if plain_steps := self.speculation.begin_round(batch):

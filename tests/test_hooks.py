@@ -387,6 +387,42 @@ def test_accept_lens_count_drafts_and_the_bonus_token(toy_round: Any) -> None:
     assert tokens[1, :2].tolist() == [4, TARGET_BRANCH]
 
 
+class LoggedEvent:
+    """Stands in for an event of the device; notes where in the round's forwards it is recorded."""
+
+    def __init__(self, log: list[str]) -> None:
+        self._log = log
+
+    def record(self) -> None:
+        self._log.append("mark")
+
+    def query(self) -> bool:
+        return False
+
+
+def test_the_progress_of_a_round_has_a_mark_before_each_forward_and_at_its_end(
+    monkeypatch: pytest.MonkeyPatch, run_toy_round: Callable[[int], Any]
+) -> None:
+    from sglang_sparsespec import round_progress
+    from sglang_sparsespec.round_progress import RoundProgress
+
+    log: list[str] = []
+    progress = RoundProgress(4, lambda: LoggedEvent(log))
+    monkeypatch.setattr(RoundProgress, "on_device", lambda device, window: progress)
+    monkeypatch.setattr(round_progress, "_current", None)
+    for name, entry in (("_draft", "draft"), ("verify", "verification")):
+        forward = getattr(ToyRunner, name)
+
+        def logged(self: Any, *args: Any, entry: str = entry, forward: Any = forward, **kwargs: Any) -> Any:
+            log.append(entry)
+            return forward(self, *args, **kwargs)
+
+        monkeypatch.setattr(ToyRunner, name, logged)
+    run_toy_round(3)
+    assert log == ["mark", "draft"] * 3 + ["mark", "verification", "mark"]
+    assert round_progress.current() is progress and progress.take_moment() is not None
+
+
 def test_the_next_round_begins_after_the_accepted_tokens(toy_round: Any) -> None:
     result = toy_round.result
     assert result.new_seq_lens.tolist() == [14, 9] and toy_round.published == [[14, 9]]
