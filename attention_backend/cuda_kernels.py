@@ -291,13 +291,13 @@ class CudaPillarKernels:
         """
         fewest = next((batch for batch in range(1, self.max_batch + 1) if self.scores_splits(batch) <= FEW_SPLITS), 1)
         for batch in {1, fewest}:
+            # Of the types that SGLang's batches have: others would compile other kernels.
             nothing = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            none = nothing.int()
             q = torch.zeros((1, self.num_q_heads, self.head_dim), dtype=query_dtype, device=self.device)
-            self.prefill_scores(
-                q, k_cache, req_to_token, nothing, nothing, nothing, nothing, self.window, 1.0, scores[:batch]
-            )
+            self.prefill_scores(q, k_cache, req_to_token, nothing, nothing, none, none, self.window, 1.0, scores)
             positions = torch.zeros((1, self.num_kv_heads, self.capacity), dtype=torch.int32, device=self.device)
-            self.select(scores[:batch], nothing, nothing, nothing.int(), positions, lookahead)
+            self.select(scores, nothing, nothing, none, positions, lookahead)
 
     def _check_window(self, window: int) -> None:
         if window > self.window:

@@ -4,12 +4,11 @@ SGLang's overlap loop launches round n + 1 once the results of round n - 1 are p
 the device. A request that arrives while n runs is seen when n + 1 has been launched: its prefill waits for the rest of
 n and for all of n + 1, one and a half rounds on average. That is little where a round is one forward; here it is k + 1.
 So the loop waits while n runs, until a few forwards are left of it (:mod:`sglang_sparsespec.round_progress`) or a
-message arrives; then it goes on as ever.
+message arrives; then it goes on as ever. ``--sparsespec-late-launch`` asks for it.
 """
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -17,8 +16,6 @@ from typing import Any
 from sglang_sparsespec import round_progress
 from sglang_sparsespec.scheduler_patch.hooks import add_hook
 
-#: For tests and comparisons: ``SPARSESPEC_TEST_EARLY_LAUNCH=1`` launches rounds when SGLang does.
-EARLY_LAUNCH = os.environ.get("SPARSESPEC_TEST_EARLY_LAUNCH") == "1"
 #: Seconds between two looks, a small part of a forward.
 INTERVAL = 0.0002
 #: Seconds after which a call goes on in any case: a device that hangs must not keep control messages out.
@@ -59,7 +56,7 @@ def wait_for_launch(progress: round_progress.RoundProgress, sockets: Sequence[An
 def receive_until_launch(original: Callable[..., Any], receiver: Any) -> Any:
     """``SchedulerRequestReceiver.recv_requests``: SGLang takes what has arrived, at the top of its loop."""
     progress = round_progress.current()
-    if progress is not None and not EARLY_LAUNCH and _reads_sockets(receiver):
+    if progress is not None and _reads_sockets(receiver):
         sockets = _sockets_to_ask(receiver)
         if sockets:
             wait_for_launch(progress, sockets)

@@ -64,6 +64,7 @@ class SparseSpecConfig:
             them (default of the policies that are for study), ``never`` none but those that need a verification (see
             ``round_choice``).
         lookahead: positions after each token that selection by scores takes as wanted next (``PillarKernels.select``).
+        late_launch: rounds are launched shortly before the one before ends (``scheduler_patch.late_launch``).
         prefill_beside_decoding: decode rounds run between prefill batches. Set by SGLang's own
             ``--enable-mixed-chunk``, which SGLang itself refuses with speculation.
     """
@@ -79,6 +80,7 @@ class SparseSpecConfig:
     draft_cost: float = 0.15
     speculate: str = AUTO
     lookahead: int = 0
+    late_launch: bool = False
     prefill_beside_decoding: bool = dataclasses.field(default=False, metadata={"flag": False})
 
     @property
@@ -244,6 +246,13 @@ def add_cli_args(parser: argparse.ArgumentParser) -> None:
         "which is measured as the server runs; 'always' all of them; 'never' none, for comparison (requests with a "
         f"grammar, logit bias or log-probabilities still do). Default: {SparseSpecConfig.speculate}; always with draft "
         "policies that are for study.",
+    )
+    group.add_argument(
+        "--sparsespec-late-launch",
+        action="store_true",
+        default=SparseSpecConfig.late_launch,
+        help="Experimental: launch each round shortly before the one before it ends instead of when that begins, so that a "
+        "request that arrives is prefilled a round earlier. Default: off.",
     )
     group.add_argument(
         "--sparsespec-host-kv-gb",

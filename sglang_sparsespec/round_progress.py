@@ -64,11 +64,13 @@ class RoundProgress:
         self._awaited = False
         #: Someone has waited for that round until the lead was all that was left, and nothing has been launched since.
         self._waited = False
+        #: The launch that follows such a wait has begun.
+        self._to_judge = False
         self._good_rounds = 0
 
     @classmethod
     def on_device(cls, device: str, window: int) -> RoundProgress:
-        """The progress of rounds on ``device``: "cuda" is the one that is ever waited for."""
+        """The progress of rounds on ``device``; only "cuda" is ever waited for."""
         return cls(window, torch.cuda.Event if device == "cuda" else None)
 
     # -------------------------------------------------------------------- launches
@@ -80,8 +82,7 @@ class RoundProgress:
             follows_results: SGLang has waited for the last round's results first, so this launch comes after its end
                 however early it was begun.
         """
-        if self._waited and self._end is not None and not follows_results:
-            self._judge(late=self._end.query())
+        self._to_judge = self._waited and not follows_results
         self._num_forwards = 0
         self._awaited = self._waited = False
 
@@ -89,6 +90,10 @@ class RoundProgress:
         """A forward of the round is about to be launched; those before it, and what follows from them, have been."""
         if self._new_event is None:
             return
+        if self._to_judge and self._end is not None:
+            # Now, and not when the launch began: what the host prepares in between takes as long as a forward.
+            self._judge(late=self._end.query())
+            self._to_judge = False
         if self._num_forwards == len(self._begins):
             self._begins.append(self._new_event())
         self._begins[self._num_forwards].record()

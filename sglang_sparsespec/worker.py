@@ -43,6 +43,7 @@ from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 from sglang_sparsespec.unified_graph import UnifiedGraphs
 from sglang_sparsespec.unified_round import UnifiedRounds
+from sglang_sparsespec.warm_up import compile_slot_assignment
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -82,7 +83,8 @@ class SparseSpecWorker(BaseSpecWorker):
         self.ngram_drafter: NgramDrafter | None = None
         self.unified: UnifiedRounds | None = None
         is_first_rank = ps.tp_rank == 0 and not ps.dp_rank  # one of several ranks and replicas writes the trace
-        self.progress = RoundProgress.on_device(self.device, self.window)
+        late_launch = get_config(server_args).late_launch
+        self.progress = RoundProgress.on_device(self.device if late_launch else "", self.window)
         set_current(self.progress)
         self.forward_stats = ForwardStats(ForwardTrace.from_environment(self.device, is_first_rank), self.progress)
         self.speculation = Speculation(get_config(server_args).speculate, self.num_steps, self.device)
@@ -140,6 +142,9 @@ class SparseSpecWorker(BaseSpecWorker):
         from sglang.srt.model_executor.runner import DecodeCudaGraphRunner
 
         self.attn_backend.warm_up()
+        if self.device == "cuda":
+            pool = self.req_to_token_pool.req_to_token
+            compile_slot_assignment(pool, most_requests=pool.shape[0] - 1)
         runner = self.model_runner.decode_cuda_graph_runner
         if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner) or self.ngram_drafter:
             return

@@ -34,6 +34,7 @@ OTHER_VALUES: dict[str, Any] = {
     "kernels": "torch",
     "schedule": "unified",
     "draft_cost": 0.5,
+    "late_launch": True,
     "lookahead": 4,
     "host_kv_gb": 0.5,
     "speculate": "auto",
@@ -216,7 +217,8 @@ def test_every_setting_is_a_flag_in_help() -> None:
     settings = {field.name for field in dataclasses.fields(SparseSpecConfig)} - {"prefill_beside_decoding"}
     assert set(OTHER_VALUES) == settings
     for setting in OTHER_VALUES:
-        assert re.search(rf"{flag(setting)} \S+ [A-Z]", described), f"{flag(setting)} has no help"
+        value = "" if OTHER_VALUES[setting] is True else r" \S+"
+        assert re.search(rf"{flag(setting)}{value} [A-Z]", described), f"{flag(setting)} has no help"
     for policy in DRAFT_POLICIES:
         assert f"'{policy}'" in described
 
@@ -224,7 +226,8 @@ def test_every_setting_is_a_flag_in_help() -> None:
 @pytest.mark.parametrize("setting", OTHER_VALUES)
 def test_a_setting_is_accepted_on_the_command_line(setting: str, llama: str) -> None:
     asked = ["--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM]
-    config = get_config(parse(*asked, flag(setting), str(OTHER_VALUES[setting])))
+    value = [] if OTHER_VALUES[setting] is True else [str(OTHER_VALUES[setting])]
+    config = get_config(parse(*asked, flag(setting), *value))
     assert getattr(config, setting) == OTHER_VALUES[setting]
     expected = dataclasses.replace(get_config(parse(*asked)), **{setting: OTHER_VALUES[setting]})
     assert config == expected, "another setting changed with it"

@@ -5,9 +5,6 @@ The device is a clock: each event of a round is over at a time of its own, and s
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -105,10 +102,11 @@ class Loop:
         assert late_launch.receive_until_launch(original, receiver) == ["a request"]
         return self.device.now - begin
 
-    def launch(self, forwards: int = WINDOW, **begin: bool) -> None:
-        """A round, or without forwards a prefill, which takes as long as one."""
+    def launch(self, forwards: int = WINDOW, prepares: float = 0.0, **begin: bool) -> None:
+        """A round, which the host prepares for so long, or without forwards a prefill, which takes as long as one."""
         if self.progress is not None:
             self.progress.begin(**begin)
+        self.device.now += prepares
         for _ in range(forwards or 1):
             if self.progress is not None and forwards:
                 self.progress.mark()
@@ -129,7 +127,6 @@ class Loop:
 def device(monkeypatch: pytest.MonkeyPatch) -> Device:
     made = Device()
     monkeypatch.setattr(late_launch, "time", made)
-    monkeypatch.setattr(late_launch, "EARLY_LAUNCH", False)
     monkeypatch.setattr(round_progress, "_current", None)
     return made
 
@@ -272,22 +269,6 @@ def test_launches_that_wait_for_the_device_record_nothing(device: Device) -> Non
     assert progress.take_moment() is None and loop.receive() == 0
 
 
-def test_waiting_can_be_turned_off(loop: Loop, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(late_launch, "EARLY_LAUNCH", True)
-    loop.launch()
-    assert loop.receive() == 0 and loop.received == 1
-
-
-@pytest.mark.parametrize(("value", "expected"), [("1", "True"), ("0", "False"), (None, "False")])
-def test_the_environment_turns_waiting_off(value: str | None, expected: str) -> None:
-    environment = {name: text for name, text in os.environ.items() if name != "SPARSESPEC_TEST_EARLY_LAUNCH"}
-    if value is not None:
-        environment["SPARSESPEC_TEST_EARLY_LAUNCH"] = value
-    code = "from sglang_sparsespec.scheduler_patch.late_launch import EARLY_LAUNCH; print(EARLY_LAUNCH)"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
-    assert done.stdout.split() == [expected], done.stderr
-
-
 # ------------------------------------------------------------------------------ the lead
 
 
@@ -346,10 +327,19 @@ def test_a_lead_that_covers_all_rounds_does_not_stay_for_good(loop: Loop, progre
     assert progress.lead == 1 and progress.waits > 0
 
 
-def test_a_prefill_that_comes_late_counts_as_a_round_does(loop: Loop, progress: RoundProgress) -> None:
+def test_what_the_host_prepares_belongs_to_the_launch(loop: Loop, progress: RoundProgress) -> None:
+    loop.launch()
+    for _ in range(20):
+        loop.round(launch_takes=0.8 * FORWARD, prepares=0.8 * FORWARD)
+    assert progress.lead == 2 and progress.late_launches == 1
+
+
+def test_a_prefill_says_nothing_about_the_lead(loop: Loop, progress: RoundProgress) -> None:
+    """It is prepared for longer than a round, and arriving requests are what the wait was for."""
     loop.launch()
     loop.round(launch_takes=2 * FORWARD, forwards=0)
-    assert progress.late_launches == 1 and progress.lead == 2
+    loop.round()
+    assert progress.late_launches == 0 and progress.lead == 1
 
 
 @pytest.mark.parametrize("late", [False, True])

@@ -18,10 +18,11 @@ import torch
 # Shared memory of an H100's multiprocessor, and what each program reserves beside its own.
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
 SHAPES = {"qwen3-8b": (32, 8), "qwen2.5-coder-1.5b": (12, 2)}
+SAMPLING = "sampling"
 
 
 def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
-    """Name of each kernel that launches: (TTGIR, bytes of shared memory)."""
+    """Name of each kernel that launches, for heads as in ``SHAPES`` or for SAMPLING: (TTGIR, bytes of shared memory)."""
     os.environ["TRITON_CACHE_DIR"] = cache
     import triton
     from triton.backends.compiler import GPUTarget
@@ -64,11 +65,19 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         return run
 
     JITFunction.__getitem__ = compile_only
+    if shape == SAMPLING:
+        compile_sampling(found)
+    else:
+        compile_attention(*SHAPES[shape], found)
+    return found
+
+
+def compile_attention(hq: int, hkv: int, found: dict[str, tuple[str, int]]) -> None:
+    """Compile the attention and selection kernels for ``hq`` query heads and ``hkv`` KV heads."""
     from sglang_sparsespec.attention_backend.cuda_kernels import CudaPillarKernels
     from sglang_sparsespec.attention_backend.triton_prefill_scores import window_scores
     from sglang_sparsespec.attention_backend.triton_verify import verify_num_programs
 
-    hq, hkv = SHAPES[shape]
     batch, context, dim, window, bf16 = 8, 8192, 128, 9, torch.bfloat16
     capacity = 410
     kernels = CudaPillarKernels(batch, hq, hkv, dim, window, capacity, context + 64, "cpu")
@@ -109,8 +118,6 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
         found[f"_select_kernel {dtype}"] = (text, shared)
     kernels.select(scores, rows, rows, counts[1:], positions, lookahead=8)
     found["_select_kernel lookahead"] = found.pop("_select_kernel")
-    compile_sampling(found)
-    return found
 
 
 def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tuple[str, int]]) -> None:
@@ -132,8 +139,9 @@ def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tup
     kernels.warm_up_prefill(queries.dtype, cache_rows, table, scores, 0)
     before = compiled()
     for batch in (1, 2, 3, 5, 6, 7, 8, 11, 16, 33, 48, 64):
-        rows = torch.zeros(batch, dtype=torch.int64)
-        kernels.prefill_scores(queries, cache_rows, table, rows, rows, rows, rows, kernels.window, dim**-0.5, scores)
+        # The types that ForwardBatch has them in.
+        rows, extend = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
+        kernels.prefill_scores(queries, cache_rows, table, rows, rows, extend, extend, kernels.window, dim**-0.5, scores)
         positions = torch.empty(65, heads, kernels.capacity, dtype=torch.int32)
         kernels.select(scores, rows, rows, rows.int(), positions)
     found["compiled in warm-up, and later"] = (str(before), compiled() - before)
@@ -192,10 +200,19 @@ def inner_loop(ttgir: str) -> str:
 
 @pytest.fixture(scope="module", params=list(SHAPES))
 def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    return compile_in_child(request.param, str(tmp_path_factory.mktemp("triton")))
+
+
+@pytest.fixture(scope="module")
+def sampling(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[str, int]]:
+    return compile_in_child(SAMPLING, str(tmp_path_factory.mktemp("triton")))
+
+
+def compile_in_child(what: str, cache: str) -> dict[str, tuple[str, int]]:
     # In a process of its own: it replaces Triton's driver.
     env = {**os.environ, "CUDA_VISIBLE_DEVICES": ""}
     env.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, os.path.abspath(__file__), request.param, str(tmp_path_factory.mktemp("triton"))]
+    command = [sys.executable, os.path.abspath(__file__), what, cache]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -262,9 +279,9 @@ def test_selection_with_look_ahead_moves_16_bytes_at_a_time(compiled: dict[str, 
 )
 @pytest.mark.parametrize("dtype,each", [("float32", 4), ("bfloat16", 8)])
 def test_passes_over_logits_load_16_bytes_at_a_time(
-    kernel: str, dtype: str, each: int, compiled: dict[str, tuple[str, int]]
+    kernel: str, dtype: str, each: int, sampling: dict[str, tuple[str, int]]
 ) -> None:
-    text = compiled[f"{kernel} 151936 torch.{dtype}"][0]
+    text = sampling[f"{kernel} 151936 torch.{dtype}"][0]
     loads = re.findall(r"tt\.load .* : tensor<4096x.*(#\w+)>", text)
     assert loads, "no load of a block of logits"
     for layout in set(loads):
@@ -275,9 +292,9 @@ def test_passes_over_logits_load_16_bytes_at_a_time(
 @pytest.mark.parametrize("kernel", ["_draw", "_accept", "_final"])
 @pytest.mark.parametrize("kept", ["sampling", "windows", "filters"])
 def test_sampling_compiles_for_a_vocabulary_of_one_block(
-    kernel: str, kept: str, compiled: dict[str, tuple[str, int]]
+    kernel: str, kept: str, sampling: dict[str, tuple[str, int]]
 ) -> None:
-    assert f"{kernel}_kernel {kept} 4000 torch.float16" in compiled
+    assert f"{kernel}_kernel {kept} 4000 torch.float16" in sampling
 
 
 if __name__ == "__main__":
