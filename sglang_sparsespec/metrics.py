@@ -10,7 +10,7 @@ interval, to ``/server_info`` (``internal_states``) and to Prometheus:
   mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
 - ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step;
 - ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``);
-- ``sparsespec:plain_rounds_total``: rounds of k steps that decoded plainly (``--sparsespec-speculate``);
+- ``sparsespec:plain_rounds_total``: rounds of up to k steps that decoded plainly (``--sparsespec-speculate``);
 - ``sparsespec:launch_waits_total``, ``sparsespec:late_launches_total``: launches held back until the round before was
   about to end (``scheduler_patch.late_launch``), and those of them that came after its end.
 
