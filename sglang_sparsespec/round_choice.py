@@ -187,8 +187,8 @@ class Speculation:
         plain_rounds: rounds that decoded plainly.
     """
 
-    #: Seconds that a plain round should last on a GPU, and more for each request: what the scheduler does in one
-    #: iteration has to fit, twice (2 ms and 50 us a request, by its profile). Longer, and whoever arrives waits longer; shorter, and the GPU waits.
+    #: Seconds that a plain round should last on a GPU, and more for each request: twice what the scheduler does in one
+    #: iteration (2 ms and 50 us a request, profiled). Longer, and who arrives waits longer; shorter, and the GPU waits.
     ROUND_S, REQUEST_S = 0.006, 100e-6
 
     def __init__(self, when: str, most_steps: int, device: str) -> None:
