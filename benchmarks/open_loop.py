@@ -11,16 +11,17 @@ On a CPU, for a look at the records only:
         --dataset code:256 --output-len 16 --num-prompts 4 --warmup-requests 1 --max-running-requests 8 \\
         --engine-args '{"max_total_tokens": 8000}' --results open_loop.jsonl
 
-Each engine of ``--engines`` (names as in ``throughput.py``; ``+mixed-chunk`` behind one adds --enable-mixed-chunk) is
-started once as a server, with the same flags but for the algorithm. SGLang's own bench_serving then sends the same
-requests at each of ``--rates`` (requests per second; inf: all at once, which saturates the server), from a flushed prefix
-cache. All figures are bench_serving's:
+Each engine of ``--engines`` (names as in ``throughput.py``; behind one, ``+mixed-chunk`` adds --enable-mixed-chunk and
+``+late-launch`` --sparsespec-late-launch) is started once as a server, with the same flags but for the algorithm. SGLang's
+own bench_serving then sends the same requests at each of ``--rates`` (requests per second; inf: all at once, which saturates
+the server), from a flushed prefix cache. All figures are bench_serving's, but for the last:
 
   ttft_ms        time to first token: waiting in the queue, prefill
   itl_ms         time between two arrivals of tokens at the client. Speculation brings several tokens at once, so look at
                  tpot_ms too: (last token's time - first token's) / (tokens - 1) of a request
   tokens_per_s   output tokens of the whole run / its time, arrivals included: at low rates it is the load, not the limit
   accept_length  the server's, up to its last decode log line; None in short runs
+  metrics        what a server with SPARSESPEC has counted since its start, see the README
 
 ``--dataset`` is one of
 
@@ -48,6 +49,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import requests
 from _common import REPO, append_json_line, clean, markdown_table, say, stamp
 from _report import load_pyplot
 from _server_job import as_record, base_command, run_bench_serving, write_dataset
@@ -58,7 +60,8 @@ sys.path.append(str(REPO / "scripts"))
 
 from quickstart import HOST, Server, ServerError, choose_port, server_environment  # noqa: E402
 
-MIXED_CHUNK = "+mixed-chunk"
+#: What may stand behind an engine's name, and the settings that it adds.
+VARIANTS = {"+mixed-chunk": {"enable_mixed_chunk": True}, "+late-launch": {"sparsespec_late_launch": True}}
 #: bench_serving's figures by the names of the record.
 FIGURES = {
     **{f"{stat}_{name}_ms": f"{stat}_{name}_ms" for name in ("ttft", "tpot", "itl") for stat in ("mean", "median", "p99")},
@@ -83,9 +86,12 @@ RATIOS = ("tokens_per_s", "p99_ttft_ms")
 # -------------------------------------------------------------------------- servers
 
 
-def split_engine(name: str) -> tuple[str, bool]:
-    """An engine's name without ``+mixed-chunk``, and whether it had that."""
-    return name.removesuffix(MIXED_CHUNK), name.endswith(MIXED_CHUNK)
+def split_engine(name: str) -> tuple[str, dict[str, Any]]:
+    """An engine's name without what stands behind it, and the settings that that adds."""
+    for suffix, settings in VARIANTS.items():
+        if name.endswith(suffix):
+            return name.removesuffix(suffix), settings
+    return name, {}
 
 
 def server_flags(name: str, args: argparse.Namespace) -> list[str]:
@@ -94,10 +100,8 @@ def server_flags(name: str, args: argparse.Namespace) -> list[str]:
     Raises:
         SystemExit: no such name.
     """
-    engine, mixed_chunk = split_engine(name)
-    settings = engine_arguments(engine, args.max_running_requests, args)
-    if mixed_chunk:
-        settings["enable_mixed_chunk"] = True
+    engine, more = split_engine(name)
+    settings = {**engine_arguments(engine, args.max_running_requests, args), **more}
     flags: list[str] = []
     for key, value in settings.items():
         if value is None or value is False:
@@ -168,6 +172,23 @@ def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, 
     return {**record, **{name: round(result[theirs], 3) for name, theirs in FIGURES.items()}}
 
 
+def metrics_of(name: str, url: str) -> dict[str, Any] | None:
+    """What a server with SPARSESPEC has counted since its start; None of another.
+
+    Raises:
+        RuntimeError: it does not answer.
+    """
+    if not name.startswith("sparsespec"):
+        return None
+    try:
+        answer = requests.get(f"{url}/server_info", timeout=60)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise RuntimeError(f"{url}/server_info: {error}") from error
+    (state,) = answer.json()["internal_states"]
+    return {key: value for key, value in state.items() if key.startswith("sparsespec_")}
+
+
 def describe(name: str, args: argparse.Namespace) -> dict[str, Any]:
     """What a record says about engine and requests."""
     simulated = os.environ.get("SGLANG_SIMULATE_ACC_LEN")
@@ -234,7 +255,8 @@ class OpenLoop:
         say(f"{name}: {args.num_prompts} requests at {rate}/s{least}")
         try:
             result = self._bench(rate, args.num_prompts, url, log)
-            self._write(name, rate, figures_of(result, self._tokenizer, args.num_prompts))
+            figures = figures_of(result, self._tokenizer, args.num_prompts)
+            self._write(name, rate, {**figures, "metrics": metrics_of(name, url)})
         except RuntimeError as error:
             self._write(name, rate, {"error": str(error)})
 
@@ -317,7 +339,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_start_options(parser)
     parser.set_defaults(random_prompts=False)  # bench_serving wants a server with a tokenizer
-    parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "sparsespec", f"sparsespec{MIXED_CHUNK}"])
+    engines = ["plain:flashinfer", "sparsespec", *(f"sparsespec{suffix}" for suffix in VARIANTS)]
+    parser.add_argument("--engines", nargs="+", default=engines)
     parser.add_argument("--rates", nargs="+", type=parse_rate, default=["2", "4", "8", "inf"], help="requests per second")
     load = parser.add_mutually_exclusive_group()
     load.add_argument("--dataset", default="code:4096", help="see above")

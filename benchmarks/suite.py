@@ -169,10 +169,10 @@ def open_loop_steps(model: Path, out: Path) -> list[Step]:
         Step(
             f"open-{name.replace(':', '-')}",
             program("open_loop", "--model-path", model, *arguments, "--engines", name),
-            240,
+            330,
             needs=(model / "config.json",),
         )
-        for name in ("plain:flashinfer", "sparsespec", "sparsespec+mixed-chunk")
+        for name in ("plain:flashinfer", "sparsespec", "sparsespec+late-launch", "sparsespec+mixed-chunk")
     ]
 
 

@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -68,7 +69,7 @@ def test_servers_differ_by_algorithm_only() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-@pytest.mark.parametrize("engine", ["plain:torch_native", "sparsespec+mixed-chunk"])
+@pytest.mark.parametrize("engine", ["plain:torch_native", "sparsespec+mixed-chunk", "sparsespec+late-launch"])
 def test_sglang_takes_the_flags(plugin: None, engine: str, device: str) -> None:
     from sglang.srt.server_args import ServerArgs
 
@@ -78,6 +79,7 @@ def test_sglang_takes_the_flags(plugin: None, engine: str, device: str) -> None:
     found = parser.parse_args(open_loop.server_flags(engine, args))
     assert (found.device, found.max_total_tokens, found.cuda_graph_bs_decode) == (device, 900, [1, 2])
     assert found.enable_mixed_chunk == engine.endswith("+mixed-chunk")
+    assert found.sparsespec_late_launch == engine.endswith("+late-launch")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     monkeypatch.setattr(open_loop, "Server", FakeServer)
     monkeypatch.setattr(open_loop, "command", command)
+    monkeypatch.setattr(open_loop, "metrics_of", lambda name, url: {"sparsespec_plain_rounds": 7})
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: Characters())
 
     def make(*options: str) -> Any:
@@ -213,11 +216,29 @@ def test_each_rate_becomes_a_line(loop: Any, tmp_path: Path) -> None:
     assert (first["mean_ttft_ms"], first["median_ttft_ms"], first["p99_ttft_ms"]) == (10.0, 20.0, 30.0)
     assert (first["p99_tpot_ms"], first["p99_itl_ms"], first["tokens_per_s"]) == (30.0, 30.0, 32.0)
     assert first["accept_length"] == 4.5 and first["requests_per_s"] == 1.0
+    assert first["metrics"] == {"sparsespec_plain_rounds": 7}
     assert {"date", "commit", "packages", "command"} <= set(first)
     assert made.state["stopped"] == 1
     assert made.state["asked"] == [("inf", 8), ("2", 2), ("inf", 2)]  # the first to warm up
     logs = [path for path in tmp_path.glob("r-*.bench.log")]
     assert len(logs) == 1 and "50 of 100" in logs[0].read_text()
+
+
+def test_a_servers_metrics_are_those_of_the_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
+    state = {"sparsespec_plain_rounds": 7, "avg_spec_accept_length": 2.0}
+    answer = SimpleNamespace(raise_for_status=lambda: None, json=lambda: {"internal_states": [state]})
+    monkeypatch.setattr(open_loop.requests, "get", lambda url, timeout: answer)
+    assert open_loop.metrics_of("sparsespec:window", "http://server") == {"sparsespec_plain_rounds": 7}
+    assert open_loop.metrics_of("plain:triton", "http://server") is None
+
+
+def test_a_server_that_answers_no_more_fails_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(url: str, timeout: float) -> None:
+        raise open_loop.requests.ConnectionError("refused")
+
+    monkeypatch.setattr(open_loop.requests, "get", refuse)
+    with pytest.raises(RuntimeError, match="server_info: refused"):
+        open_loop.metrics_of("sparsespec", "http://server")
 
 
 def test_a_failed_run_is_recorded_and_the_next_one_runs(loop: Any, tmp_path: Path) -> None:
