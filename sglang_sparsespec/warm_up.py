@@ -1,4 +1,4 @@
-"""Kernels of SGLang that would be compiled while requests wait, compiled at start-up."""
+"""Kernels that run outside of CUDA graphs and would be compiled while requests wait, compiled at start-up."""
 
 from __future__ import annotations
 
@@ -28,3 +28,28 @@ def compile_slot_assignment(req_to_token: torch.Tensor, most_requests: int) -> N
         if batch >= most_requests:
             return
         batch *= 2
+
+
+def compile_sampling(vocab_size: int, window: int, kept_dtype: torch.dtype, device: torch.device | str) -> None:
+    """Compile the kernels of lock-step rounds that sample, without and with top-k and top-p; some seconds if they are new.
+
+    Args:
+        window: W.
+        kept_dtype: of the drafts' logits, ``sampling.draft_logits_dtype``.
+        device: with CUDA.
+    """
+    from sglang_sparsespec import triton_sampling
+
+    with torch.device(device):
+        # Float32 is what SGLang's logits processor makes of the head's output.
+        logits = torch.zeros(window, vocab_size)
+        kept, lse = torch.zeros(1, window - 1, vocab_size, dtype=kept_dtype), torch.zeros(1, window - 1)
+        temperatures, top_ks = torch.ones(1, 1), torch.full((1,), vocab_size, dtype=torch.int32)
+        # Not drawn: requests' seeds are to be the same with and without this.
+        seeds, candidates = torch.zeros(window, dtype=torch.int64), torch.zeros(1, window, dtype=torch.int64)
+        filters = torch.ones(1)
+    for top_ps in (None, filters):
+        triton_sampling.draft(logits[:1], temperatures, top_ks, seeds, 0, kept, lse, top_ps=top_ps)
+        triton_sampling.accept(
+            candidates, logits, temperatures, top_ks, kept, lse, seeds[window - 1 :], top_ps=top_ps
+        )

@@ -43,7 +43,7 @@ from sglang_sparsespec.simulation import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 from sglang_sparsespec.unified_graph import UnifiedGraphs
 from sglang_sparsespec.unified_round import UnifiedRounds
-from sglang_sparsespec.warm_up import compile_slot_assignment
+from sglang_sparsespec.warm_up import compile_sampling, compile_slot_assignment
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -145,6 +145,7 @@ class SparseSpecWorker(BaseSpecWorker):
         if self.device == "cuda":
             pool = self.req_to_token_pool.req_to_token
             compile_slot_assignment(pool, most_requests=pool.shape[0] - 1)
+            compile_sampling(self.model_runner.model_config.vocab_size, self.window, self._logits_dtype, self.device)
         runner = self.model_runner.decode_cuda_graph_runner
         if self.device != "cuda" or not isinstance(runner, DecodeCudaGraphRunner) or self.ngram_drafter:
             return

@@ -147,10 +147,41 @@ def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tup
     found["compiled in warm-up, and later"] = (str(before), compiled() - before)
 
 
+def sample_any_number(found: dict[str, tuple[str, int]]) -> None:
+    """Warm the sampling kernels up, then let batches of many sizes sample; keeps count of what is compiled."""
+    from sglang_sparsespec import triton_filters, triton_rows, triton_sampling
+    from sglang_sparsespec.warm_up import compile_sampling
+
+    kernels_of_sampling = [
+        getattr(module, name)
+        for module in (triton_filters, triton_rows, triton_sampling)
+        for name in vars(module)
+        if name.endswith("_kernel")
+    ]
+
+    def compiled() -> int:
+        return sum(len(kernel.device_caches[0][0]) for kernel in kernels_of_sampling)
+
+    k, vocab = 8, 151_936
+    compile_sampling(vocab, k + 1, torch.bfloat16, "cpu")
+    before = compiled()
+    for batch in (1, 2, 3, 7, 16, 40):
+        temperatures, top_ks = torch.ones(batch, 1), torch.full((batch,), 20, dtype=torch.int32)
+        seeds, candidates = triton_sampling.round_seeds(k + 1, "cpu"), torch.zeros(batch, k + 1, dtype=torch.int64)
+        kept, lse = torch.empty(batch, k, vocab, dtype=torch.bfloat16), torch.empty(batch, k)
+        target = torch.empty(batch * (k + 1), vocab)
+        for top_ps in (None, torch.ones(batch)):
+            for step in range(k):
+                triton_sampling.draft(target[:batch], temperatures, top_ks, seeds, step, kept, lse, top_ps=top_ps)
+            triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[k:], top_ps=top_ps)
+    found["compiled in warm-up, and later"] = (str(before), compiled() - before)
+
+
 def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
     """Compile the sampling kernels for vocabularies of many blocks and of one, and for logits of each type."""
     from sglang_sparsespec import triton_sampling
 
+    sample_any_number(found)
     batch, k = 4, 8
     temperatures, top_ks = torch.ones(batch, 1), torch.ones(batch, dtype=torch.int32)
     seeds, candidates = triton_sampling.round_seeds(k + 1, "cpu"), torch.zeros(batch, k + 1, dtype=torch.int64)
@@ -247,6 +278,11 @@ def test_programs_share_a_multiprocessor(kernel: str, programs: int, compiled: d
 def test_no_size_of_a_prefill_batch_compiles_kernels_while_requests_wait(compiled: dict[str, tuple[str, int]]) -> None:
     before, later = compiled["compiled in warm-up, and later"]
     assert int(before) >= 3 and later == 0
+
+
+def test_no_size_of_a_sampled_batch_compiles_kernels_while_requests_wait(sampling: dict[str, tuple[str, int]]) -> None:
+    before, later = sampling["compiled in warm-up, and later"]
+    assert int(before) >= 5 and later == 0
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
