@@ -32,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
     )
     names = ", ".join(shape.name for shape in perf_model.MODELS.values())
     made.add_argument("--model", required=True, help=f"checkpoint folder, config.json, or one of: {names}")
-    made.add_argument("--gpu", required=True, choices=sorted(perf_model.GPUS), help="only h100 has been measured")
+    made.add_argument("--gpu", required=True, choices=sorted(perf_model.GPUS), help="the model was fitted to h100")
     made.add_argument("--context", type=int, default=8192, help="mean tokens of a running request (default %(default)s)")
     made.add_argument("--batch", type=int, help="requests at once (default: as many as the KV pool holds, at most 256)")
     made.add_argument(
@@ -155,7 +155,7 @@ def render(found: dict[str, Any], setup: perf_model.Setup) -> str:
     """The report as text."""
     trust = f"within {found['stated_error']:.0%} of the measured points"
     if not found["calibrated_on_this_gpu"]:
-        trust = "scaled from one H100 by data sheets, with assumed link rates; no point of it has been measured"
+        trust = "scaled from one H100 by data sheets, with assumed link rates, and hardly measured"
     lines = [
         f"{found['model']} on {found['tp']} x {found['gpu']} ({LABEL}; {trust})",
         f"{found['batch']} requests of {found['context']:,} tokens, accept length {found['accept_length']:g} at k = "
