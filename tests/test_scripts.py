@@ -522,7 +522,8 @@ def test_readme_lists_every_flag_with_its_default() -> None:
     for name in FLAG_NAMES:
         default = getattr(SparseSpecConfig, name)
         flag = f"--sparsespec-{name.replace('_', '-')}"
-        assert rows[flag] == ("by device" if default is None else str(default)), flag
+        shown = "by device" if default is None else "off" if default is False else str(default)
+        assert rows[flag] == shown, flag
 
 
 def test_readme_lists_every_draft_policy() -> None:
