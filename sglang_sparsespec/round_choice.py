@@ -55,7 +55,7 @@ class _Measured:
     seconds: float
     load: Load
     rounds: int
-    round: int
+    round: float
 
 
 class RoundChoice:
@@ -76,11 +76,12 @@ class RoundChoice:
     LEAST = 3
     #: Rounds of the same load share their time.
     NEAR = 1.25
-    #: Rounds after which the kind that does not run is tried again.
+    #: Rounds after which the kind that does not run is tried again. Here and below a plain round counts by its steps: as
+    #: a part of one that takes them all.
     STALE = 1000
-    #: Rounds before it is tried again, unless the load has changed: near the crossover growing contexts
-    #: would have it tried all the time.
-    RETRY = 64
+    #: Rounds before it is tried again, or that share of them which is left of the load: some six rounds are spent in a
+    #: try, and near the crossover growing contexts, or requests that come and go, would have it tried all the time.
+    RETRY = 200
     #: The other kind must be that much faster: it costs a round of the first sort to return.
     MARGIN = 1.03
 
@@ -88,15 +89,18 @@ class RoundChoice:
         self._plain_tokens = plain_tokens
         self._measured: dict[bool, _Measured] = {}
         self._accept_length: float | None = None
-        self._round = 0
+        #: Of the round just chosen: steps by ``plain_tokens``, for a plain one.
+        self.length = 1.0
+        self._round = 0.0
         #: The kind of the last round, and the round that its run began in.
-        self._plain, self._since = False, 0
+        self._plain, self._since = False, 0.0
         #: Whether the kind that runs has been found the faster one since.
         self._settled = False
 
     def next_is_plain(self, load: Load) -> bool:
         """The kind of the next round, which has ``load``: whether it is a plain one."""
-        self._round += 1
+        self._round += self.length
+        self.length = 1.0
         if self._wants_other(load):
             self._plain, self._since, self._settled = not self._plain, self._round, False
         return self._plain
@@ -145,7 +149,7 @@ class RoundChoice:
         changed = share * self.NEAR < 1
         rate = self._tokens(self._plain) / current.seconds
         best_of_other = self._tokens(not self._plain) / (other.seconds * (share if changed else 1))
-        is_too_soon = self._settled and not changed and self._round - other.round < self.RETRY
+        is_too_soon = self._settled and self._round - other.round < self.RETRY * (share if changed else 1)
         self._settled = True
         return best_of_other > rate * self.MARGIN and not is_too_soon
 
@@ -238,6 +242,7 @@ class Speculation:
         load = Load.of(batch)
         plain = self._when == NEVER or self._choice.next_is_plain(load)
         steps = self._plain_steps(load) if plain else 0
+        self._choice.length = steps / self._most_steps if plain else 1.0
         if self._when == NEVER or self._choice.is_typical:
             self._begun = (self._timer.now(), (steps, load))
         return steps

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from array import array
 from collections import deque
 from collections.abc import Callable
@@ -101,6 +102,30 @@ def test_a_batch_that_shrinks_is_measured_anew() -> None:
     server = Server(lambda load: 0.05 + 1e-4 * load.requests, lambda load: 0.04 + 8e-4 * load.requests)
     assert server.run(300, Load(128, 128 * 2000)) < 10
     assert server.run(300, Load(2, 2 * 2000)) > 280
+
+
+@pytest.mark.parametrize("steps", [2, STEPS])
+def test_requests_that_come_and_go_do_not_have_the_slower_kind_tried_all_the_time(steps: int) -> None:
+    """Speculating takes 1.3 times as long for a token; the share of the time that its tries take."""
+    rng, choice = random.Random(0), RoundChoice(STEPS)
+    late: deque[tuple[bool, bool, Load, float]] = deque()
+    spent = {False: 0.0, True: 0.0}
+    requests = 30
+    for _ in range(20_000):
+        requests = min(50, max(8, requests + rng.choice((-1, 0, 0, 0, 1))))
+        load = Load(requests, requests * rng.randrange(2200, 2400))
+        step = 0.0021 + load.tokens * 7e-9 + load.requests * 1e-5
+        plain = choice.next_is_plain(load)
+        choice.length = steps / STEPS if plain else 1.0
+        spent[plain] += step * (steps if plain else 1.3 * 7)
+        late.append((plain, choice.is_typical, load, step * (STEPS if plain else 1.3 * 7)))
+        if len(late) > 2:
+            was_plain, typical, at, seconds = late.popleft()
+            if typical:
+                choice.note_time(was_plain, at, seconds)
+            if typical and not was_plain:
+                choice.note_acceptance(7.0)
+    assert 0 < spent[False] < 0.03 * spent[True]
 
 
 def run_until(choice: RoundChoice, load: Load, plain: bool, seconds: float) -> None:
