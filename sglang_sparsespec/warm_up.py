@@ -42,12 +42,12 @@ def compile_sampling(vocab_size: int, window: int, kept_dtype: torch.dtype, devi
 
     with torch.device(device):
         # Float32 is what SGLang's logits processor makes of the head's output.
-        logits = torch.zeros(window, vocab_size)
-        kept, lse = torch.zeros(1, window - 1, vocab_size, dtype=kept_dtype), torch.zeros(1, window - 1)
-        temperatures, top_ks = torch.ones(1, 1), torch.full((1,), vocab_size, dtype=torch.int32)
+        logits, lse = torch.zeros(window, vocab_size, dtype=torch.float32), torch.zeros(1, window - 1, dtype=torch.float32)
+        kept = torch.zeros(1, window - 1, vocab_size, dtype=kept_dtype)
+        temperatures, filters = torch.ones(1, 1, dtype=torch.float32), torch.ones(1, dtype=torch.float32)
+        top_ks = torch.full((1,), vocab_size, dtype=torch.int32)
         # Not drawn: requests' seeds are to be the same with and without this.
         seeds, candidates = torch.zeros(window, dtype=torch.int64), torch.zeros(1, window, dtype=torch.int64)
-        filters = torch.ones(1)
     for top_ps in (None, filters):
         triton_sampling.draft(logits[:1], temperatures, top_ks, seeds, 0, kept, lse, top_ps=top_ps)
         triton_sampling.accept(
