@@ -242,10 +242,23 @@ class SparseSpecAttnBackend(AttentionBackend):
             logger.warning("%s", self.policy.warning)
 
     def warm_up(self) -> None:
-        """Compile kernels that no captured forward has; else a request would wait for it."""
-        if self.policy.uses_scores:
-            keys, table = self.token_to_kv_pool.get_key_buffer(self.first_layer), self.req_to_token_pool.req_to_token
-            self.kernels.warm_up_prefill(self.dtype, keys, table, self.scores, self.config.lookahead)
+        """Compile what prefill batches of any size need, with requests of no length; else the first ones would wait.
+
+        Prefill runs outside of CUDA graphs, whose capture compiles all other kernels.
+        """
+        if not self.policy.uses_scores:
+            return
+        keys = self.token_to_kv_pool.get_key_buffer(self.first_layer)
+        table = self.req_to_token_pool.req_to_token
+        q = torch.zeros((1, self.num_q_heads, keys.shape[-1]), dtype=self.dtype, device=self.device)
+        # Of few requests each is split often, of many seldom: what is compiled for splits is compiled by the extremes.
+        for batch in (1, self.max_bs):
+            # Of the types that SGLang's batches have: others would compile other kernels.
+            nothing = torch.zeros(batch, dtype=torch.int64, device=self.device)
+            none = nothing.int()
+            self.kernels.prefill_scores(q, keys, table, nothing, nothing, none, none, self.window, 1.0, self.scores)
+        positions = self.table.positions[self.first_layer]
+        self.kernels.select(self.scores, nothing, nothing, none, positions, self.config.lookahead)
 
     # ------------------------------------------------------------------ metadata
 
@@ -428,15 +441,19 @@ class SparseSpecAttnBackend(AttentionBackend):
         rows: torch.Tensor,
         lengths: torch.Tensor,
         hint: torch.Tensor | None,
-        scores: torch.Tensor,
+        scores: torch.Tensor | None,
         out: torch.Tensor,
+        window: int | None = None,
+        lse: torch.Tensor | None = None,
     ) -> None:
-        """Full attention of the windows, with scores if the policy uses them.
+        """Full attention of the windows, with scores if given and the policy uses them.
 
         Args:
             q, out: [batch * W, Hq * D]. rows, lengths: int [batch].
             hint: float32 [batch, W, Hq]; one that is far off costs time, not exactness.
             scores: as :attr:`scores`, at least ``batch`` of its rows.
+            window: W, if not :attr:`window`.
+            lse: float32 [batch, W, Hq], written if given; it may be ``hint``.
         """
         if not len(rows):
             return
@@ -449,11 +466,12 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.req_to_token_pool.req_to_token,
             rows,
             lengths,
-            self.window,
+            window or self.window,
             layer.scaling * k_descale,
             out.view(-1, layer.tp_q_head_num, layer.head_dim),
             scores if self.policy.uses_scores else None,
             hint,
+            lse,
         )
         if v_descale != 1.0:
             out.mul_(v_descale)
@@ -494,26 +512,10 @@ class SparseSpecAttnBackend(AttentionBackend):
 
         After a change of the batch a request finds another's log-sum-exps there, which serve nearly always as well.
         """
-        k_cache, v_cache = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
-        k_descale, v_descale = kv_descales(layer)
         hint = lse[: len(q)].unsqueeze(1)
-        self.kernels.verify_attention(
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
-            k_cache,
-            v_cache,
-            self.req_to_token_pool.req_to_token,
-            forward_batch.req_pool_indices,
-            # Of a request's next token: how many there are before it.
-            forward_batch.positions,
-            1,
-            layer.scaling * k_descale,
-            out.view(-1, layer.tp_q_head_num, layer.head_dim),
-            None,
-            hint,
-            hint,
-        )
-        if v_descale != 1.0:
-            out.mul_(v_descale)
+        # The position of a request's next token: how many there are before it.
+        lengths = forward_batch.positions
+        self._verify_attention(q, layer, forward_batch.req_pool_indices, lengths, hint, None, out, window=1, lse=hint)
 
     def _mixed_attention(self, q: torch.Tensor, layer: RadixAttention, mixed: MixedRows, out: torch.Tensor) -> None:
         """Draft attention of the first D tokens beside verification of the V windows after them.

@@ -11,7 +11,6 @@ import torch
 from sglang_sparsespec.attention_backend import triton_draft, triton_prefill_scores, triton_select, triton_verify
 from sglang_sparsespec.attention_backend.triton_common import LN2, MAX_ROWS
 
-FEW_SPLITS = triton_prefill_scores.MAX_LSE_SPLITS[0]
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 
 
@@ -276,28 +275,6 @@ class CudaPillarKernels:
         triton_select.select(
             scores, lengths, req_pool_indices, counts, positions, self.select_config, self.pdl, lookahead
         )
-
-    def warm_up_prefill(
-        self,
-        query_dtype: torch.dtype,
-        k_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        scores: torch.Tensor,
-        lookahead: int,
-    ) -> None:
-        """See :meth:`interface.PillarKernels.warm_up_prefill`; runs the kernels for requests of no length.
-
-        Prefill runs outside of CUDA graphs, whose capture compiles all other kernels.
-        """
-        fewest = next((batch for batch in range(1, self.max_batch + 1) if self.scores_splits(batch) <= FEW_SPLITS), 1)
-        for batch in {1, fewest}:
-            # Of the types that SGLang's batches have: others would compile other kernels.
-            nothing = torch.zeros(batch, dtype=torch.int64, device=self.device)
-            none = nothing.int()
-            q = torch.zeros((1, self.num_q_heads, self.head_dim), dtype=query_dtype, device=self.device)
-            self.prefill_scores(q, k_cache, req_to_token, nothing, nothing, none, none, self.window, 1.0, scores)
-            positions = torch.zeros((1, self.num_kv_heads, self.capacity), dtype=torch.int32, device=self.device)
-            self.select(scores, nothing, nothing, none, positions, lookahead)
 
     def _check_window(self, window: int) -> None:
         if window > self.window:

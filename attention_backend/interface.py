@@ -133,18 +133,3 @@ class PillarKernels(Protocol):
             lookahead: one of LOOKAHEADS.
         """
         ...
-
-    def warm_up_prefill(
-        self,
-        query_dtype: torch.dtype,
-        k_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        scores: torch.Tensor,
-        lookahead: int,
-    ) -> None:
-        """Compile whatever prefill batches of any size need, so that no request waits for it.
-
-        Args:
-            query_dtype: of the model's queries. The others: as in :meth:`prefill_scores` and :meth:`select`.
-        """
-        ...

@@ -210,13 +210,3 @@ class TorchPillarKernels:
                 ranked = look_ahead(ranked, lookahead)
             best = ranked.topk(count, dim=-1, sorted=False).indices
             positions[row, :, :count] = best.sort(dim=-1).values.to(positions.dtype)
-
-    def warm_up_prefill(
-        self,
-        query_dtype: torch.dtype,
-        k_cache: torch.Tensor,
-        req_to_token: torch.Tensor,
-        scores: torch.Tensor,
-        lookahead: int,
-    ) -> None:
-        """Nothing is compiled."""

@@ -727,7 +727,7 @@ def test_log_sum_exps_of_drafts_reach_their_window_by_row() -> None:
     assert torch.equal(backend.lse_hint[:, 1, 0], step) and torch.isfinite(backend.lse_hint).all()
     hints: list[torch.Tensor] = []
     verify = backend.kernels.verify_attention
-    backend.kernels.verify_attention = lambda *args: (hints.append(args[-1]), verify(*args))[1]  # type: ignore
+    backend.kernels.verify_attention = lambda *args: (hints.append(args[-2]), verify(*args))[1]  # type: ignore
     from sglang_sparsespec.attention_backend.backend import MixedRows
 
     rows, none = torch.tensor([2, 1]), torch.zeros(0, dtype=torch.int64)

@@ -11,6 +11,7 @@ import os
 import re
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -28,6 +29,9 @@ def compile_for_h100(shape: str, cache: str) -> dict[str, tuple[str, int]]:
     from triton.backends.compiler import GPUTarget
     from triton.backends.driver import DriverBase
     from triton.runtime.jit import JITFunction
+
+    # SGLang looks for GPUs as it is imported: before there seems to be one.
+    import sglang_sparsespec.attention_backend.backend  # noqa: F401
 
     class Driver(DriverBase):
         """Stands in for the CUDA driver: says that there is an H100, launches nothing."""
@@ -120,9 +124,15 @@ def compile_attention(hq: int, hkv: int, found: dict[str, tuple[str, int]]) -> N
     found["_select_kernel lookahead"] = found.pop("_select_kernel")
 
 
+def count_compiled(kernels) -> int:
+    """How many kernels the JIT functions ``kernels`` have been compiled to so far."""
+    return sum(len(kernel.device_caches[0][0]) for kernel in kernels)
+
+
 def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tuple[str, int]]) -> None:
     """Warm the prefill kernels up, then let prefill batches of many sizes come; keeps count of what is compiled."""
     from sglang_sparsespec.attention_backend import triton_prefill_scores, triton_select
+    from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 
     kernels_of_prefill = (
         triton_prefill_scores._window_lse_kernel,
@@ -130,21 +140,33 @@ def prefill_any_number(kernels, queries, cache_rows, table, found: dict[str, tup
         triton_select._select_kernel,
     )
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels_of_prefill)
-
     kernels._reserve(64)
     dim, heads, context = queries.shape[2], cache_rows.shape[1], table.shape[1]
     scores = torch.empty(64, heads, context, dtype=torch.float16)
-    kernels.warm_up_prefill(queries.dtype, cache_rows, table, scores, 0)
-    before = compiled()
+    server = SimpleNamespace(
+        kernels=kernels,
+        policy=SimpleNamespace(uses_scores=True),
+        token_to_kv_pool=SimpleNamespace(get_key_buffer=lambda layer: cache_rows),
+        req_to_token_pool=SimpleNamespace(req_to_token=table),
+        table=SimpleNamespace(positions=torch.empty(1, 64, heads, kernels.capacity, dtype=torch.int32)),
+        config=SimpleNamespace(lookahead=0),
+        scores=scores,
+        first_layer=0,
+        num_q_heads=kernels.num_q_heads,
+        window=kernels.window,
+        dtype=queries.dtype,
+        device=torch.device("cpu"),
+        max_bs=64,
+    )
+    SparseSpecAttnBackend.warm_up(server)
+    before = count_compiled(kernels_of_prefill)
     for batch in (1, 2, 3, 5, 6, 7, 8, 11, 16, 33, 48, 64):
         # The types that ForwardBatch has them in.
         rows, extend = torch.zeros(batch, dtype=torch.int64), torch.zeros(batch, dtype=torch.int32)
         kernels.prefill_scores(queries, cache_rows, table, rows, rows, extend, extend, kernels.window, dim**-0.5, scores)
         positions = torch.empty(65, heads, kernels.capacity, dtype=torch.int32)
         kernels.select(scores, rows, rows, rows.int(), positions)
-    found["compiled in warm-up, and later"] = (str(before), compiled() - before)
+    found["compiled in warm-up, and later"] = (str(before), count_compiled(kernels_of_prefill) - before)
 
 
 def sample_any_number(found: dict[str, tuple[str, int]]) -> None:
@@ -159,12 +181,9 @@ def sample_any_number(found: dict[str, tuple[str, int]]) -> None:
         if name.endswith("_kernel")
     ]
 
-    def compiled() -> int:
-        return sum(len(kernel.device_caches[0][0]) for kernel in kernels_of_sampling)
-
     k, vocab = 8, 151_936
     compile_sampling(vocab, k + 1, torch.bfloat16, "cpu")
-    before = compiled()
+    before = count_compiled(kernels_of_sampling)
     for batch in (1, 2, 3, 7, 16, 40):
         temperatures, top_ks = torch.ones(batch, 1), torch.full((batch,), 20, dtype=torch.int32)
         seeds, candidates = triton_sampling.round_seeds(k + 1, "cpu"), torch.zeros(batch, k + 1, dtype=torch.int64)
@@ -174,7 +193,7 @@ def sample_any_number(found: dict[str, tuple[str, int]]) -> None:
             for step in range(k):
                 triton_sampling.draft(target[:batch], temperatures, top_ks, seeds, step, kept, lse, top_ps=top_ps)
             triton_sampling.accept(candidates, target, temperatures, top_ks, kept, lse, seeds[k:], top_ps=top_ps)
-    found["compiled in warm-up, and later"] = (str(before), compiled() - before)
+    found["compiled in warm-up, and later"] = (str(before), count_compiled(kernels_of_sampling) - before)
 
 
 def compile_sampling(found: dict[str, tuple[str, int]]) -> None:
