@@ -16,12 +16,13 @@ Each engine of ``--engines`` (names as in ``throughput.py``; behind one, ``+mixe
 own bench_serving then sends the same requests at each of ``--rates`` (requests per second; inf: all at once, which saturates
 the server), from a flushed prefix cache. All figures are bench_serving's, but for the last:
 
-  ttft_ms        time to first token: waiting in the queue, prefill
-  itl_ms         time between two arrivals of tokens at the client. Speculation brings several tokens at once, so look at
-                 tpot_ms too: (last token's time - first token's) / (tokens - 1) of a request
-  tokens_per_s   output tokens of the whole run / its time, arrivals included: at low rates it is the load, not the limit
-  accept_length  the server's, up to its last decode log line; None in short runs
-  metrics        what a server with SPARSESPEC has counted since its start, see the README
+  ttft_ms          time to first token: waiting in the queue, prefill
+  itl_ms           time between two arrivals of tokens at the client. Speculation brings several tokens at once, so look at
+                   tpot_ms too: (last token's time - first token's) / (tokens - 1) of a request
+  tokens_per_s     output tokens of the whole run / its time, arrivals included: at low rates it is the load, not the limit
+  accept_length    the server's, up to its last decode log line; None in short runs
+  slowest_ttft_ms  the longest times to first token, longest first
+  metrics          what a server with SPARSESPEC has counted since its start, see the README
 
 ``--dataset`` is one of
 
@@ -69,6 +70,8 @@ FIGURES = {
     "requests_per_s": "request_throughput",
     "mean_concurrency": "concurrency",
 }
+#: How many of the longest times to first token a record has: the p99 of some hundred requests is one of a few.
+SLOWEST = 12
 #: Columns of the table, by the names of the record; ratios are added behind the two they belong to.
 COLUMNS = {
     "requests_per_s": "requests/s",
@@ -169,7 +172,9 @@ def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, 
         RuntimeError: not all requests were answered.
     """
     record = as_record(result, tokenizer, asked)
-    return {**record, **{name: round(result[theirs], 3) for name, theirs in FIGURES.items()}}
+    figures = {name: round(result[theirs], 3) for name, theirs in FIGURES.items()}
+    slowest = sorted((1000 * seconds for seconds in result["ttfts"]), reverse=True)[:SLOWEST]
+    return {**record, **figures, "slowest_ttft_ms": [round(milliseconds, 1) for milliseconds in slowest]}
 
 
 def metrics_of(name: str, url: str) -> dict[str, Any] | None:

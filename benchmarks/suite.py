@@ -163,13 +163,14 @@ def kill_step(model: Path) -> Step:
 
 def open_loop_steps(model: Path, out: Path) -> list[Step]:
     """Poisson arrivals, a step for each engine."""
-    arguments = ["--rates", 8, 16, "inf", "--dataset", "code:2048", "--output-len", 512, "--num-prompts", 160]
+    arguments = ["--rates", 8, 16, "inf", "--dataset", "code:2048", "--output-len", 512, "--num-prompts", 320]
+    arguments += ["--max-running-requests", KV_BATCHES[-1]]
     arguments += [*engine_args(cuda_graph_bs_decode=KV_BATCHES), "--results", out / "open_loop.jsonl"]
     return [
         Step(
             f"open-{name.replace(':', '-')}",
             program("open_loop", "--model-path", model, *arguments, "--engines", name),
-            330,
+            400,
             needs=(model / "config.json",),
         )
         for name in ("plain:flashinfer", "sparsespec", "sparsespec+late-launch", "sparsespec+mixed-chunk")

@@ -28,6 +28,7 @@ RESULT: dict[str, Any] = {
     "p99_e2e_latency_ms": 900.0,
     **{f"{stat}_{name}_ms": 10.0 * (1 + index) for index, stat in enumerate(("mean", "median", "p99"))
        for name in ("ttft", "tpot", "itl")},
+    "ttfts": [0.01, 0.0302],
     "accept_length": 4.5,
     "server_info": {"version": "0.5.17", "speculative_algorithm": "SPARSESPEC"},
     "generated_texts": ["a b c d e f g h i j k l m n o p", "q r s t u v w x y z"],
@@ -265,6 +266,10 @@ def test_a_server_that_cannot_be_warmed_up_is_recorded_for_every_rate(loop: Any,
     made.run_engine("sparsespec")
     assert ["the server is gone" in record["error"] for record in written(tmp_path)] == [True, True]
     assert made.state["stopped"] == 1
+
+
+def test_the_longest_times_to_first_token_come_first() -> None:
+    assert open_loop.figures_of(RESULT, Characters(), 2)["slowest_ttft_ms"] == [30.2, 10.0]
 
 
 def test_a_missing_answer_fails_the_run() -> None:
