@@ -3,7 +3,7 @@
 Three kinds of forward, told apart by SGLang's forward mode:
 
 - EXTEND (prefill): run by an SGLang backend, unchanged; the scores of the prompt's last
-  queries give the first selection.
+  queries give the first selection (:mod:`prefill_selection`).
 - DECODE (a draft step): one query per request over the sparse page table.
 - TARGET_VERIFY: full attention of the verify window with scores, then the selection for
   the next round, layer by layer.
@@ -28,6 +28,7 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.interface import PillarKernels, score_row
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import POLICIES
+from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection, PromptRows
 from sglang_sparsespec.attention_backend.side_stream import SideStream
 from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 from sglang_sparsespec.config import get_config
@@ -150,6 +151,7 @@ class SparseSpecAttnBackend(AttentionBackend):
     Attributes:
         policy: what drafts attend to, and how many of them a round makes.
         table: the sparse page table of all requests.
+        prefill_selection: makes the first selections; None if the policy needs no scores.
         lse_step: float32 [layers, rows, Hq], log-sum-exp of the draft step just run.
         lse_hint: float32 [layers, rows, W, Hq], those of the window's drafts: by batch index in
             lock-step rounds, by row of ``req_to_token`` in staggered ones.
@@ -207,6 +209,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         # Scores live from a layer's attention to its selection, so one layer's worth is kept.
         shape = (num_rows, self.num_kv_heads, score_row(max_context))
         self.scores = torch.empty(shape, dtype=score_dtype, device=self.device)
+        self.prefill_selection: PrefillSelection | None = None
+        if self.policy.uses_scores:
+            self.prefill_selection = PrefillSelection(
+                layers, self.window, self.dtype, self.device, self._select_for_prompts
+            )
         # Log-sum-exp of the draft steps' queries over their selected sets: close to the full
         # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
@@ -320,7 +327,13 @@ class SparseSpecAttnBackend(AttentionBackend):
     def _begin_prefill(self, forward_batch: ForwardBatch) -> None:
         num_queries = forward_batch.extend_seq_lens.clamp(max=self.window)
         lengths = forward_batch.seq_lens - num_queries.to(forward_batch.seq_lens.dtype)
-        self._begin_selection(lengths, forward_batch.req_pool_indices)
+        rows = forward_batch.req_pool_indices
+        self._begin_selection(lengths, rows)
+        if self.prefill_selection is not None:
+            assert self._counts is not None and self._lengths is not None
+            starts, extend_lens = forward_batch.extend_start_loc, forward_batch.extend_seq_lens
+            batch = PromptRows(rows, forward_batch.seq_lens, starts, extend_lens, self._lengths, self._counts)
+            self.prefill_selection.begin(batch)
 
     def _begin_selection(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
         """Decide the sizes of the next selection, made from positions of [0, length)."""
@@ -398,22 +411,27 @@ class SparseSpecAttnBackend(AttentionBackend):
         if forward_batch.forward_mode.is_target_verify():
             return self._forward_verify(q, k, v, layer, forward_batch, save_kv_cache)
         out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if self.policy.uses_scores:
-            k_descale, _ = kv_descales(layer)
-            self.kernels.prefill_scores(
-                q.reshape(-1, layer.tp_q_head_num, layer.head_dim),
-                self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-                self.req_to_token_pool.req_to_token,
-                forward_batch.req_pool_indices,
-                forward_batch.seq_lens,
-                forward_batch.extend_start_loc,
-                forward_batch.extend_seq_lens,
-                self.window,
-                layer.scaling * k_descale,
-                self.scores,
-            )
-            self._select(self.kernels, self.scores, layer.layer_id, forward_batch.req_pool_indices)
+        if self.prefill_selection is not None:
+            self.prefill_selection.note(layer, q.reshape(-1, layer.tp_q_head_num, layer.head_dim))
         return out
+
+    def _select_for_prompts(self, layer: RadixAttention, queries: torch.Tensor, batch: PromptRows) -> None:
+        """A layer's first selections, by the scores of ``queries`` ([tokens, Hq, D]); see ``PrefillSelection``."""
+        k_descale, _ = kv_descales(layer)
+        self.kernels.prefill_scores(
+            queries,
+            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
+            self.req_to_token_pool.req_to_token,
+            batch.rows,
+            batch.seq_lens,
+            batch.starts,
+            batch.extend_lens,
+            self.window,
+            layer.scaling * k_descale,
+            self.scores,
+        )
+        positions = self.table.positions[layer.layer_id]
+        self.kernels.select(self.scores, batch.lengths, batch.rows, batch.counts, positions, self.config.lookahead)
 
     def _forward_verify(
         self,

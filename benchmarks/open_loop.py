@@ -70,6 +70,7 @@ FIGURES = {
     "requests_per_s": "request_throughput",
     "mean_concurrency": "concurrency",
 }
+WARM_UP_TOKENS = 256
 #: How many of the longest times to first token a record has: the p99 of some hundred requests is one of a few.
 SLOWEST = 12
 #: Columns of the table, by the names of the record; ratios are added behind the two they belong to.
@@ -158,11 +159,32 @@ def command(
     made = [*base_command("sglang", args.model_path, url, output), *dataset, "--request-rate", rate]
     made += ["--num-prompts", str(count), "--seed", str(args.seed), "--temperature", str(args.temperature)]
     # bench_serving would flush the cache right after its warm-up, which the server refuses while the warm-up's last
-    # round is in flight (overlap scheduling). Warm-up is a run of its own, see OpenLoop.run_engine.
+    # round is in flight (overlap scheduling). OpenLoop.run_engine warms up.
     made += ["--warmup-requests", "0"]
     if "custom" in dataset:
         made += ["--sharegpt-output-len", str(args.output_len)]
     return made
+
+
+def first_prompts(dataset: list[str], count: int) -> dict[str, Any]:
+    """Prompts of ``dataset`` (see :func:`make_dataset`) as a server is asked for them; short ones where they are random."""
+    if "custom" not in dataset:
+        return {"input_ids": [list(range(1000 + start, 1500 + start)) for start in range(count)]}
+    lines = Path(dataset[-1]).read_text().splitlines()[:count]
+    return {"text": [json.loads(line)["conversations"][0]["content"] for line in lines]}
+
+
+def warm_up(url: str, prompts: dict[str, Any]) -> None:
+    """Let a server answer ``prompts``, all at once, with :data:`WARM_UP_TOKENS` tokens each.
+
+    Raises:
+        RuntimeError: it did not.
+    """
+    sampling = {"temperature": 0, "max_new_tokens": WARM_UP_TOKENS, "ignore_eos": True}
+    try:
+        requests.post(f"{url}/generate", json={**prompts, "sampling_params": sampling}, timeout=600).raise_for_status()
+    except requests.RequestException as error:
+        raise RuntimeError(f"{url}/generate: {error}") from error
 
 
 def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, Any]:
@@ -245,7 +267,7 @@ class OpenLoop:
                 url = f"http://{HOST}:{port}"
                 if args.warmup_requests:
                     say(f"{name}: {args.warmup_requests} requests to warm up")
-                    self._bench("inf", args.warmup_requests, url, log)
+                    warm_up(url, first_prompts(self._dataset, args.warmup_requests))
                 for rate in args.rates:
                     self._run_rate(name, rate, url, log)
                     server.check_alive()

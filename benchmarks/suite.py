@@ -32,8 +32,9 @@ from run import end_group, read_results
 
 HERE = Path(__file__).resolve().parent
 GPU_TESTS = ("cuda_kernels", "triton_select", "triton_filters", "triton_sampling")
-#: Arguments of all engines: prefill graphs cost memory and start-up time; some models' own sampling defaults are refused.
+#: Arguments of engines: prefill graphs cost memory and start-up time; some models' own sampling defaults are refused.
 ENGINE = {"sampling_defaults": "openai", "cuda_graph_backend_prefill": "disabled"}
+PREFILL_TOKENS = [256, 512, 1024, 2112, 4224, 6336, 8192]
 KV_BATCHES = [1, 16, 32, 48, 64, 96, 128, 160]
 #: Qwen3-8B's shapes, for times with dummy weights.
 SHAPES_8B = {
@@ -107,6 +108,7 @@ ON_ONE_GPU = {
     "plain-rounds": Compared(settings={"sparsespec_speculate": "never"}),
     "auto": Compared(UNIFIED, {"sparsespec_speculate": "auto"}),
     "host": HOST_TIER,
+    "prefill-graphs": Compared(settings={"cuda_graph_backend_prefill": "breakable", "cuda_graph_bs_prefill": [256, 4096]}),
 }
 ON_TWO_GPUS = {"lockstep": Compared(), "unified": Compared(UNIFIED), "host": HOST_TIER}
 
@@ -165,7 +167,10 @@ def open_loop_steps(model: Path, out: Path) -> list[Step]:
     """Poisson arrivals, a step for each engine."""
     arguments = ["--rates", 8, 16, "inf", "--dataset", "code:2048", "--output-len", 512, "--num-prompts", 320]
     arguments += ["--max-running-requests", KV_BATCHES[-1]]
-    arguments += [*engine_args(cuda_graph_bs_decode=KV_BATCHES), "--results", out / "open_loop.jsonl"]
+    # Prompts come one or a few at a time, so prefill's graphs matter, as they do to users; these are their sizes.
+    settings = {**ENGINE, "cuda_graph_backend_prefill": "breakable", "cuda_graph_bs_prefill": PREFILL_TOKENS}
+    settings["cuda_graph_bs_decode"] = KV_BATCHES
+    arguments += ["--engine-args", json.dumps(settings), "--results", out / "open_loop.jsonl"]
     return [
         Step(
             f"open-{name.replace(':', '-')}",

@@ -652,8 +652,12 @@ def _resolve_cpu(server_args: ServerArgs) -> None:
 def _resolve_prefill_graph(server_args: ServerArgs) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    if server_args.cuda_graph_config.prefill.backend != Backend.DISABLED:
-        # The prefill graph would capture attention with the base backend's metadata and
-        # skip the scores of the prompt's last queries.
+    if server_args.cuda_graph_config.prefill.backend not in (Backend.DISABLED, Backend.BREAKABLE):
+        # A whole prefill graph would capture attention with the base backend's metadata and skip the scores of the
+        # prompt's last queries. Breakable graphs leave attention out.
         server_args.cuda_graph_config.prefill.backend = Backend.DISABLED
-        logger.info("Prefill CUDA graphs are off with %s (decode and draft graphs stay on).", ALGORITHM)
+        logger.info(
+            "Prefill CUDA graphs are off: with %s only --cuda-graph-backend-prefill breakable can be captured (decode and "
+            "draft graphs stay on).",
+            ALGORITHM,
+        )

@@ -27,6 +27,9 @@ logger = logging.getLogger(__name__)
 class StepGraphs:
     """Graphs of a step for each of SGLang's decode batch sizes; subclasses say what the step is.
 
+    Args:
+        sizes: ascending, in place of SGLang's.
+
     Attributes:
         capture_bs: batch sizes, ascending.
         memory_usage_gb: device memory that capturing took.
@@ -35,12 +38,14 @@ class StepGraphs:
     #: For the log.
     name: str
 
-    def __init__(self, model_runner: ModelRunner, backend: SparseSpecAttnBackend) -> None:
+    def __init__(
+        self, model_runner: ModelRunner, backend: SparseSpecAttnBackend, sizes: list[int] | None = None
+    ) -> None:
         self.model_runner = model_runner
         self.attn_backend = backend
         self.device = model_runner.device
         self.device_module = torch.get_device_module(self.device)
-        self.capture_bs, _ = get_batch_sizes_to_capture(model_runner, 1)
+        self.capture_bs = sizes or get_batch_sizes_to_capture(model_runner, 1)[0]
         self.max_bs = max(self.capture_bs)
         self._backend = FullCudaGraphBackend(self)
         self.memory_usage_gb = 0.0

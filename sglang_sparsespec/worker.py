@@ -36,6 +36,7 @@ from sglang_sparsespec.draft_length import AcceptRule, accept_drafted, fill_wind
 from sglang_sparsespec.forward_stats import ForwardStats, ForwardTrace
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.ngram_draft import NgramDrafter
+from sglang_sparsespec.prefill_graph import PrefillSelectionGraphs
 from sglang_sparsespec.round_choice import Speculation
 from sglang_sparsespec.round_progress import RoundProgress, set_current
 from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
@@ -152,6 +153,9 @@ class SparseSpecWorker(BaseSpecWorker):
         if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
             logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
             return
+        if self.attn_backend.prefill_selection is not None:
+            graphs = PrefillSelectionGraphs(self.model_runner, self.attn_backend, self.attn_backend.prefill_selection)
+            self._additional_graph_memory_usage["prefill_selection"] = graphs.memory_usage_gb
         if self.unified is not None:
             self.unified.graphs = UnifiedGraphs(self.model_runner, self.attn_backend, self.unified.state)
             self._additional_graph_memory_usage["unified"] = self.unified.graphs.memory_usage_gb

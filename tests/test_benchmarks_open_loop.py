@@ -184,12 +184,17 @@ def loop(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         rate: str, count: int, dataset: list[str], url: str, output: Path, args: argparse.Namespace
     ) -> list[str]:
         state["asked"].append((rate, count))
-        fails = rate in state["fails"] or count in state["fails"]
-        program = FAKE_BENCH.format(result=json.dumps(RESULT), fails=fails)
+        program = FAKE_BENCH.format(result=json.dumps(RESULT), fails=rate in state["fails"])
         return [sys.executable, "-c", program, str(output)]
+
+    def warm_up(url: str, prompts: dict[str, Any]) -> None:
+        state["asked"].append(("warm up", len(prompts["text"])))
+        if "warm up" in state["fails"]:
+            raise RuntimeError("the server is gone")
 
     monkeypatch.setattr(open_loop, "Server", FakeServer)
     monkeypatch.setattr(open_loop, "command", command)
+    monkeypatch.setattr(open_loop, "warm_up", warm_up)
     monkeypatch.setattr(open_loop, "metrics_of", lambda name, url: {"sparsespec_plain_rounds": 7})
     monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: Characters())
 
@@ -220,7 +225,7 @@ def test_each_rate_becomes_a_line(loop: Any, tmp_path: Path) -> None:
     assert first["metrics"] == {"sparsespec_plain_rounds": 7}
     assert {"date", "commit", "packages", "command"} <= set(first)
     assert made.state["stopped"] == 1
-    assert made.state["asked"] == [("inf", 8), ("2", 2), ("inf", 2)]  # the first to warm up
+    assert made.state["asked"] == [("warm up", 2), ("2", 2), ("inf", 2)]
     logs = [path for path in tmp_path.glob("r-*.bench.log")]
     assert len(logs) == 1 and "50 of 100" in logs[0].read_text()
 
@@ -240,6 +245,22 @@ def test_a_server_that_answers_no_more_fails_the_run(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(open_loop.requests, "get", refuse)
     with pytest.raises(RuntimeError, match="server_info: refused"):
         open_loop.metrics_of("sparsespec", "http://server")
+
+
+def test_a_server_that_answers_no_warm_up_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def post(url: str, json: dict[str, Any], timeout: float) -> Any:
+        asked.append((url, json["input_ids"]))
+        answer = open_loop.requests.Response()
+        answer.status_code = 500
+        return answer
+
+    monkeypatch.setattr(open_loop.requests, "post", post)
+    with pytest.raises(RuntimeError, match="generate: 500"):
+        open_loop.warm_up("http://server", open_loop.first_prompts(["--dataset-name", "random-ids"], 3))
+    ((url, prompts),) = asked
+    assert url == "http://server/generate" and len({tuple(prompt) for prompt in prompts}) == 3
 
 
 def test_a_failed_run_is_recorded_and_the_next_one_runs(loop: Any, tmp_path: Path) -> None:
@@ -262,7 +283,7 @@ def test_rates_that_a_dead_server_did_not_serve_are_recorded(loop: Any, tmp_path
 
 def test_a_server_that_cannot_be_warmed_up_is_recorded_for_every_rate(loop: Any, tmp_path: Path) -> None:
     made = loop("--rates", "2", "4")
-    made.state["fails"] = {8}
+    made.state["fails"] = {"warm up"}
     made.run_engine("sparsespec")
     assert ["the server is gone" in record["error"] for record in written(tmp_path)] == [True, True]
     assert made.state["stopped"] == 1

@@ -353,11 +353,12 @@ def test_graphs_are_off_on_cpu_and_overlap_scheduling_stays(resolve: Callable[..
     assert args.cuda_graph_config.decode.backend == args.cuda_graph_config.prefill.backend == Backend.DISABLED
 
 
-def test_only_the_prefill_graph_is_off_on_cuda(resolve: Callable[..., Any]) -> None:
+@pytest.mark.parametrize(("asked", "kept"), [("full", "disabled"), ("tc_piecewise", "disabled"), ("breakable", "breakable")])
+def test_prefill_graphs_that_would_capture_attention_are_off(asked: str, kept: str, resolve: Callable[..., Any]) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    args = resolve(device="cuda", mem_fraction_static=0.8)
-    assert args.cuda_graph_config.prefill.backend == Backend.DISABLED
+    args = resolve(device="cuda", mem_fraction_static=0.8, cuda_graph_backend_prefill=asked)
+    assert args.cuda_graph_config.prefill.backend == kept
     assert args.cuda_graph_config.decode.backend != Backend.DISABLED
 
 
