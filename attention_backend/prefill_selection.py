@@ -1,10 +1,10 @@
 """A prompt's first selection, made for all layers after the last one.
 
 Scoring and selecting take three launches a layer, each next to nothing on the GPU. Launched from prefill's eager
-forward, they made it half again as long on the host, which is where a prompt of two thousand tokens spends its time
-(``docs/unified-batches.md``). So a layer only keeps the queries that score, those of the prompt's last tokens; what they
-score is still in the KV cache after the last layer, and then all launches follow at once, as one CUDA graph where there
-is one (``sglang_sparsespec.prefill_graph``).
+forward, they were a quarter to half of its time on the host, which keeps a prompt of two thousand tokens longer than the
+GPU (``docs/unified-batches.md``, "Time to first token"). So a layer only keeps the queries that score, those of the prompt's
+last tokens; what they score is still in the KV cache after the last layer, and then all launches follow at once, as one
+CUDA graph where there is one (``sglang_sparsespec.prefill_graph``).
 """
 
 from __future__ import annotations
