@@ -18,6 +18,7 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,7 +29,7 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.interface import PillarKernels, score_row
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import POLICIES
-from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection, PromptRows
+from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection, QueryRows
 from sglang_sparsespec.attention_backend.side_stream import SideStream
 from sglang_sparsespec.attention_backend.torch_kernels import TorchPillarKernels
 from sglang_sparsespec.config import get_config
@@ -211,9 +212,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.scores = torch.empty(shape, dtype=score_dtype, device=self.device)
         self.prefill_selection: PrefillSelection | None = None
         if self.policy.uses_scores:
-            self.prefill_selection = PrefillSelection(
-                layers, self.window, self.dtype, self.device, self._select_for_prompts
-            )
+            select = partial(self._score_and_select, window=self.window, lookahead=self.config.lookahead)
+            self.prefill_selection = PrefillSelection(layers, self.window, self.dtype, self.device, select)
         # Log-sum-exp of the draft steps' queries over their selected sets: close to the full
         # ones that verification takes as its softmax reference, so it takes one pass over K.
         self.lse_hint: torch.Tensor | None = None
@@ -332,7 +332,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         if self.prefill_selection is not None:
             assert self._counts is not None and self._lengths is not None
             starts, extend_lens = forward_batch.extend_start_loc, forward_batch.extend_seq_lens
-            batch = PromptRows(rows, forward_batch.seq_lens, starts, extend_lens, self._lengths, self._counts)
+            batch = QueryRows(rows, forward_batch.seq_lens, starts, extend_lens, self._lengths, self._counts)
             self.prefill_selection.begin(batch)
 
     def _begin_selection(self, lengths: torch.Tensor, rows: torch.Tensor) -> None:
@@ -415,8 +415,10 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.prefill_selection.note(layer, q.reshape(-1, layer.tp_q_head_num, layer.head_dim))
         return out
 
-    def _select_for_prompts(self, layer: RadixAttention, queries: torch.Tensor, batch: PromptRows) -> None:
-        """A layer's first selections, by the scores of ``queries`` ([tokens, Hq, D]); see ``PrefillSelection``."""
+    def _score_and_select(
+        self, layer: RadixAttention, queries: torch.Tensor, batch: QueryRows, window: int, lookahead: int
+    ) -> None:
+        """Select in a layer by the scores of the last ``window`` queries ([tokens, Hq, D]) of each request."""
         k_descale, _ = kv_descales(layer)
         self.kernels.prefill_scores(
             queries,
@@ -426,12 +428,12 @@ class SparseSpecAttnBackend(AttentionBackend):
             batch.seq_lens,
             batch.starts,
             batch.extend_lens,
-            self.window,
+            window,
             layer.scaling * k_descale,
             self.scores,
         )
         positions = self.table.positions[layer.layer_id]
-        self.kernels.select(self.scores, batch.lengths, batch.rows, batch.counts, positions, self.config.lookahead)
+        self.kernels.select(self.scores, batch.lengths, batch.rows, batch.counts, positions, lookahead)
 
     def _forward_verify(
         self,
@@ -604,26 +606,11 @@ class SparseSpecAttnBackend(AttentionBackend):
         Args:
             q: [batch, Hq * D]. rows, seq_lens (with the current token): int [batch].
         """
-        k_descale, _ = kv_descales(layer)
-        self.kernels.prefill_scores(
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
-            self.token_to_kv_pool.get_key_buffer(layer.layer_id),
-            self.req_to_token_pool.req_to_token,
-            rows,
-            seq_lens,
-            torch.arange(len(rows), device=self.device),
-            (seq_lens > 0).to(torch.int32),
-            1,
-            layer.scaling * k_descale,
-            self.scores,
-        )
-        self.kernels.select(
-            self.scores,
-            self.table.tail_start[rows],
-            rows,
-            self.table.num_selected[rows],
-            self.table.positions[layer.layer_id],
-        )
+        starts, num_queries = torch.arange(len(rows), device=self.device), (seq_lens > 0).to(torch.int32)
+        lengths, counts = self.table.tail_start[rows], self.table.num_selected[rows]
+        batch = QueryRows(rows, seq_lens, starts, num_queries, lengths, counts)
+        queries = q.view(-1, layer.tp_q_head_num, layer.head_dim)
+        self._score_and_select(layer, queries, batch, window=1, lookahead=0)
 
     def fill_lse_hint(self, batch_size: int, steps: int) -> None:
         """Let the last of ``steps`` drafts stand in for the window's tokens that were not drafted."""

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class PromptRows:
-    """The requests of a prefill batch, and where their queries are.
+class QueryRows:
+    """Requests whose last queries score, and where these are; of a prefill batch mostly.
 
     Attributes:
         rows, seq_lens: int64 [B], rows of ``req_to_token`` and lengths with this chunk.
@@ -42,7 +42,7 @@ class PromptRows:
 
 
 #: Scores the last queries ([tokens, Hq, D]) of the prompts of a batch in one layer, and selects.
-SelectLayer = Callable[["RadixAttention", torch.Tensor, PromptRows], None]
+SelectLayer = Callable[["RadixAttention", torch.Tensor, QueryRows], None]
 
 
 class PrefillSelection:
@@ -83,12 +83,13 @@ class PrefillSelection:
         self._int = torch.zeros((2, self.MOST), dtype=torch.int32, device=device)
         self._starts = torch.arange(0, self.MOST * window, window, dtype=torch.int32, device=device)
         self._offsets = torch.arange(window, device=device)
-        self._batch: PromptRows | None = None
+        self._batch: QueryRows | None = None
         self._kept: torch.Tensor | None = None
 
-    def begin(self, batch: PromptRows) -> None:
+    def begin(self, batch: QueryRows) -> None:
         """A forward of ``batch`` begins."""
-        self._batch, self._kept = batch, None
+        self.clear()
+        self._batch = batch
         size = len(batch)
         if size > self.MOST:
             return
@@ -96,7 +97,6 @@ class PrefillSelection:
         end = (batch.starts + batch.extend_lens).unsqueeze(1)
         # Of a prompt shorter than a window, the last query again and again: rows that nobody reads.
         self._kept = torch.minimum(end - num_queries.unsqueeze(1) + self._offsets, end - 1).clamp(min=0).flatten()
-        self._clear()
         self._long[:, :size] = torch.stack((batch.rows, batch.seq_lens, batch.lengths))
         self._int[:, :size] = torch.stack((num_queries.int(), batch.counts.int()))
 
@@ -116,9 +116,6 @@ class PrefillSelection:
     def clear(self) -> None:
         """No request is in mid-prefill: :meth:`run` selects nothing."""
         self._batch = self._kept = None
-        self._clear()
-
-    def _clear(self) -> None:
         self._long.zero_()
         self._int.zero_()
 
@@ -126,6 +123,6 @@ class PrefillSelection:
         """Select for the requests of the batch, or more of them, in all layers. Recordable."""
         rows, seq_lens, lengths = self._long[:, :batch_size]
         num_queries, counts = self._int[:, :batch_size]
-        batch = PromptRows(rows, seq_lens, self._starts[:batch_size], num_queries, lengths, counts)
+        batch = QueryRows(rows, seq_lens, self._starts[:batch_size], num_queries, lengths, counts)
         for layer, queries in zip(self._layers, self._queries, strict=True):
             self._select_layer(layer, queries[: batch_size * self._window], batch)

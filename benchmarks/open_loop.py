@@ -166,6 +166,20 @@ def command(
     return made
 
 
+def ask(url: str, body: dict[str, Any] | None = None) -> requests.Response:
+    """GET ``url``, or POST ``body`` as JSON, which a server may take ten minutes to answer.
+
+    Raises:
+        RuntimeError: no answer, or an error.
+    """
+    try:
+        answer = requests.get(url, timeout=60) if body is None else requests.post(url, json=body, timeout=600)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise RuntimeError(f"{url}: {error}") from error
+    return answer
+
+
 def first_prompts(dataset: list[str], count: int) -> dict[str, Any]:
     """Prompts of ``dataset`` (see :func:`make_dataset`) as a server is asked for them; short ones where they are random."""
     if "custom" not in dataset:
@@ -181,10 +195,7 @@ def warm_up(url: str, prompts: dict[str, Any]) -> None:
         RuntimeError: it did not.
     """
     sampling = {"temperature": 0, "max_new_tokens": WARM_UP_TOKENS, "ignore_eos": True}
-    try:
-        requests.post(f"{url}/generate", json={**prompts, "sampling_params": sampling}, timeout=600).raise_for_status()
-    except requests.RequestException as error:
-        raise RuntimeError(f"{url}/generate: {error}") from error
+    ask(f"{url}/generate", {**prompts, "sampling_params": sampling})
 
 
 def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, Any]:
@@ -207,12 +218,7 @@ def metrics_of(name: str, url: str) -> dict[str, Any] | None:
     """
     if not name.startswith("sparsespec"):
         return None
-    try:
-        answer = requests.get(f"{url}/server_info", timeout=60)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise RuntimeError(f"{url}/server_info: {error}") from error
-    (state,) = answer.json()["internal_states"]
+    (state,) = ask(f"{url}/server_info").json()["internal_states"]
     return {key: value for key, value in state.items() if key.startswith("sparsespec_")}
 
 

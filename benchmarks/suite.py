@@ -168,9 +168,8 @@ def open_loop_steps(model: Path, out: Path) -> list[Step]:
     arguments = ["--rates", 8, 16, "inf", "--dataset", "code:2048", "--output-len", 512, "--num-prompts", 320]
     arguments += ["--max-running-requests", KV_BATCHES[-1]]
     # Prompts come one or a few at a time, so prefill's graphs matter, as they do to users; these are their sizes.
-    settings = {**ENGINE, "cuda_graph_backend_prefill": "breakable", "cuda_graph_bs_prefill": PREFILL_TOKENS}
-    settings["cuda_graph_bs_decode"] = KV_BATCHES
-    arguments += ["--engine-args", json.dumps(settings), "--results", out / "open_loop.jsonl"]
+    graphs = {"cuda_graph_backend_prefill": "breakable", "cuda_graph_bs_prefill": PREFILL_TOKENS}
+    arguments += [*engine_args(cuda_graph_bs_decode=KV_BATCHES, **graphs), "--results", out / "open_loop.jsonl"]
     return [
         Step(
             f"open-{name.replace(':', '-')}",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection, PromptRows
+from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection, QueryRows
 
 WINDOW = 4
 LAYERS = [SimpleNamespace(layer_id=layer, tp_q_head_num=2, head_dim=3) for layer in (5, 6, 9)]
@@ -21,7 +21,7 @@ class Selector:
         self.asked: list[tuple[int, list[Any]]] = []
         self.batch_sizes: list[int] = []
 
-    def __call__(self, layer: Any, queries: torch.Tensor, batch: PromptRows) -> None:
+    def __call__(self, layer: Any, queries: torch.Tensor, batch: QueryRows) -> None:
         seen = []
         for index, (row, seq_len, length, count) in enumerate(
             zip(*(t.tolist() for t in (batch.rows, batch.seq_lens, batch.lengths, batch.counts)), strict=True)
@@ -39,16 +39,16 @@ def make(selector: Selector) -> PrefillSelection:
     return PrefillSelection(LAYERS, WINDOW, torch.float32, torch.device("cpu"), selector)  # type: ignore[arg-type]
 
 
-def prompts(*extend_lens: int) -> PromptRows:
+def prompts(*extend_lens: int) -> QueryRows:
     """Prompts of which 10 tokens are cached; request i has row 20 + i."""
     extend = torch.tensor(extend_lens, dtype=torch.int32)
     seq_lens = extend.long() + 10
     starts = (extend.cumsum(0) - extend).int()
     rows = 20 + torch.arange(len(extend))
-    return PromptRows(rows, seq_lens, starts, extend, seq_lens - extend.clamp(max=WINDOW), extend // 2)
+    return QueryRows(rows, seq_lens, starts, extend, seq_lens - extend.clamp(max=WINDOW), extend // 2)
 
 
-def forward(selection: PrefillSelection, batch: PromptRows) -> None:
+def forward(selection: PrefillSelection, batch: QueryRows) -> None:
     selection.begin(batch)
     tokens = int(batch.extend_lens.sum())
     for layer in LAYERS:
@@ -57,7 +57,7 @@ def forward(selection: PrefillSelection, batch: PromptRows) -> None:
         selection.note(layer, queries)  # type: ignore[arg-type]
 
 
-def expected(layer: int, batch: PromptRows) -> list[Any]:
+def expected(layer: int, batch: QueryRows) -> list[Any]:
     found = []
     for i in range(len(batch)):
         end = int(batch.starts[i] + batch.extend_lens[i])
