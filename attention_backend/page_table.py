@@ -46,15 +46,26 @@ class SelectionTable:
         """Entries per list so that no request of ``max_context`` tokens overflows."""
         return min(max_context, max(min_budget, math.ceil(budget_ratio * max_context)))
 
-    @staticmethod
-    def bytes_for(num_layers: int, num_rows: int, num_kv_heads: int, capacity: int) -> int:
-        """Device memory of a table of this shape, in bytes."""
-        return 4 * num_rows * (num_layers * num_kv_heads * capacity + 2)
+    @property
+    def nbytes(self) -> int:
+        """Device memory that the table takes, in bytes."""
+        return self.positions.nbytes + self.num_selected.nbytes + self.tail_start.nbytes
 
-    def set_window(self, rows: torch.Tensor, num_selected: torch.Tensor, tail_start: torch.Tensor) -> None:
-        """Start a new selection for ``rows``: its size and where its tail begins (int [batch])."""
+    def begin_selection(self, rows: torch.Tensor, num_selected: torch.Tensor, tail_start: torch.Tensor) -> None:
+        """Start a new selection for ``rows``: its size and where its tail begins (int [batch] each)."""
         self.num_selected[rows] = num_selected.to(torch.int32)
         self.tail_start[rows] = tail_start.to(torch.int32)
+
+    def bound_tails(self, rows: torch.Tensor, lengths: torch.Tensor, longest_list: int) -> None:
+        """Let the tails of ``rows`` begin later where a draft query would attend to more than ``longest_list`` tokens.
+
+        Args:
+            rows: int [batch], each at most once.
+            lengths: int [batch], tokens that the next draft queries see.
+        """
+        longest_tail = longest_list - self.num_selected[rows]
+        earliest = (lengths - longest_tail).to(torch.int32)
+        self.tail_start[rows] = torch.maximum(self.tail_start[rows], earliest)
 
 
 def num_selected(

@@ -1,297 +1,87 @@
-"""What the benchmarks share: a stamp of where numbers came from, timing on the GPU, JSON lines, Markdown tables."""
+"""What the benchmarks share: engines by name, workloads, records that say where they came from, tables."""
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import importlib.metadata
 import json
 import math
 import os
 import platform
+import random
 import re
-import statistics
 import subprocess
 import sys
+import sysconfig
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 REPO = Path(__file__).resolve().parent.parent
-VERSIONED = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "sglang-sparsespec")
-L2_FLUSH_BYTES = 256 << 20
+DATA = Path(__file__).resolve().parent / "data"
+PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "sglang-sparsespec")
+#: SGLang's variable for acceptance that is drawn instead of decided. A record made under it says so.
+SIMULATE = "SGLANG_SIMULATE_ACC_LEN"
+#: Plain SGLang needs this project's substitute for missing CPU kernels too, on a processor without AMX.
+CPU_BRIDGE = "SPARSESPEC_CPU_BRIDGE"
 
 
 def say(message: str) -> None:
-    """Print one progress line at once, on stderr so that stdout keeps the results."""
+    """Print one progress line at once, on stderr: stdout has the results."""
     print(f"[{time.strftime('%H:%M:%S')}] {message}", file=sys.stderr, flush=True)
 
 
-# ---------------------------------------------------------------------- stamp
+# ------------------------------------------------------------------------- records
 
 
 def commit() -> str:
     """The commit of this checkout, with ``+changes`` if files differ; ``SPARSESPEC_COMMIT`` where git is missing."""
 
     def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", str(REPO), *args], capture_output=True, text=True, check=True, timeout=20
-        ).stdout.strip()
+        command = ["git", "-C", str(REPO), *args]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.strip()
 
     try:
-        head = git("rev-parse", "--short=12", "HEAD")
-        return head + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("+changes" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return os.environ.get("SPARSESPEC_COMMIT", "unknown")
 
 
-def package_versions() -> dict[str, str]:
-    """Installed versions of the packages that a measurement depends on."""
-    found = {}
-    for name in VERSIONED:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found
-
-
-def gpu_slug(name: str) -> str:
-    """Short name of a GPU for file names: ``NVIDIA H100 80GB HBM3`` is ``h100``."""
-    match = re.search(r"\b([A-Z]{1,3}\d{2,4}[A-Z]?)\b", name)
-    return (match.group(1) if match else re.sub(r"\W+", "-", name)).lower()
-
-
-def utc_now() -> str:
-    """The time, to the second."""
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
 def stamp() -> dict[str, Any]:
-    """Device, versions, commit, date and command line, as a JSON-ready dict."""
+    """Date, commit, command, versions and device of a record."""
     import torch
 
-    info: dict[str, Any] = {
-        "date": utc_now(),
-        "commit": commit(),
-        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
-        "python": platform.python_version(),
-        "packages": package_versions(),
-        "cpu_count": os.cpu_count(),
-        "gpu": None,
-    }
+    packages = {}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            packages[name] = importlib.metadata.version(name)
+    gpu = None
     if torch.cuda.is_available():
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        info["gpu"] = {
+        gpu = {
             "name": properties.name,
             "count_visible": torch.cuda.device_count(),
             "memory_gb": round(properties.total_memory / 1e9, 1),
-            "multiprocessors": properties.multi_processor_count,
-            "l2_mb": round(getattr(properties, "L2_cache_size", 0) / 1e6, 1),
-            "compute_capability": f"{properties.major}.{properties.minor}",
             "cuda": torch.version.cuda,
-            "driver": driver_version(),
         }
-    return info
+    return {
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "commit": commit(),
+        "command": [os.path.basename(sys.argv[0]), *sys.argv[1:]],
+        "python": platform.python_version(),
+        "packages": packages,
+        "cpu_count": os.cpu_count(),
+        "gpu": gpu,
+    }
 
 
-def driver_version() -> str:
-    """The NVIDIA driver's version, or ``unknown``."""
-    try:
-        done = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-            check=True,
-            timeout=20,
-        )
-        return done.stdout.splitlines()[0].strip()
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return "unknown"
-
-
-# --------------------------------------------------------------------- timing
-
-
-@dataclass(frozen=True)
-class Timing:
-    """Times of one call, in milliseconds.
-
-    Attributes:
-        ms: median over the repetitions.
-        low, high: 10th and 90th percentile.
-        repetitions: how often the group of calls was timed.
-        calls: calls per timed group; the times are per call.
-        method: ``graph`` (CUDA graph replay), ``events`` (eager launches between events), or ``wall`` (host clock,
-            no GPU).
-    """
-
-    ms: float
-    low: float
-    high: float
-    repetitions: int
-    calls: int
-    method: str
-
-    def row(self) -> dict[str, Any]:
-        """JSON-ready fields."""
-        return asdict(self)
-
-
-def summarize(times_ms: Sequence[float], calls: int, method: str) -> Timing:
-    """Median and percentiles of the group times ``times_ms``, per call."""
-    if not times_ms:
-        raise ValueError("no repetitions were timed")
-    ordered = sorted(t / calls for t in times_ms)
-    last = len(ordered) - 1
-    return Timing(
-        ms=statistics.median(ordered),
-        low=ordered[math.floor(0.1 * last)],
-        high=ordered[math.ceil(0.9 * last)],
-        repetitions=len(ordered),
-        calls=calls,
-        method=method,
-    )
-
-
-class Timer:
-    """Times groups of calls on the current GPU, with the L2 cache flushed before each repetition.
-
-    A group should walk through more data than the L2 holds, or its later calls measure the cache.
-
-    Args:
-        budget_s: time to spend on the repetitions of one group.
-        min_repetitions, max_repetitions: bounds on them, whatever the budget says.
-    """
-
-    def __init__(self, budget_s: float = 0.06, min_repetitions: int = 5, max_repetitions: int = 40) -> None:
-        self.budget_s = budget_s
-        self.min_repetitions = min_repetitions
-        self.max_repetitions = max_repetitions
-        self._flush: Any = None
-
-    def _repeat(self, launch: Callable[[], Any], estimate_ms: float) -> list[float]:
-        import torch
-
-        if self._flush is None:
-            self._flush = torch.empty(L2_FLUSH_BYTES, dtype=torch.uint8, device="cuda")
-        wanted = int(self.budget_s * 1e3 / max(estimate_ms, 1e-3))
-        repetitions = max(self.min_repetitions, min(self.max_repetitions, wanted))
-        events = []
-        for _ in range(repetitions):
-            begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            self._flush.zero_()
-            begin.record()
-            launch()
-            end.record()
-            events.append((begin, end))
-        torch.cuda.synchronize()
-        return [begin.elapsed_time(end) for begin, end in events]
-
-    def events(self, calls: Sequence[Callable[[], Any]]) -> Timing:
-        """Launch ``calls`` one after another between two events."""
-        import torch
-
-        def launch() -> None:
-            for call in calls:
-                call()
-
-        launch()  # compiles, allocates
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        launch()
-        end.record()
-        torch.cuda.synchronize()
-        return summarize(self._repeat(launch, begin.elapsed_time(end)), len(calls), "events")
-
-    def graph(self, calls: Sequence[Callable[[], Any]], least_ms: float = 1.0, most_calls: int = 64) -> Timing:
-        """Capture ``calls`` (repeated until they take about ``least_ms``) in one CUDA graph and time its replays."""
-        import torch
-
-        for call in calls:
-            call()
-        torch.cuda.synchronize()
-        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin.record()
-        for call in calls:
-            call()
-        end.record()
-        torch.cuda.synchronize()
-        once_ms = max(begin.elapsed_time(end), 1e-3)
-        times = max(1, min(math.ceil(least_ms / once_ms), most_calls // len(calls)))
-        group = [call for _ in range(times) for call in calls]
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for call in group:
-                call()
-        graph.replay()
-        torch.cuda.synchronize()
-        begin.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        timing = summarize(self._repeat(graph.replay, begin.elapsed_time(end)), len(group), "graph")
-        del graph
-        return timing
-
-    def wall(self, calls: Sequence[Callable[[], Any]]) -> Timing:
-        """One run on the host clock: for runs without a GPU, whose times mean nothing."""
-        begin = time.perf_counter()
-        for call in calls:
-            call()
-        return summarize([(time.perf_counter() - begin) * 1e3], len(calls), "wall")
-
-
-def copy_bandwidth(timer: Timer, bytes_each: int) -> tuple[float, Timing]:
-    """Device-to-device copy of ``bytes_each``: (bytes read plus written per second, its timing)."""
-    import torch
-
-    source = torch.empty(bytes_each // 2, dtype=torch.bfloat16, device="cuda").normal_()
-    target = torch.empty_like(source)
-    timing = timer.events([lambda: target.copy_(source)])
-    return 2 * bytes_each / (timing.ms * 1e-3), timing
-
-
-def matrix_rate(timer: Timer, size: int = 8192) -> tuple[float, Timing]:
-    """bf16 product of two random ``size`` x ``size`` matrices: (floating-point operations per second, timing)."""
-    import torch
-
-    a = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
-    b = torch.randn(size, size, dtype=torch.bfloat16, device="cuda")
-    out = torch.empty_like(a)
-    timing = timer.events([lambda: torch.matmul(a, b, out=out)])
-    return 2 * size**3 / (timing.ms * 1e-3), timing
-
-
-# --------------------------------------------------------------------- output
-
-
-class JsonLines:
-    """Results as JSON lines, each on disk as soon as it is written."""
-
-    def __init__(self, path: Path) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self.path = path
-        self._file: TextIO = path.open("w")
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Append one record and flush it."""
-        self._file.write(json.dumps(clean(record)) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-
-
-def append_json_line(path: str | Path | None, record: dict[str, Any]) -> str:
-    """``record`` as one JSON line, appended to ``path`` if there is one."""
-    line = json.dumps(record)
-    if path:
-        with open(path, "a") as file:
-            file.write(line + "\n")
-    return line
+def device_name(record: dict[str, Any]) -> str:
+    """The GPU's name, or ``CPU``."""
+    return record["gpu"]["name"] if record.get("gpu") else "CPU"
 
 
 def clean(value: Any) -> Any:
@@ -305,49 +95,325 @@ def clean(value: Any) -> Any:
     return value
 
 
-def markdown_table(headers: Sequence[str], rows: Sequence[Sequence[Any]], right: Sequence[int] = ()) -> str:
-    """A Markdown table with padded columns; the columns ``right`` are set flush right.
+def write_record(path: str | Path | None, record: dict[str, Any]) -> str:
+    """``record`` as one JSON line, appended to ``path`` if there is one; it is on disk when this returns."""
+    line = json.dumps(clean(record))
+    if path:
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "a") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+    return line
 
-    None is shown as a dash; floats with three significant digits.
+
+def read_records(path: str | Path) -> list[dict[str, Any]]:
+    """The records of a results file; an empty list if there is none.
+
+    A last line that an interruption cut short is removed from the file, so that the next record begins a line.
+    """
+    path = Path(path)
+    if not path.exists():
+        return []
+    text = path.read_text()
+    whole = text[: text.rfind("\n") + 1]
+    if whole != text:
+        say(f"{path}: the last line is not whole and is dropped")
+        path.write_text(whole)
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def same_origin(record: dict[str, Any], environment: dict[str, Any]) -> bool:
+    """Whether a record is of the commit and device of ``environment``: only such records may be continued."""
+    return record["commit"] == environment["commit"] and device_name(record) == device_name(environment)
+
+
+# ------------------------------------------------------------------------- engines
+
+#: SGLang's own speculative algorithms, by the names that ``--engines`` takes.
+SGLANG_SPECULATION = {"ngram": "NGRAM", "standalone": "STANDALONE", "eagle3": "EAGLE3"}
+ENGINES_HELP = (
+    "each KIND[:DETAIL][,SETTING=VALUE ...]. KIND: plain, sparsespec, ngram, standalone or eagle3. DETAIL: an attention "
+    "backend (default: SGLang's choice), or sparsespec's draft policy and schedule. SETTING: an argument of sglang.Engine"
+)
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """An engine by name, such as ``sparsespec:pillar:unified,sparsespec_kernels=flashinfer``.
+
+    Attributes:
+        settings: further ``sglang.Engine`` arguments; values are JSON, or else text.
+    """
+
+    label: str
+    kind: str
+    details: tuple[str, ...] = ()
+    settings: dict[str, Any] = field(default_factory=dict, hash=False)
+
+    @classmethod
+    def parse(cls, text: str) -> EngineSpec:
+        """From its name.
+
+        Raises:
+            ArgumentTypeError: no such engine.
+        """
+        name, *given = re.split(r",(?=\w+=)", text)
+        kind, *details = name.split(":")
+        most = {"plain": 1, "sparsespec": 2, **dict.fromkeys(SGLANG_SPECULATION, 1)}
+        if len(details) > most.get(kind, -1):
+            raise argparse.ArgumentTypeError(f"no engine {text!r}; {ENGINES_HELP}")
+        settings = {}
+        for item in given:
+            key, _, value = item.partition("=")
+            try:
+                settings[key] = json.loads(value)
+            except ValueError:
+                settings[key] = value
+        return cls(text, kind, tuple(details), settings)
+
+    def engine_args(self, args: argparse.Namespace, max_batch: int) -> dict[str, Any]:
+        """Arguments of ``sglang.Engine``.
+
+        No attention backend is set unless the name has one, so that plain SGLang and its own speculation run as they do by
+        default on the device. The exception is a CPU, where ``plain`` means ``plain:torch_native``: the default needs AMX.
+        """
+        detail = self.details[0] if self.details else ""
+        found: dict[str, Any] = {
+            "model_path": args.model_path,
+            "load_format": args.load_format,
+            "device": args.device,
+            "dtype": args.dtype,
+            "random_seed": 0,
+            "log_level": args.log_level,
+            "max_running_requests": max_batch,
+        }
+        if args.device != "cpu":
+            found["cuda_graph_max_bs_decode"] = max_batch
+        elif self.kind != "sparsespec":
+            found.update(disable_cuda_graph=True, attention_backend="torch_native")
+        if self.kind == "sparsespec":
+            found["speculative_algorithm"] = "SPARSESPEC"
+            for name, value in zip(("sparsespec_draft_policy", "sparsespec_schedule"), self.details, strict=False):
+                found[name] = value
+        else:
+            if self.kind in SGLANG_SPECULATION:
+                found["speculative_algorithm"] = SGLANG_SPECULATION[self.kind]
+            if detail:
+                found["attention_backend"] = detail
+        return {**found, **args.engine_args, **self.settings}
+
+
+def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str]) -> None:
+    """``--engines`` and what all engines have in common."""
+    default = list(map(EngineSpec.parse, engines))
+    parser.add_argument("--engines", nargs="*", type=EngineSpec.parse, default=default, help=ENGINES_HELP)
+    parser.add_argument("--model-path", required=True)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
+    parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--load-format", default="auto", help="dummy: random weights, for random:TOKENS prompts")
+    parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON object of sglang.Engine arguments")
+    parser.add_argument("--log-level", default="warning")
+    parser.add_argument("--results", help="JSON-lines file to append to")
+
+
+def start_engine(settings: dict[str, Any]) -> Any:
+    """``sglang.Engine`` with ``settings``."""
+    if settings["device"] == "cpu":
+        os.environ[CPU_BRIDGE] = "1"
+    import sglang
+
+    return sglang.Engine(**settings)
+
+
+def attention_backends(engine: Any) -> dict[str, str | None]:
+    """The attention backends that SGLang has chosen for a running engine."""
+    state = engine.get_server_info()["internal_states"][0]
+    names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+    return {name: state.get(name) for name in names}
+
+
+def flush(engine: Any, timeout: float = 60) -> None:
+    """Drop what earlier runs left in the radix cache and in n-gram tables.
 
     Raises:
-        ValueError: a row's length differs from the header's.
+        RuntimeError: the engine refused, as it does while requests run, for ``timeout`` seconds.
     """
-    text = [[str(h) for h in headers]]
-    for row in rows:
-        if len(row) != len(headers):
-            raise ValueError(f"a row of {len(row)} cells in a table of {len(headers)} columns: {row}")
-        text.append([format_cell(cell) for cell in row])
-    widths = [max(3, *(len(line[i]) for line in text)) for i in range(len(headers))]
-
-    def line(cells: Sequence[str]) -> str:
-        padded = [c.rjust(w) if i in right else c.ljust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "| " + " | ".join(padded) + " |"
-
-    rule = ["-" * (w - 1) + ":" if i in right else "-" * w for i, w in enumerate(widths)]
-    return "\n".join([line(text[0]), line(rule), *(line(cells) for cells in text[1:])])
+    deadline = time.monotonic() + timeout
+    while not engine.flush_cache().success:
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"the engine's cache could not be flushed for {timeout:g} s")
+        time.sleep(0.1)
 
 
-def format_cell(value: Any) -> str:
-    """One table cell as text."""
-    if value is None:
-        return "-"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, float):
-        if not math.isfinite(value):
-            return "-"
-        if value == 0:
-            return "0"
-        digits = max(0, 2 - math.floor(math.log10(abs(value))))
-        return f"{value:.{min(digits, 6)}f}"
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def simulated_accept_length(kind: str) -> float | None:
+    """The accept length that an engine of ``kind`` is made to have; None if its acceptance is real."""
+    given = float(os.environ.get(SIMULATE) or 0)
+    return given if given > 0 and kind != "plain" else None
 
 
-def write_reports(folder: Path, name: str, report: dict[str, Any], text: str) -> tuple[Path, Path]:
-    """Write ``name``.json and ``name``.md under ``folder``; returns both paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    json_path, md_path = folder / f"{name}.json", folder / f"{name}.md"
-    json_path.write_text(json.dumps(clean(report), indent=1) + "\n")
-    md_path.write_text(text.rstrip() + "\n")
-    return json_path, md_path
+def describe(spec: EngineSpec, args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says about its engine."""
+    return {
+        "model": Path(args.model_path).name,
+        "load_format": args.load_format,
+        "dtype": args.dtype,
+        "engine": spec.label,
+        "label": spec.label,
+        "engine_args": {**args.engine_args, **spec.settings},
+        "tp_size": {**args.engine_args, **spec.settings}.get("tp_size", 1),
+        "simulated_accept_length": simulated_accept_length(spec.kind),
+    }
+
+
+def marks(record: dict[str, Any]) -> list[str]:
+    """What no figure of a record may be shown without."""
+    found = []
+    if record.get("simulated_accept_length") is not None:
+        found.append("SIMULATED acceptance")
+    if record.get("load_format") == "dummy":
+        found.append("dummy weights")
+    return found
+
+
+# ----------------------------------------------------------------------- workloads
+
+#: Data files of questions, and the key of the question in each line.
+QUESTIONS = {"aime": ("aime24.jsonl", "problem"), "olympiadbench": ("olympiadbench.jsonl", "question")}
+CORPORA = ("math", "code")
+INSTRUCTION = "\n\nReason step by step, and put the final answer within \\boxed{}."
+NGRAM = 8
+#: Below this share of distinct n-grams an output counts as repeating itself.
+LEAST_DISTINCT = 0.5
+
+
+def read_data(name: str) -> list[dict[str, Any]]:
+    """The lines of the question file of ``aime`` or ``olympiadbench``."""
+    return [json.loads(line) for line in (DATA / QUESTIONS[name][0]).read_text().splitlines()]
+
+
+def chat_prompt(tokenizer: Any, question: str) -> list[int]:
+    """A question as the model is asked it, as token ids: in its chat template, or as plain text if it has none."""
+    text, templated = question + INSTRUCTION, bool(getattr(tokenizer, "chat_template", None))
+    if templated:
+        message = [{"role": "user", "content": text}]
+        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+    else:
+        text += "\n\nSolution:"
+    # A template writes the special tokens itself.
+    return tokenizer(text, add_special_tokens=not templated).input_ids
+
+
+def _corpus(name: str, index: int) -> tuple[str, str]:
+    """Text to cut a prompt from, and what follows the cut."""
+    if name == "code":
+        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        files = files[index * 3 % len(files) :] + files
+        text = "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
+        return text, "\n\n# A summary of the functions above, each with what it returns:\n"
+    asked = [row["question"] for row in read_data("olympiadbench")]
+    asked = asked[index * 37 % len(asked) :] + asked
+    text = "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
+    return text, "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A workload by name.
+
+    ``aime`` and ``olympiadbench`` are questions as they are. ``math:TOKENS`` (OlympiadBench problems, then the request to
+    solve one) and ``code:TOKENS`` (installed Python library sources, to be continued by a summary; not LiveCodeBench) are
+    cut to that many tokens, and ``code+math:TOKENS`` takes the two in turn. ``random:TOKENS`` are random token ids, for
+    dummy weights.
+    """
+
+    name: str
+    context: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Dataset:
+        """From its text form.
+
+        Raises:
+            ArgumentTypeError: no such dataset, or a length where there is none, or none where one is needed.
+        """
+        name, _, length = text.partition(":")
+        if name in QUESTIONS and not length:
+            return cls(name)
+        if (name == "random" or set(name.split("+")) <= set(CORPORA)) and length.isdigit() and int(length) > 0:
+            return cls(name, int(length))
+        forms = "aime, olympiadbench, code:TOKENS, math:TOKENS, code+math:TOKENS or random:TOKENS"
+        raise argparse.ArgumentTypeError(f"dataset {text!r}: expected {forms}")
+
+    def __str__(self) -> str:
+        return self.name if self.context is None else f"{self.name}:{self.context}"
+
+    def prompts(self, model_path: str, count: int) -> list[list[int]]:
+        """``count`` prompts as token ids, the same in every run; questions begin again where there are fewer.
+
+        Raises:
+            ValueError: a corpus is too short for the context.
+        """
+        if self.name == "random":
+            generator = random.Random(0)
+            return [[generator.randrange(1000, 30000) for _ in range(self.context or 0)] for _ in range(count)]
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        if self.context is None:
+            asked = [row[QUESTIONS[self.name][1]] for row in read_data(self.name)]
+            return [chat_prompt(tokenizer, asked[index % len(asked)]) for index in range(count)]
+        return [self._cut(tokenizer, index) for index in range(count)]
+
+    def _cut(self, tokenizer: Any, index: int) -> list[int]:
+        assert self.context is not None
+        corpora = self.name.split("+")
+        text, ending = _corpus(corpora[index % len(corpora)], index // len(corpora))
+        tail = tokenizer(ending, add_special_tokens=False).input_ids
+        head = tokenizer(text[: 8 * self.context], add_special_tokens=False).input_ids
+        if len(head) + len(tail) < self.context:
+            raise ValueError(f"the corpus {self.name} has no {self.context} tokens; use a shorter context")
+        return head[: self.context - len(tail)] + tail
+
+
+def distinct_share(tokens: Sequence[Any]) -> float:
+    """Share of distinct 8-grams among all 8-grams of an output: 1.0 if none repeats."""
+    grams = [tuple(tokens[i : i + NGRAM]) for i in range(len(tokens) - NGRAM + 1)]
+    return len(set(grams)) / len(grams) if grams else 1.0
+
+
+def repetition(outputs: Iterable[Sequence[Any]]) -> list[bool]:
+    """Which outputs repeat themselves, which flatters every drafter."""
+    return [distinct_share(output) < LEAST_DISTINCT for output in outputs]
+
+
+# -------------------------------------------------------------------------- tables
+
+
+def significant(value: float | None, digits: int = 3) -> float | None:
+    """``value`` rounded to that many significant digits."""
+    return None if value is None else float(f"{value:.{digits}g}")
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """A Markdown table of ``rows``; None is a dash."""
+    import pandas
+
+    frame = pandas.DataFrame(rows, dtype=object)
+    return frame.to_markdown(index=False, floatfmt=",", intfmt=",", missingval="-")
+
+
+def pyplot() -> Any:
+    """Matplotlib without a display.
+
+    Raises:
+        SystemExit: it is not installed.
+    """
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise SystemExit("Plots need matplotlib: pip install 'sglang-sparsespec[bench]'") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot
+
+    return matplotlib.pyplot

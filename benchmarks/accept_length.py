@@ -1,170 +1,152 @@
-"""Mean accept length by draft policy and context length, on real weights and real text.
+"""Mean accept length by draft policy, budget and context length, on real weights and real text.
 
-    python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 \
-        --contexts 2048 4096 8192 --policies pillar window --results accept-length.jsonl
+    python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 --contexts 2048 4096 \\
+        --policies pillar window streaming vegas triforce full --results accept-length.jsonl
 
-``--policies`` are values of ``--sparsespec-draft-policy``; ``--k`` and ``--budget-ratio`` that are not
+Accept length is accepted drafts plus one bonus token, the mean over verifications. Every policy drafts the same text:
+outputs are lossless, so that greedy outputs are equal (checked on a CPU) and accept lengths are compared on the same tokens.
+``window`` (the newest tokens, same budget) is the control of ``pillar``. Repetition flatters every drafter, so accept length
+is given over all prompts and over those whose outputs do not repeat themselves. Draft lengths and budget ratios that are not
 given are each policy's own.
-
-Every policy drafts the same text: outputs are lossless, so greedy outputs are equal (checked), and
-accept lengths are compared on the same tokens. ``window`` (the newest tokens, same budget) is the
-control of ``pillar``. Prompts are cut to the wanted number of tokens from two corpora:
-
-- ``math``: OlympiadBench problems one after the other, then the request to solve one of them;
-- ``code``: installed Python standard library sources (code-reading prompts in the style of code
-  benchmarks, not one of them), to be continued.
-
-Repetition flatters every drafter, so it is reported: ``distinct`` is the share of distinct 8-grams in
-an output (1.0: none repeats), and accept length is given over all prompts and over those with
-``distinct`` of at least 0.5.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from statistics import mean
 from typing import Any
 
-from _common import append_json_line
-from _workloads import LEAST_DISTINCT, distinct_share, make_prompts
+from _common import (
+    Dataset,
+    EngineSpec,
+    add_engine_options,
+    describe,
+    markdown,
+    marks,
+    repetition,
+    say,
+    significant,
+    stamp,
+    start_engine,
+    write_record,
+)
 
 
-def run_context(engine: Any, prompts: list[list[int]], k: int, args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Generate for all prompts at once; per prompt the tokens, accept length and first round's."""
-    sampling = {
-        "temperature": args.temperature,
-        "max_new_tokens": args.new_tokens,
-        "ignore_eos": True,
-    }
-    rows: list[dict[str, Any]] = [{"first_round": None, "tokens": []} for _ in prompts]
-    for chunk in engine.generate(input_ids=prompts, sampling_params=sampling, stream=True):
-        row, meta = rows[chunk["index"]], chunk["meta_info"]
-        row["tokens"].append(meta["completion_tokens"])
-        # Chunks may be merged on their way; the first round is known if the first two were not.
-        if len(row["tokens"]) == 2 and row["tokens"][0] == 1 and row["tokens"][1] - 1 <= k + 1:
-            row["first_round"] = row["tokens"][1] - 1
-        row["output_ids"] = chunk["output_ids"]
-        row["histogram"] = meta.get("spec_correct_drafts_histogram")
-    for row in rows:
-        # SGLang's spec_accept_length divides all tokens, the prefill's too, by the verifications.
-        rounds = row["histogram"]
-        row["accept_length"] = 1 + sum(n * count for n, count in enumerate(rounds)) / sum(rounds)
-    return rows
+def accept_length(histogram: Sequence[int]) -> float:
+    """Of an output whose verifications accepted n drafts ``histogram[n]`` times.
+
+    SGLang's ``spec_accept_length`` is a little larger: it counts the prefill's token too.
+    """
+    return 1 + sum(n * count for n, count in enumerate(histogram)) / sum(histogram)
 
 
-def summarise(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Means over the prompts of one policy and context."""
-    for row in rows:
-        row["distinct"] = distinct_share(row["output_ids"])
-    fresh = [row for row in rows if row["distinct"] >= LEAST_DISTINCT]
-    first = [row["first_round"] for row in rows if row["first_round"] is not None]
+    lengths = [accept_length(output["meta_info"]["spec_correct_drafts_histogram"]) for output in outputs]
+    repeats = repetition(output["output_ids"] for output in outputs)
+    fresh = [length for length, repeated in zip(lengths, repeats, strict=True) if not repeated]
     return {
-        "accept_length": round(mean(row["accept_length"] for row in rows), 3),
-        "accept_length_not_repetitive": round(mean(r["accept_length"] for r in fresh), 3) if fresh else None,
-        "repetitive_prompts": len(rows) - len(fresh),
-        "first_round_accept_length": round(mean(first), 3) if first else None,
-        "distinct": round(mean(row["distinct"] for row in rows), 3),
+        "accept_length": round(mean(lengths), 3),
+        "accept_length_not_repetitive": round(mean(fresh), 3) if fresh else None,
+        "repetitive_prompts": sum(repeats),
     }
 
 
-def run_policy(args: argparse.Namespace, policy: str, tokenizer: Any) -> dict[int, list[dict[str, Any]]]:
-    """All contexts under one policy, in one engine."""
-    import sglang
+def run_policy(policy: str, args: argparse.Namespace) -> tuple[list[dict[str, Any]], list[list[int]]]:
+    """All contexts and budget ratios under one policy: records, and all outputs' tokens."""
+    records, tokens = [], []
+    for ratio in args.budget_ratios or [None]:
+        settings = {"sparsespec_speculate": "always", "sparsespec_min_budget": args.min_budget, "disable_radix_cache": True}
+        settings |= {"speculative_num_steps": args.k} if args.k else {}
+        settings |= {"sparsespec_budget_ratio": ratio} if ratio else {}
+        spec = EngineSpec(f"sparsespec:{policy}", "sparsespec", (policy,), settings)
+        engine = start_engine(spec.engine_args(args, args.prompts))
+        for context in args.contexts:
+            started = time.perf_counter()
+            dataset = Dataset(args.corpora, context)
+            sampling = {"temperature": args.temperature, "max_new_tokens": args.new_tokens, "ignore_eos": True}
+            outputs = engine.generate(input_ids=dataset.prompts(args.model_path, args.prompts), sampling_params=sampling)
+            state = engine.get_server_info()["internal_states"][0]
+            record = {
+                **stamp(),
+                **describe(spec, args),
+                "device": args.device,
+                "policy": policy,
+                "dataset": str(dataset),
+                "context": context,
+                "prompts": args.prompts,
+                "new_tokens": args.new_tokens,
+                "temperature": args.temperature,
+                "k": state["speculative_num_steps"],
+                "budget_ratio": state.get("sparsespec_budget_ratio", ratio),
+                "min_budget": args.min_budget,
+                **summarise(outputs),
+                "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
+                "draft_length_so_far": round(state["sparsespec_draft_length"], 3),
+                "seconds": round(time.perf_counter() - started, 1),
+            }
+            write_record(args.results, record)
+            say(f"{policy}, {context} tokens: accept length {record['accept_length']}")
+            records.append(record)
+            tokens += [output["output_ids"] for output in outputs]
+        engine.shutdown()
+    return records, tokens
 
-    from sglang_sparsespec.attention_backend.policy import POLICIES
 
-    k = args.k or POLICIES[policy].default_num_steps
-    ratio = args.budget_ratio or POLICIES[policy].default_budget_ratio
-    engine = sglang.Engine(
-        model_path=args.model_path,
-        device=args.device,
-        dtype=args.dtype,
-        speculative_algorithm="SPARSESPEC",
-        sparsespec_speculate="always",
-        speculative_num_steps=k,
-        sparsespec_draft_policy=policy,
-        sparsespec_budget_ratio=ratio,
-        sparsespec_min_budget=args.min_budget,
-        sparsespec_lookahead=args.lookahead,
-        max_running_requests=args.prompts,
-        disable_radix_cache=True,
-        random_seed=0,
-        log_level="warning",
-        stream_interval=1,
-        **json.loads(args.engine_args),
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """A row for each policy and context."""
+    return markdown(
+        [
+            {
+                "policy": record["policy"],
+                "k": record["k"],
+                "ratio": record["budget_ratio"],
+                "context": record["context"],
+                "accept length": significant(record["accept_length"]),
+                "not repeating": significant(record["accept_length_not_repetitive"]),
+                "repeating": f"{record['repetitive_prompts']} of {record['prompts']}",
+                "KV read while drafting, so far": f"{record['kv_read_share_so_far']:.1%}",
+                "remarks": "; ".join(marks(record)),
+            }
+            for record in records
+        ]
     )
-    results = {}
-    for context in args.contexts:
-        started = time.perf_counter()
-        rows = run_context(engine, make_prompts(tokenizer, args.corpora, context, args.prompts), k, args)
-        state = engine.get_server_info()["internal_states"][0]
-        record = {
-            "date": time.strftime("%Y-%m-%d"),
-            "model": Path(args.model_path).name,
-            "device": args.device,
-            "dtype": args.dtype,
-            "policy": policy,
-            "context": context,
-            "prompts": args.prompts,
-            "corpora": args.corpora,
-            "new_tokens": args.new_tokens,
-            "temperature": args.temperature,
-            "k": k,
-            "budget": max(args.min_budget, -(-context * ratio // 1)),
-            "lookahead": args.lookahead,
-            **summarise(rows),
-            "kv_read_share_so_far": round(state["sparsespec_kv_read_share"], 4),
-            "draft_length_so_far": round(state["sparsespec_draft_length"], 3),
-            "seconds": round(time.perf_counter() - started, 1),
-        }
-        print(append_json_line(args.results, record), flush=True)
-        results[context] = rows
-    engine.shutdown()
-    return results
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--model-path", required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", default="float32")
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser, [])
+    parser.add_argument("--policies", nargs="+", default=["pillar", "window"], help="values of --sparsespec-draft-policy")
     parser.add_argument("--contexts", type=int, nargs="+", default=[2048, 4096, 8192], help="prompt tokens")
-    parser.add_argument("--policies", nargs="+", default=["pillar", "window"])
-    parser.add_argument("--corpora", nargs="+", choices=("math", "code"), default=["math", "code"])
+    parser.add_argument("--corpora", default="math+code", help="math, code, or both joined by +")
     parser.add_argument("--prompts", type=int, default=8, help="prompts per context, run together")
     parser.add_argument("--new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--k", type=int, help="tokens drafted per round (default: the policy's own)")
-    parser.add_argument("--budget-ratio", type=float, help="default: the policy's own")
+    parser.add_argument("--k", type=int, help="tokens drafted per round")
+    parser.add_argument("--budget-ratios", type=float, nargs="+")
     parser.add_argument("--min-budget", type=int, default=128)
-    parser.add_argument("--lookahead", type=int, default=0, help="of policies that select by scores")
-    parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
-    parser.add_argument("--results", help="JSON-lines file to append to")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
 
-    from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    outputs = {policy: run_policy(args, policy, tokenizer) for policy in args.policies}
-    if args.temperature == 0 and len(args.policies) > 1:
-        first, *others = (outputs[policy] for policy in args.policies)
-        same = sum(
-            a["output_ids"] == b["output_ids"]
-            for other in others
-            for context in args.contexts
-            for a, b in zip(first[context], other[context], strict=True)
-        )
-        total = len(others) * len(args.contexts) * args.prompts
-        print(f"greedy outputs equal under all policies: {same}/{total}")
-        # On CUDA, tiles and splits are the same for every policy, so equality is expected there too.
-        return 0 if same == total or args.device == "cuda" else 1
-    return 0
+def main() -> int:
+    """Run; 1 if greedy outputs differ between policies on a CPU, where arithmetic is deterministic."""
+    args = parse_arguments()
+    records: list[dict[str, Any]] = []
+    outputs: list[list[list[int]]] = []
+    for policy in args.policies:
+        found, tokens = run_policy(policy, args)
+        records += found
+        outputs.append(tokens)
+    print(table(records))
+    if args.temperature > 0 or len(outputs) < 2:
+        return 0
+    same = sum(a == b for other in outputs[1:] for a, b in zip(outputs[0], other, strict=True))
+    total = sum(map(len, outputs[1:]))
+    print(f"\nGreedy outputs equal under all policies: {same} of {total}")
+    return int(same < total and args.device == "cpu")
 
 
 if __name__ == "__main__":

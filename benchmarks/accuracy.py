@@ -1,48 +1,56 @@
 """Accuracy on AIME and OlympiadBench, with and without SPARSESPEC: the same within sampling error?
 
-    python benchmarks/accuracy.py --model-path M --engines plain:flashinfer sparsespec --datasets aime olympiadbench \
-        --temperature 0.6 --max-new-tokens 16384 --results accuracy.jsonl
+    python benchmarks/accuracy.py --model-path M --engines plain sparsespec,sparsespec_speculate=always \\
+        --datasets aime olympiadbench --temperature 0.6 --max-new-tokens 16384 --results accuracy.jsonl
 
-Questions with numeric answers are asked in the chat template (all of AIME, 288 of OlympiadBench's 338), final answers are
-graded (``_grading.py``), and every engine is compared with the first one by McNemar's exact test over the same questions.
-Written: a JSON line per engine with every grade, and a line per comparison. An output that is cut by
-``--max-new-tokens`` is graded as it is; their number is reported.
+Questions with numeric answers are asked in the chat template, final answers are graded by math-verify, and every engine is
+compared with the first one by McNemar's exact test over the same questions. Written: a JSON line per engine with every
+grade, and a line per comparison. An output that is cut by ``--max-new-tokens`` is graded as it is; their number is reported.
 
-Lossless decoding gives equal accuracy by construction. This finds gross errors; it cannot prove equality, and says how
-large a difference it could have missed (the 95% interval).
+Lossless decoding gives equal accuracy by construction. This finds gross errors; it cannot prove equality, and says how large
+a difference it could have missed (the 95% interval).
 """
 
 from __future__ import annotations
 
 import argparse
-import os
+import math
 import sys
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from _common import append_json_line, say, stamp
-from _grading import compare, final_answer, same_answer
-from _workloads import LEAST_DISTINCT, QUESTIONS, chat_prompt, distinct_share, read_data
-from throughput import engine_arguments
+from _common import (
+    QUESTIONS,
+    EngineSpec,
+    add_engine_options,
+    chat_prompt,
+    describe,
+    read_data,
+    repetition,
+    say,
+    simulated_accept_length,
+    stamp,
+    start_engine,
+    write_record,
+)
 
-from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
+# ------------------------------------------------------------------------- grading
 
 
 @dataclass(frozen=True)
 class Question:
-    """A question with a numeric answer.
+    """A question with a numeric answer, or a set of numbers.
 
     Attributes:
-        several: the answer is a set of numbers.
         tolerance: absolute one that the data set allows, or None.
     """
 
     name: str
     text: str
     answer: str
-    several: bool = False
     tolerance: float | None = None
 
 
@@ -50,21 +58,42 @@ def load_questions(dataset: str, most: int | None = None) -> list[Question]:
     """The graded questions of ``aime`` or ``olympiadbench``, the first ``most`` of them."""
     rows = read_data(dataset)
     if dataset == "aime":
-        found = [Question(f"aime/{row['id']}", row["problem"], row["answer"]) for row in rows]
-    else:
-        found = [
-            Question(
-                f"olympiadbench/{row['id']}",
-                row["question"],
-                row["final_answer"][0],
-                row["is_multiple_answer"],
-                float(row["error"]) if row["error"] else None,
-            )
-            for row in rows
-            if row["answer_type"] == "Numerical"
-        ]
-    # Some answers that are called numerical have unknowns in them.
-    return [item for item in found if same_answer(item.answer, item.answer, item.several)][:most]
+        return [Question(f"aime/{row['id']}", row["problem"], row["answer"]) for row in rows][:most]
+    return [
+        Question(
+            f"olympiadbench/{row['id']}",
+            row["question"],
+            row["final_answer"][0],
+            float(row["error"]) if row["error"] else None,
+        )
+        for row in rows
+        if row["answer_type"] == "Numerical"
+    ][:most]
+
+
+def final_answer(text: str) -> list[Any]:
+    """The answer that an output gives, as math-verify parses it; empty if there is none.
+
+    What is thought aloud before ``</think>`` is not looked at.
+    """
+    from math_verify import parse
+
+    return parse(text.rpartition("</think>")[2])
+
+
+def is_correct(answer: list[Any], question: Question) -> bool:
+    """Whether a parsed answer is the reference's."""
+    from math_verify import parse, verify
+
+    if not answer:
+        return False
+    reference = parse(f"${question.answer.replace('$', '')}$")
+    if question.tolerance is not None:
+        try:
+            return abs(float(answer[0]) - float(reference[0])) <= question.tolerance
+        except (TypeError, ValueError):
+            return False
+    return verify(reference, answer)
 
 
 def grade(question: Question, output: dict[str, Any]) -> dict[str, Any]:
@@ -72,31 +101,15 @@ def grade(question: Question, output: dict[str, Any]) -> dict[str, Any]:
     answer = final_answer(output["text"])
     return {
         "question": question.name,
-        "answer": answer,
-        "correct": same_answer(answer, question.answer, question.several, question.tolerance),
+        "answer": str(answer[0]) if answer else None,
+        "correct": is_correct(answer, question),
         "tokens": output["meta_info"]["completion_tokens"],
         "cut": output["meta_info"]["finish_reason"]["type"] == "length",
-        "repeats_itself": distinct_share(output["output_ids"]) < LEAST_DISTINCT,
+        "repeats_itself": repetition([output["output_ids"]])[0],
     }
 
 
-def run_engine(name: str, questions: list[Question], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ask an engine everything; grades in the order of the questions."""
-    import sglang
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
-    prompts = [chat_prompt(tokenizer, question.text) for question in questions]
-    templated = bool(getattr(tokenizer, "chat_template", None))
-    ids = [tokenizer(prompt, add_special_tokens=not templated).input_ids for prompt in prompts]
-    engine = sglang.Engine(**engine_arguments(name, args.concurrency, args, speculate="always"))
-    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
-    outputs = engine.generate(input_ids=ids, sampling_params=sampling)
-    engine.shutdown()
-    return [grade(question, output) for question, output in zip(questions, outputs, strict=True)]
-
-
-def summarise(grades: list[dict[str, Any]]) -> dict[str, Any]:
+def summarise(grades: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Figures of one engine."""
     return {
         "questions": len(grades),
@@ -105,30 +118,102 @@ def summarise(grades: list[dict[str, Any]]) -> dict[str, Any]:
         "cut": sum(row["cut"] for row in grades),
         "repetitive_outputs": sum(row["repeats_itself"] for row in grades),
         "output_tokens": sum(row["tokens"] for row in grades),
-        "grades": grades,
     }
+
+
+# ---------------------------------------------------------------------- comparison
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Grades of the same questions under two engines.
+
+    Attributes:
+        only_first, only_second: questions that only one of them answered correctly.
+        p_value: of McNemar's exact test, two-sided: how often such a split, or a more uneven one, comes from equal engines.
+        difference: accuracy of the second less that of the first; ``low``, ``high``: its 95% interval (Agresti and Min 2005,
+            for pairs).
+    """
+
+    questions: int
+    first: float
+    second: float
+    only_first: int
+    only_second: int
+    p_value: float
+    difference: float
+    low: float
+    high: float
+
+    @property
+    def statement(self) -> str:
+        """What may be said about it."""
+        interval = f"difference {self.difference:+.1%}, 95% interval {self.low:+.1%} to {self.high:+.1%}"
+        verdict = "differs by more than sampling error" if self.p_value < 0.05 else "is the same within sampling error"
+        return f"accuracy {verdict} (McNemar p = {self.p_value:.3f}; {interval})"
+
+
+def compare(first: Sequence[bool], second: Sequence[bool]) -> Comparison:
+    """Compare the grades of the same questions, in the same order.
+
+    Raises:
+        ValueError: there are none, or not equally many.
+    """
+    from scipy.stats import binomtest
+
+    if len(first) != len(second) or not first:
+        raise ValueError(f"grades of the same questions are needed, got {len(first)} and {len(second)}")
+    total = len(first)
+    only_first = sum(a and not b for a, b in zip(first, second, strict=True))
+    only_second = sum(b and not a for a, b in zip(first, second, strict=True))
+    splits = only_first + only_second
+    # Half an answer is added to each of the four kinds: few splits do not make the interval vanish.
+    padded, shift = total + 2, only_second - only_first
+    error = 1.96 * math.sqrt(splits + 1 - shift**2 / padded) / padded
+    return Comparison(
+        questions=total,
+        first=sum(first) / total,
+        second=sum(second) / total,
+        only_first=only_first,
+        only_second=only_second,
+        p_value=float(binomtest(only_first, splits, 0.5).pvalue) if splits else 1.0,
+        difference=shift / total,
+        low=max(-1.0, shift / padded - error),
+        high=min(1.0, shift / padded + error),
+    )
 
 
 def compare_with_first(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[str, Any]]:
     """A record for every engine but the first."""
     first, *others = outcomes
     correct = {name: [row["correct"] for row in grades] for name, grades in outcomes.items()}
-    return [
-        {
-            "kind": "comparison",
-            "first_engine": first,
-            "second_engine": other,
-            **compare(correct[first], correct[other]).row(),
-        }
-        for other in others
-    ]
+    records = []
+    for other in others:
+        found = compare(correct[first], correct[other])
+        engines = {"kind": "comparison", "first_engine": first, "second_engine": other}
+        records.append({**engines, **asdict(found), "statement": found.statement})
+    return records
 
 
-def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line."""
+# ----------------------------------------------------------------------------- main
+
+
+def run_engine(spec: EngineSpec, questions: Sequence[Question], args: argparse.Namespace) -> list[dict[str, Any]]:
+    """Ask an engine everything; grades in the order of the questions."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    prompts = [chat_prompt(tokenizer, question.text) for question in questions]
+    engine = start_engine(spec.engine_args(args, args.concurrency))
+    sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
+    outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+    engine.shutdown()
+    return [grade(question, output) for question, output in zip(questions, outputs, strict=True)]
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model-path", required=True)
-    parser.add_argument("--engines", nargs="+", default=["plain:flashinfer", "sparsespec"])
+    add_engine_options(parser, ["plain", "sparsespec,sparsespec_speculate=always"])
     parser.add_argument("--datasets", nargs="+", choices=sorted(QUESTIONS), default=["aime", "olympiadbench"])
     parser.add_argument("--questions", type=int, help="at most so many of each data set (default: all)")
     parser.add_argument("--samples", type=int, default=1, help="answers to each question")
@@ -136,38 +221,30 @@ def parse_arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--max-new-tokens", type=int, default=8192)
     parser.add_argument("--concurrency", type=int, default=64)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
-    parser.add_argument("--dtype", default="bfloat16")
-    parser.add_argument("--prefill-backend", default="triton")
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
-    parser.add_argument("--log-level", default="warning")
-    parser.add_argument("--results", help="JSON-lines file to append to")
-    parser.set_defaults(load_format="auto", random_prompts=False)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if simulated_accept_length("sparsespec"):
+        parser.error("acceptance is SIMULATED (SGLANG_SIMULATE_ACC_LEN): its outputs are no answers")
+    return args
 
 
-def main(argv: list[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; 1 if accuracy differs by more than sampling error."""
     args = parse_arguments(argv)
-    if args.device == "cpu":
-        os.environ[CPU_BRIDGE_ENV] = "1"  # plain SGLang needs it too on a processor without AMX
     questions = [question for name in args.datasets for question in load_questions(name, args.questions)] * args.samples
-    settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "samples", "datasets", "k")}
+    settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "samples", "datasets")}
     about = {**stamp(), "model": Path(args.model_path).name, **settings}
-    outcomes = {}
-    for name in args.engines:
+    outcomes: dict[str, list[dict[str, Any]]] = {}
+    for spec in args.engines:
         started = time.perf_counter()
-        outcomes[name] = run_engine(name, questions, args)
-        record = {**about, "kind": "grades", "engine": name, **summarise(outcomes[name])}
-        append_json_line(args.results, {**record, "seconds": round(time.perf_counter() - started, 1)})
-        shown = {key: value for key, value in summarise(outcomes[name]).items() if key != "grades"}
-        say(f"{name}: {shown}")
+        grades = outcomes[spec.label] = run_engine(spec, questions, args)
+        figures = {**summarise(grades), "seconds": round(time.perf_counter() - started, 1)}
+        say(f"{spec.label}: {figures}")
+        write_record(args.results, {**about, **describe(spec, args), "kind": "grades", **figures, "grades": grades})
     comparisons = compare_with_first(outcomes)
     for record in comparisons:
-        append_json_line(args.results, {**about, **record})
+        write_record(args.results, {**about, **record})
         print(f"{record['second_engine']} against {record['first_engine']}: {record['statement']}")
-    return 1 if any(record["p_value"] < 0.05 for record in comparisons) else 0
+    return int(any(record["p_value"] < 0.05 for record in comparisons))
 
 
 if __name__ == "__main__":

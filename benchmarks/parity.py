@@ -1,32 +1,39 @@
 """Greedy parity: SPARSESPEC's output tokens against plain SGLang's, prompt by prompt.
 
-    python benchmarks/parity.py baseline --model-path M --device cpu --output plain.json
-    python benchmarks/parity.py compare  --model-path M --device cpu --baseline plain.json \
-        --k 8 --concurrency 16 --radix on --overlap on --chunked-prefill-size 256 --results parity.jsonl
+    python benchmarks/parity.py --model-path M --device cpu --dtype float32 --results parity.jsonl \\
+        --engines sparsespec sparsespec:pillar:unified sparsespec,speculative_num_steps=3,disable_radix_cache=true
 
-Several GPUs: ``--engine-args '{"tp_size": 2}'``, to both commands (arithmetic differs with their number).
-
-``compare`` runs one configuration and appends one JSON line to ``--results``. Where arithmetic is
-deterministic (float32 on CPU) every output must be equal, and the exit status is 1 otherwise. Where
-16-bit kernels of different shapes break ties, each divergence is listed with the margin between
-the two tokens in the baseline's own log-probabilities at the first differing position: a tie has a
-margin within the rounding of the logits.
+The baseline runs first, then every engine, each with the same prompts and a JSON line of its own. Engines speculate in every
+round unless their names set ``sparsespec_speculate``. Where arithmetic is deterministic (float32 on a CPU) every output must
+be equal. Where 16-bit kernels of different shapes break ties, each divergence is listed with the margin between the two
+tokens in the baseline's own log-probabilities at the first differing position: a tie has a margin within the rounding of the
+logits. The exit status is 1 if an output differs on a CPU, or differs at more than a tie on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
 import sys
 import time
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
-from _common import append_json_line
+from _common import (
+    QUESTIONS,
+    SIMULATE,
+    EngineSpec,
+    add_engine_options,
+    attention_backends,
+    describe,
+    markdown,
+    read_data,
+    say,
+    simulated_accept_length,
+    stamp,
+    start_engine,
+    write_record,
+)
 
-REPO = Path(__file__).resolve().parent.parent
-DATA = REPO / "benchmarks" / "data"
 ALTERNATIVES = 5  # log-probabilities kept per position
 ROUNDING = 1e-4  # of a difference of two log-probabilities
 
@@ -60,10 +67,7 @@ def load_prompts(short: int, problems: int, long: int, long_chars: int) -> list[
     Args:
         long_chars: least characters of a long prompt (about 3 per token).
     """
-    aime = [json.loads(line)["problem"] for line in (DATA / "aime24.jsonl").read_text().splitlines()]
-    olympiad = [
-        json.loads(line)["question"] for line in (DATA / "olympiadbench.jsonl").read_text().splitlines()
-    ]
+    aime, olympiad = ([row[QUESTIONS[name][1]] for row in read_data(name)] for name in ("aime", "olympiadbench"))
     prompts = list(SHORT[:short]) + (aime + olympiad)[:problems]
     rest = iter(olympiad[problems:])
     for index in range(long):
@@ -75,52 +79,33 @@ def load_prompts(short: int, problems: int, long: int, long_chars: int) -> list[
     return prompts
 
 
-def start_engine(args: argparse.Namespace, speculative: bool) -> Any:
-    """A SGLang engine with the flags of ``args``."""
-    import sglang
-
-    settings: dict[str, Any] = {
-        "model_path": args.model_path,
-        "device": args.device,
-        "dtype": args.dtype,
-        "random_seed": 0,
-        "log_level": "warning",
-        "max_running_requests": max(args.concurrency, 1),
-        **json.loads(args.engine_args),
-    }
-    if args.max_total_tokens:
-        settings["max_total_tokens"] = args.max_total_tokens
-    if args.chunked_prefill_size:
-        settings["chunked_prefill_size"] = args.chunked_prefill_size
-    settings["disable_radix_cache"] = args.radix == "off"
-    settings["disable_overlap_schedule"] = args.overlap == "off"
-    if speculative:
-        settings.update(speculative_algorithm="SPARSESPEC", speculative_num_steps=args.k)
-        settings["sparsespec_schedule"] = args.schedule
+def run_engine(
+    spec: EngineSpec, prompts: Sequence[str], args: argparse.Namespace, logprobs: bool
+) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """Outputs in the order of ``prompts``, sent one at a time if ``--concurrency`` is 1; and figures of the run."""
+    settings = spec.engine_args(args, args.concurrency)
+    if spec.kind == "sparsespec":
         settings.setdefault("sparsespec_speculate", "always")  # what is compared is speculation
-    elif args.device == "cpu":
-        os.environ["SPARSESPEC_CPU_BRIDGE"] = "1"
-        settings.update(disable_cuda_graph=True, attention_backend="torch_native")
-    return sglang.Engine(**settings)
-
-
-def generate(
-    engine: Any, prompts: list[str], args: argparse.Namespace, logprobs: bool
-) -> list[dict[str, Any]]:
-    """SGLang's outputs in the order of ``prompts``; one at a time if ``--concurrency`` is 1."""
     sampling = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, "ignore_eos": True}
     extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": ALTERNATIVES} if logprobs else {}
+    engine = start_engine(settings)
+    started = time.perf_counter()
     if args.concurrency == 1:
-        outputs = []
-        for index, prompt in enumerate(prompts):
-            outputs.append(engine.generate(prompt, sampling, **extra))
-            if sys.stderr.isatty() or index % 10 == 9:
-                print(f"  {index + 1}/{len(prompts)}", file=sys.stderr, flush=True)
-        return outputs
-    return engine.generate(prompts, sampling, **extra)
+        outputs = [engine.generate(prompt, sampling, **extra) for prompt in prompts]
+    else:
+        outputs = engine.generate(list(prompts), sampling, **extra)
+    figures = {"seconds": round(time.perf_counter() - started, 1), **attention_backends(engine)}
+    state = engine.get_server_info()["internal_states"][0]
+    names = ("accept_length", "kv_read_share", "forward_tokens", "forward_tokens_variation")
+    figures |= {name: round(state[f"sparsespec_{name}"], 4) for name in names if f"sparsespec_{name}" in state}
+    engine.shutdown()
+    return outputs, figures
 
 
-def first_difference(left: list[int], right: list[int]) -> int | None:
+# ---------------------------------------------------------------------- comparison
+
+
+def first_difference(left: Sequence[int], right: Sequence[int]) -> int | None:
     """Index of the first differing token, or None for equal lists."""
     for index, (a, b) in enumerate(zip(left, right, strict=False)):
         if a != b:
@@ -130,155 +115,84 @@ def first_difference(left: list[int], right: list[int]) -> int | None:
 
 def margin_at(baseline: dict[str, Any], index: int, token: int) -> float | None:
     """Log-probability of the baseline's token less that of ``token``, or None if not among its best."""
-    best = {int(entry[1]): float(entry[0]) for entry in baseline["top_logprobs"][index]}
+    best = {int(entry[1]): float(entry[0]) for entry in baseline["meta_info"]["output_top_logprobs"][index]}
     if token not in best:
         return None
     return best[baseline["output_ids"][index]] - best[token]
 
 
-def shard_of_prompts(args: argparse.Namespace) -> list[str]:
-    """The prompts of ``--shard I/N``: every N-th, from the I-th on."""
-    index, _, count = args.shard.partition("/")
-    return load_prompts(args.short, args.problems, args.long, args.long_chars)[int(index) :: int(count)]
-
-
-def read_baseline(paths: list[str], prompts: list[str], wait_s: float) -> list[dict[str, Any]]:
-    """The baseline's outputs for ``prompts``, from files that may still be in the making.
-
-    Raises:
-        KeyError: a prompt is in none of the files.
-    """
-    deadline = time.monotonic() + wait_s
-    while not all(Path(path).exists() for path in paths) and time.monotonic() < deadline:
-        time.sleep(1)
-    outputs: dict[str, dict[str, Any]] = {}
-    for path in paths:
-        record = json.loads(Path(path).read_text())
-        outputs.update(zip(record["prompts"], record["outputs"], strict=True))
-    return [outputs[prompt] for prompt in prompts]
-
-
-def run_baseline(args: argparse.Namespace) -> int:
-    prompts = shard_of_prompts(args)
-    engine = start_engine(args, speculative=False)
-    started = time.perf_counter()
-    # Alternatives are only needed where divergences are judged.
-    logprobs = args.device != "cpu"
-    outputs = generate(engine, prompts, args, logprobs)
-    seconds = time.perf_counter() - started
-    engine.shutdown()
-    rows = [
-        {
-            "output_ids": output["output_ids"],
-            "prompt_tokens": output["meta_info"]["prompt_tokens"],
-            "top_logprobs": output["meta_info"].get("output_top_logprobs", []),
-        }
-        for output in outputs
-    ]
-    record = {"concurrency": args.concurrency, "seconds": seconds, "prompts": prompts, "outputs": rows}
-    # Written whole or not at all: comparisons may wait for it.
-    partial = Path(f"{args.output}.partial")
-    partial.write_text(json.dumps(record))
-    partial.rename(args.output)
-    lengths = sorted(row["prompt_tokens"] for row in rows)
-    tokens = sum(len(row["output_ids"]) for row in rows)
-    print(
-        f"baseline: {len(rows)} prompts of {lengths[0]} to {lengths[-1]} tokens, "
-        f"{tokens} tokens in {seconds:.0f} s"
-    )
-    return 0
-
-
-def run_compare(args: argparse.Namespace) -> int:
-    prompts = shard_of_prompts(args)
-    engine = start_engine(args, speculative=True)
-    started = time.perf_counter()
-    outputs = generate(engine, prompts, args, logprobs=False)
-    seconds = time.perf_counter() - started
-    state = engine.get_server_info()["internal_states"][0]
-    engine.shutdown()
-    baseline = read_baseline(args.baseline, prompts, args.wait_baseline)
-    divergences = []
+def divergences(baseline: Sequence[dict[str, Any]], outputs: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Prompt, position and margin of every output that differs; the margin is None where it is not known."""
+    found = []
     for index, (plain, output) in enumerate(zip(baseline, outputs, strict=True)):
-        at = first_difference(plain["output_ids"], output["output_ids"])
-        if at is None:
-            continue
         ids = output["output_ids"]
-        margin = margin_at(plain, at, ids[at]) if plain["top_logprobs"] and at < len(ids) else None
-        divergences.append({"prompt": index, "at": at, "margin": margin})
-    tokens = sum(len(output["output_ids"]) for output in outputs)
-    lengths = sorted(output["meta_info"]["prompt_tokens"] for output in outputs)
-    record = {
-        "date": time.strftime("%Y-%m-%d"),
-        "model": Path(args.model_path).name,
-        "device": args.device,
-        "dtype": args.dtype,
-        "k": args.k,
-        "schedule": args.schedule,
-        "concurrency": args.concurrency,
-        "radix": args.radix,
-        "overlap": args.overlap,
-        "chunked_prefill_size": args.chunked_prefill_size,
-        "engine_args": args.engine_args,
-        "shard": args.shard,
-        "prompts": len(prompts),
-        "longest_prompt": lengths[-1],
-        "prompts_of_2000_tokens": sum(length >= 2000 for length in lengths),
-        "tokens": tokens,
-        "equal_prompts": len(prompts) - len(divergences),
-        "divergences": divergences,
-        "accept_length": round(state["sparsespec_accept_length"], 3),
-        "kv_read_share": round(state["sparsespec_kv_read_share"], 4),
-        "forward_tokens": round(state["sparsespec_forward_tokens"], 1),
-        "forward_tokens_variation": round(state["sparsespec_forward_tokens_variation"], 4),
-        "seconds": round(seconds, 1),
-    }
-    print(append_json_line(args.results, record))
-    if args.device == "cpu":
-        return 1 if divergences else 0
-    shown = [d for d in divergences if d["margin"] is not None and d["margin"] <= args.tie_margin + ROUNDING]
-    return 0 if len(shown) == len(divergences) else 1
+        at = first_difference(plain["output_ids"], ids)
+        if at is not None:
+            known = plain["meta_info"].get("output_top_logprobs") and at < min(len(ids), len(plain["output_ids"]))
+            found.append({"prompt": index, "at": at, "margin": margin_at(plain, at, ids[at]) if known else None})
+    return found
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("command", choices=("baseline", "compare"))
-    parser.add_argument("--model-path", required=True)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--dtype", default="float32")
+def are_ties(found: Sequence[dict[str, Any]], tie_margin: float) -> bool:
+    """Whether every divergence is shown to be a tie; one of unknown margin is not."""
+    return all(item["margin"] is not None and item["margin"] <= tie_margin + ROUNDING for item in found)
+
+
+def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser, ["sparsespec"])
+    parser.add_argument("--baseline", type=EngineSpec.parse, default=EngineSpec.parse("plain"), help="an engine's name")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)
-    parser.add_argument(
-        "--max-total-tokens", type=int, default=0, help="KV pool in tokens (0: SGLang decides)"
-    )
-    parser.add_argument("--engine-args", default="{}", help="JSON object of further sglang.Engine arguments")
     parser.add_argument("--short", type=int, default=20, help="one-line prompts")
     parser.add_argument("--problems", type=int, default=36, help="AIME and OlympiadBench prompts")
     parser.add_argument("--long", type=int, default=4, help="prompts of --long-chars characters")
     parser.add_argument("--long-chars", type=int, default=6800)
-    parser.add_argument("--radix", choices=("on", "off"), default="on")
-    parser.add_argument("--overlap", choices=("on", "off"), default="on")
-    parser.add_argument("--chunked-prefill-size", type=int, default=0)
-    parser.add_argument("--k", type=int, default=8)
-    parser.add_argument("--schedule", choices=("lockstep", "unified"), default="lockstep")
-    parser.add_argument("--output", help="baseline: where its outputs go")
-    parser.add_argument("--shard", default="0/1", help="I/N: only every N-th prompt, from the I-th on")
-    parser.add_argument("--baseline", nargs="+", help="compare: the files that `baseline` wrote")
-    parser.add_argument("--wait-baseline", type=float, default=0, help="compare: seconds to wait for those files")
-    parser.add_argument("--results", help="compare: JSON-lines file to append to")
-    parser.add_argument(
-        "--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA)"
-    )
-    args = parser.parse_args()
-    if args.command == "baseline":
-        if not args.output:
-            parser.error("baseline needs --output")
-        return run_baseline(args)
-    if not args.baseline:
-        parser.error("compare needs --baseline")
-    return run_compare(args)
+    parser.add_argument("--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA)")
+    args = parser.parse_args(argv)
+    if simulated_accept_length("sparsespec"):
+        parser.error(f"{SIMULATE} is set: simulated acceptance has no outputs to compare")
+    return args
+
+
+def main() -> int:
+    args = parse_arguments()
+    prompts = load_prompts(args.short, args.problems, args.long, args.long_chars)
+    on_cpu = args.device == "cpu"
+    # Alternatives are only needed where divergences are judged.
+    say(f"{args.baseline.label}: {len(prompts)} prompts")
+    baseline, about_baseline = run_engine(args.baseline, prompts, args, logprobs=not on_cpu)
+    failed, rows = False, []
+    for spec in args.engines:
+        say(f"{spec.label}: starting")
+        outputs, figures = run_engine(spec, prompts, args, logprobs=False)
+        found = divergences(baseline, outputs)
+        passed = not found if on_cpu else are_ties(found, args.tie_margin)
+        failed = failed or not passed
+        lengths = [output["meta_info"]["prompt_tokens"] for output in outputs]
+        record = {
+            **stamp(),
+            **describe(spec, args),
+            "device": args.device,
+            "concurrency": args.concurrency,
+            "baseline": args.baseline.label,
+            "baseline_attention": about_baseline["attention_backend"],
+            "prompts": len(prompts),
+            "longest_prompt": max(lengths),
+            "prompts_of_2000_tokens": sum(length >= 2000 for length in lengths),
+            "tokens": sum(len(output["output_ids"]) for output in outputs),
+            "equal_prompts": len(prompts) - len(found),
+            "divergences": found,
+            "passed": passed,
+            **figures,
+        }
+        write_record(args.results, record)
+        margins = [item["margin"] for item in found]
+        row = {"engine": spec.label, "equal": f"{record['equal_prompts']} of {len(prompts)}", "passed": str(passed)}
+        row["largest margin"] = max((margin for margin in margins if margin is not None), default=None)
+        rows.append({**row, "unknown margins": margins.count(None), "accept length": figures.get("accept_length")})
+    print(markdown(rows))
+    return int(failed)
 
 
 if __name__ == "__main__":

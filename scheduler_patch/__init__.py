@@ -1,1 +1,21 @@
-"""Every change of SGLang's scheduler and cache, one hook per behaviour."""
+"""Every change of SGLang's scheduler and cache, one hook per behaviour.
+
+Each hook's docstring names the SGLang function that it changes, what SGLang does there, and why that does not fit. In a
+server without SPARSESPEC every hook leaves SGLang as it is.
+"""
+
+from __future__ import annotations
+
+from sglang_sparsespec.scheduler_patch import cpu, hooks, internal_state, metrics_hooks, prefill_interleave, slots
+from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
+
+
+def register_all_hooks() -> None:
+    """Register the hooks of all modules; SGLang applies them when its plugins are loaded."""
+    hooks.register_hooks()
+    slots.register_hooks()
+    cpu.register_hooks()
+    kv_manager_hooks.register_hooks()
+    prefill_interleave.register_hooks()
+    metrics_hooks.register_hooks()
+    internal_state.register_hooks()

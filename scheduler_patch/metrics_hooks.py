@@ -1,15 +1,18 @@
-"""Hooks that add SPARSESPEC's metrics to SGLang's log, ``/server_info`` and Prometheus."""
+"""Hooks that count verifications, and add SPARSESPEC's metrics to SGLang's log and Prometheus."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from sglang_sparsespec.scheduler_patch.hooks import add_hook
-from sglang_sparsespec.scheduler_patch.kv_manager_hooks import manager_of
+from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.scheduler_patch.kv_manager.hooks import manager_of
+from sglang_sparsespec.worker import SparseSpecWorker
 
 
-def _metrics_of(scheduler: Any) -> Any:
-    return getattr(scheduler.draft_worker, "sparsespec_metrics", None)
+def worker_of(scheduler: Any) -> SparseSpecWorker | None:
+    """The scheduler's worker if it is SPARSESPEC's (SGLang calls every speculative worker its draft worker)."""
+    worker = scheduler.draft_worker
+    return worker if isinstance(worker, SparseSpecWorker) else None
 
 
 def count_verifications(result: Any, processor: Any, round_result: Any, batch: Any, *args: Any) -> None:
@@ -19,18 +22,19 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     dropped; ``BaseSpecWorker.on_verify_complete_cpu`` would count that round too.
     """
     worker = processor.model_worker
-    metrics = getattr(worker, "sparsespec_metrics", None)
-    if metrics is None:
+    if not isinstance(worker, SparseSpecWorker):
         return
-    if round_result.num_plain_steps:
-        _count_plain_steps(processor, batch, round_result.num_plain_steps)
+    outcome = getattr(round_result, "outcome", None)
+    if outcome is None:
+        return
+    if outcome.plain_steps:
+        _count_plain_steps(processor, batch, outcome.plain_steps)
         return
     drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
     accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
-    metrics.count(accepted, round_result.num_drafted)
-    worker.attn_backend.policy.note_acceptance(accepted, round_result.num_drafted)
-    if round_result.is_typical:
-        worker.speculation.note_acceptance(accepted)
+    worker.metrics.note_verifications(accepted, outcome.drafted)
+    if outcome.is_typical:
+        worker.planner.note_acceptance(accepted)
 
 
 def _count_plain_steps(processor: Any, batch: Any, steps: int) -> None:
@@ -50,54 +54,33 @@ def report_draft_metrics(result: Any, reporter: Any, *args: Any, **kwargs: Any) 
     All tensor-parallel ranks come here. SGLang's first one logs, and it alone has metrics unless
     ``--enable-metrics-for-all-schedulers``: counters of every rank would add up to a multiple.
     """
-    metrics = _metrics_of(reporter.scheduler)
-    if metrics is None or reporter.forward_ct_decode % reporter.decode_log_interval != 0:
+    worker = worker_of(reporter.scheduler)
+    if worker is None or reporter.forward_ct_decode % reporter.decode_log_interval != 0:
         return
     logs, exports = reporter.is_stats_logging_rank, reporter.current_scheduler_metrics_enabled
     if not (logs or exports):
         return
-    metrics.refresh()
+    worker.metrics.refresh()
     manager = manager_of(reporter.scheduler)
     if logs:
-        metrics.log()
+        worker.metrics.log()
         if manager is not None:
             manager.metrics.log(manager.utilisation)
     if exports:
         labels = dict(reporter.metrics_collector.labels)
-        metrics.export(labels)
+        worker.metrics.export(labels)
         if manager is not None:
             manager.metrics.export(labels, manager.utilisation)
 
 
-def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
-    """``Scheduler.get_internal_state``: SGLang's answer to ``/server_info``."""
-    metrics = _metrics_of(scheduler)
-    if metrics is None:
-        return
-    metrics.refresh(wait=True)
-    state = result.internal_state
-    state.update(metrics.as_dict())
-    # After a flush of the radix cache of an idle server, free must equal total again.
-    state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
-    state["kv_tokens_total"] = scheduler.max_total_num_tokens
-    manager = manager_of(scheduler)
-    if manager is not None:
-        state.update(manager.metrics.as_dict(manager.utilisation))
-        state["host_kv_tokens_free"] = manager.tier.host_pool.available_size()
-        state["host_kv_tokens_total"] = manager.tier.host_pool.logical_size
-
-
-def register_metrics_hooks() -> None:
+def register_hooks() -> None:
     """Register the hooks of this module."""
+    components = "sglang.srt.managers.scheduler_components."
     add_hook(
-        "sglang.srt.managers.scheduler_components.batch_result_processor.SchedulerBatchResultProcessor"
-        "._resolve_spec_v2_tokens",
+        components + "batch_result_processor.SchedulerBatchResultProcessor._resolve_spec_v2_tokens",
         count_verifications,
         "after",
     )
     add_hook(
-        "sglang.srt.managers.scheduler_components.metrics_reporter.SchedulerMetricsReporter.report_decode_stats",
-        report_draft_metrics,
-        "after",
+        components + "metrics_reporter.SchedulerMetricsReporter.report_decode_stats", report_draft_metrics, "after"
     )
-    add_hook("sglang.srt.managers.scheduler.Scheduler.get_internal_state", add_internal_state, "after")

@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_sparsespec.scheduler_patch.hooks import add_hook
+from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.settings import settings_of
 
 
 def tokens_of_chunks_to_come(scheduler: Any) -> int:
@@ -23,7 +24,7 @@ def round_is_due(scheduler: Any, running: Any) -> bool:
     """Whether a decode round comes before the next prefill batch: it is its turn, and its memory is free.
 
     SGLang admits a prompt if all of its chunks fit, and cannot put it back between them (the allocation would fail).
-    That decoding requests grow meanwhile is new: they must leave what the chunks to come need. Where they cannot,
+    With this hook decoding requests grow meanwhile: they must leave what the chunks to come need. Where they cannot,
     the chunks go first, as without the flag.
     """
     last = scheduler.last_batch
@@ -49,19 +50,17 @@ def decode_between_prefills(
     chunk, once: the request in mid-prefill stays aside in ``chunked_req`` whatever is run meanwhile. This is below
     ``get_new_batch_prefill``, so that the KV manager takes its step in each iteration.
     """
-    from sglang_sparsespec.config import get_config
-
-    if get_config(scheduler.server_args).prefill_beside_decoding and round_is_due(scheduler, running_batch):
+    if settings_of(scheduler.server_args).prefill_beside_decoding and round_is_due(scheduler, running_batch):
         waits = scheduler.waiting_queue and not running_batch.batch_is_full
         if waits or scheduler.chunked_req is not None:
-            scheduler.draft_worker.sparsespec_metrics.interleaved_rounds += 1
+            scheduler.draft_worker.metrics.note_interleaved_round()
         return None, running_batch
     return original(
         scheduler, prefill_delayer_single_pass=prefill_delayer_single_pass, running_batch=running_batch
     )
 
 
-def register_prefill_interleave_hooks() -> None:
+def register_hooks() -> None:
     """Register the hook of this module."""
     add_hook(
         "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw", decode_between_prefills, "around"

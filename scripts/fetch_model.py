@@ -30,7 +30,7 @@ from environment import SetupError, run_shown, say
 CACHE_ENV = "SPARSESPEC_CACHE"
 DEFAULT_DTYPE = "bfloat16"
 SOURCE_FILE = "sparsespec-source.json"
-FORMAT = 1  # raise it when the conversion changes, so that older checkpoints are made again
+FORMAT = 2  # raise it when the conversion changes, so that older checkpoints are made again
 
 
 @dataclass(frozen=True)

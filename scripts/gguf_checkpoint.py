@@ -150,6 +150,8 @@ def model_config(gguf: GGUFFile, dtype: str) -> dict[str, Any]:
     heads, hidden = get("attention.head_count"), get("embedding_length")
     config: dict[str, Any] = {
         "architectures": [_ARCHITECTURES[arch]],
+        # Of the layout of this file; without it, transformers warns of a wrong tokenizer.
+        "transformers_version": "5.0.0",
         "model_type": arch,
         "dtype": dtype,
         "hidden_act": "silu",

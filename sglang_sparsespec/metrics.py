@@ -1,95 +1,170 @@
-"""What drafting did: acceptance histogram and share of KV read.
+"""Metrics: counters that are told what happened, and their way to the log, ``/server_info`` and Prometheus.
 
-Accept length and rate are SGLang's own metrics. Added here, to the log at SGLang's
-interval, to ``/server_info`` (``internal_states``) and to Prometheus:
-
-- ``sparsespec:accepted_drafts_total{count="n"}``: verifications that accepted n drafts;
-- ``sparsespec:kv_read_share``: KV tokens that draft steps attended to, divided by those
-  that full attention would have, since the start of the server;
-- ``sparsespec:forward_tokens``, ``sparsespec:forward_tokens_variation``, ``sparsespec:verify_share``:
-  mean tokens of a decode forward, their coefficient of variation, and the share of verify windows in them;
-- ``sparsespec:lockstep_rounds_total``: rounds of the unified schedule that had to run in lock-step;
-- ``sparsespec:interleaved_rounds_total``: decode rounds that ran between prefill batches (``--enable-mixed-chunk``);
-- ``sparsespec:plain_rounds_total``: rounds of up to k steps that decoded plainly (``--sparsespec-speculate``);
-- ``sparsespec:launch_waits_total``, ``sparsespec:late_launches_total``: launches held back until the round before was
-  about to end (``scheduler_patch.late_launch``), and those of them that came after its end.
-
-With a host tier (``--sparsespec-host-kv-gb``) also what the KV manager moved, see
-:class:`KVManagerMetrics`.
+Accept length and rate are SGLang's own metrics. Added here are those of ``DRAFT_METRICS`` and, with a host tier,
+``KV_METRICS``. In ``/server_info`` (``internal_states``) a metric is called ``sparsespec_<name>``, in Prometheus
+``sparsespec:<name>``, with ``_total`` behind counters.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import logging
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 
-from sglang_sparsespec.forward_stats import ForwardStats
-
-if TYPE_CHECKING:
-    from sglang_sparsespec.round_choice import Speculation
-    from sglang_sparsespec.round_progress import RoundProgress
-    from sglang_sparsespec.unified_round import UnifiedRounds
-
 logger = logging.getLogger(__name__)
 
-#: Names of ``/server_info`` without their prefix that are exported as gauges.
-GAUGES = {
-    "kv_read_share": "KV tokens read while drafting, relative to full attention.",
-    "forward_tokens": "Mean tokens of a decode forward.",
-    "forward_tokens_variation": "Coefficient of variation of the tokens of decode forwards.",
-    "verify_share": "Tokens of verify windows, relative to all tokens of decode forwards.",
-}
-#: The same for counters.
-COUNTERS = {
-    "lockstep_rounds": "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
-    "interleaved_rounds": "Decode rounds that ran before a prefill batch that could have gone on.",
-    "plain_rounds": "Rounds that decoded plainly instead of speculating.",
-    "launch_waits": "Launches that were held back until the round before was about to end.",
-    "late_launches": "Launches held back so long that the round before was over.",
-}
+
+@dataclass(frozen=True)
+class Metric:
+    """One metric.
+
+    Attributes:
+        kind: "gauge", "counter", or "value" for what only ``/server_info`` shows.
+    """
+
+    name: str
+    kind: str
+    meaning: str
+
+
+DRAFT_METRICS = (
+    Metric("accept_length", "value", "Mean accepted drafts + 1 bonus token per verification."),
+    Metric("accept_histogram", "value", "Entry n: verifications that accepted n of the k drafts."),
+    Metric("draft_length", "value", "Mean drafts per verification."),
+    Metric("kv_tokens_read", "value", "KV tokens that draft queries attended to."),
+    Metric("kv_tokens_full", "value", "KV tokens that full attention would have read for them."),
+    Metric("kv_read_share", "gauge", "KV tokens read while drafting, relative to full attention."),
+    Metric("forward_tokens", "gauge", "Mean tokens of a decode forward."),
+    Metric("forward_tokens_variation", "gauge", "Coefficient of variation of the tokens of decode forwards."),
+    Metric("verify_share", "gauge", "Tokens of verify windows, relative to all tokens of decode forwards."),
+    Metric(
+        "lockstep_rounds",
+        "counter",
+        "Rounds of the unified schedule that ran in lock-step because of what their batch asked for.",
+    ),
+    Metric("interleaved_rounds", "counter", "Decode rounds that ran before a prefill batch that could have gone on."),
+    Metric("plain_rounds", "counter", "Rounds that decoded plainly instead of speculating."),
+)
+#: Prometheus only, with the label ``count``: its values are those of ``accept_histogram``.
+ACCEPTED_DRAFTS = Metric("accepted_drafts", "counter", 'Verifications by the number of drafts accepted (`count="n"`).')
+KV_METRICS = (
+    Metric("kv_utilisation", "gauge", "Share of the device's KV pool that requests on the device hold, now."),
+    Metric("kv_requests_offloaded", "counter", "Requests moved to the host."),
+    Metric("kv_requests_restored", "counter", "Requests moved back into the batch."),
+    Metric("kv_bytes_to_host", "counter", "Bytes copied to the host."),
+    Metric(
+        "kv_bytes_from_host",
+        "counter",
+        "Bytes copied back; what is still on the device when its request returns is not copied.",
+    ),
+    Metric("kv_requests_retracted", "counter", "Requests that had to be retracted all the same."),
+    Metric("kv_tokens_recomputed", "counter", "Tokens that were prefilled again for retracted requests."),
+    Metric("kv_host_full", "counter", "Requests that the host had no room for: a larger tier would help."),
+    Metric("kv_transfer_waits", "counter", "Rounds that waited for a copy."),
+)
+
+
+def describe() -> list[tuple[str, str, str]]:
+    """Name, kind and meaning of every metric, for the documentation."""
+    return [(metric.name, metric.kind, metric.meaning) for metric in (*DRAFT_METRICS, ACCEPTED_DRAFTS, *KV_METRICS)]
+
+
+class Exporter:
+    """Exports totals and gauges to Prometheus.
+
+    Args:
+        metrics: those of kind "value" are left out.
+    """
+
+    def __init__(self, metrics: tuple[Metric, ...]) -> None:
+        self._metrics = metrics
+        self._registered: dict[str, Any] = {}
+        self._exported: dict[str, float] = {}
+
+    def export(self, labels: dict[str, str], values: Mapping[str, Any]) -> None:
+        """Update the metrics with SGLang's ``labels``; ``values`` are those of ``/server_info``."""
+        # SGLang sets PROMETHEUS_MULTIPROC_DIR before prometheus_client may be imported.
+        from prometheus_client import Counter, Gauge
+
+        if not self._registered:
+            for metric in self._metrics:
+                name, names = f"sparsespec:{metric.name}", list(labels)
+                if metric.kind == "counter":
+                    self._registered[metric.name] = Counter(name, metric.meaning, labelnames=names)
+                elif metric.kind == "gauge":
+                    self._registered[metric.name] = Gauge(
+                        name, metric.meaning, labelnames=names, multiprocess_mode="mostrecent"
+                    )
+        for name, registered in self._registered.items():
+            value = values[f"sparsespec_{name}"]
+            if isinstance(registered, Gauge):
+                registered.labels(**labels).set(value)
+            else:
+                registered.labels(**labels).inc(value - self._exported.get(name, 0))
+                self._exported[name] = value
 
 
 class DraftMetrics:
     """Counters of one worker.
 
+    Args:
+        kv_read: float64 [2] on the device; KV tokens that draft queries attended to, and those of full attention.
+
     Attributes:
-        histogram: histogram[n] verifications accepted n of the k drafts.
-        drafted: drafts made, summed over verifications; k each unless the policy drafts fewer. (Where
-            requests of a round differ, the most that one of them could have.)
-        unified: the worker's staggered rounds, None in lock-step.
-        interleaved_rounds: decode rounds that ran between prefill batches (``prefill_interleave``).
+        histogram: entry n counts the verifications that accepted n of the k drafts.
+        drafted: drafts made, summed over verifications. (Where requests of a round differ, the most that one of them
+            could have.)
     """
 
-    def __init__(
-        self,
-        num_steps: int,
-        kv_read: torch.Tensor,
-        forward_stats: ForwardStats,
-        speculation: Speculation,
-        progress: RoundProgress,
-    ) -> None:
-        self.unified: UnifiedRounds | None = None
-        self.interleaved_rounds = 0
-        self._forward_stats = forward_stats
-        self._speculation = speculation
-        self._progress = progress
+    def __init__(self, num_steps: int, kv_read: torch.Tensor) -> None:
         self.histogram = [0] * (num_steps + 1)
         self.drafted = 0
+        self._lockstep_rounds = 0
+        self._interleaved_rounds = 0
+        self._plain_rounds = 0
+        self._forwards = 0
+        self._tokens = 0
+        self._squares = 0
+        self._verify_tokens = 0
         self._kv_read = kv_read
-        pinned = kv_read.is_cuda
-        self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=pinned)
-        self._prometheus: tuple[Any, dict[str, Any], dict[str, Any]] | None = None
-        self._exported_counters = dict.fromkeys(COUNTERS, 0)
-        self._exported = [0] * (num_steps + 1)
+        self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=kv_read.is_cuda)
+        self._exporter = Exporter(DRAFT_METRICS)
+        self._accepted_counter: Any = None
+        self._exported_histogram = [0] * (num_steps + 1)
 
-    def count(self, num_correct_drafts: list[int], num_drafted: int) -> None:
-        """Account one verification per request, of ``num_drafted`` drafts each."""
-        for accepted in num_correct_drafts:
-            self.histogram[accepted] += 1
-        self.drafted += num_drafted * len(num_correct_drafts)
+    # ------------------------------------------------------------------------ events
+
+    def note_forward(self, draft_tokens: int, verify_tokens: int) -> None:
+        """A decode forward of so many tokens is about to be launched."""
+        tokens = draft_tokens + verify_tokens
+        self._forwards += 1
+        self._tokens += tokens
+        self._squares += tokens * tokens
+        self._verify_tokens += verify_tokens
+
+    def note_verifications(self, accepted: list[int], drafted: int) -> None:
+        """One verification per request has accepted so many drafts, of ``drafted`` each."""
+        for count in accepted:
+            self.histogram[count] += 1
+        self.drafted += drafted * len(accepted)
+
+    def note_lockstep_round(self) -> None:
+        """A round of the unified schedule had to run in lock-step."""
+        self._lockstep_rounds += 1
+
+    def note_interleaved_round(self) -> None:
+        """A decode round ran between prefill batches."""
+        self._interleaved_rounds += 1
+
+    def note_plain_round(self) -> None:
+        """A round decoded plainly."""
+        self._plain_rounds += 1
+
+    # ------------------------------------------------------------------------ values
 
     def refresh(self, wait: bool = False) -> None:
         """Fetch the device's counters; without ``wait`` they arrive for a later read."""
@@ -104,87 +179,63 @@ class DraftMetrics:
         return read / full if full else 0.0
 
     def as_dict(self) -> dict[str, Any]:
-        """The values under the names used in ``/server_info``."""
-        rounds = sum(self.histogram)
+        """The values since the start of the server, under the names used in ``/server_info``."""
+        verifications = sum(self.histogram)
         accepted = sum(n * count for n, count in enumerate(self.histogram))
-        return {
-            "sparsespec_accept_histogram": list(self.histogram),
-            "sparsespec_accept_length": 1 + accepted / rounds if rounds else 0.0,
-            "sparsespec_draft_length": self.drafted / rounds if rounds else 0.0,
-            "sparsespec_kv_read_share": self.kv_read_share,
-            "sparsespec_kv_tokens_read": int(self._kv_read_cpu[0]),
-            "sparsespec_kv_tokens_full": int(self._kv_read_cpu[1]),
-            **self._forward_stats.as_dict(),
-            "sparsespec_lockstep_rounds": self._lockstep_rounds,
-            "sparsespec_interleaved_rounds": self.interleaved_rounds,
-            "sparsespec_plain_rounds": self._speculation.plain_rounds,
-            "sparsespec_launch_waits": self._progress.waits,
-            "sparsespec_late_launches": self._progress.late_launches,
+        mean = self._tokens / self._forwards if self._forwards else 0.0
+        variance = self._squares / self._forwards - mean * mean if self._forwards else 0.0
+        values = {
+            "accept_length": 1 + accepted / verifications if verifications else 0.0,
+            "accept_histogram": list(self.histogram),
+            "draft_length": self.drafted / verifications if verifications else 0.0,
+            "kv_tokens_read": int(self._kv_read_cpu[0]),
+            "kv_tokens_full": int(self._kv_read_cpu[1]),
+            "kv_read_share": self.kv_read_share,
+            "forward_tokens": mean,
+            "forward_tokens_variation": math.sqrt(max(variance, 0.0)) / mean if mean else 0.0,
+            "verify_share": self._verify_tokens / self._tokens if self._tokens else 0.0,
+            "lockstep_rounds": self._lockstep_rounds,
+            "interleaved_rounds": self._interleaved_rounds,
+            "plain_rounds": self._plain_rounds,
         }
-
-    @property
-    def _lockstep_rounds(self) -> int:
-        return self.unified.fallbacks if self.unified is not None else 0
+        return {f"sparsespec_{name}": value for name, value in values.items()}
 
     def log(self) -> None:
         """One line beside SGLang's decode line."""
-        forwards = self._forward_stats.as_dict()
+        values = self.as_dict()
         logger.info(
             "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%, tokens per forward: %.1f "
             "(variation %.0f%%, verifying %.0f%%), plain rounds: %d",
             self.histogram,
             100 * self.kv_read_share,
-            forwards["sparsespec_forward_tokens"],
-            100 * forwards["sparsespec_forward_tokens_variation"],
-            100 * forwards["sparsespec_verify_share"],
-            self._speculation.plain_rounds,
+            values["sparsespec_forward_tokens"],
+            100 * values["sparsespec_forward_tokens_variation"],
+            100 * values["sparsespec_verify_share"],
+            self._plain_rounds,
         )
 
     def export(self, labels: dict[str, str]) -> None:
         """Update the Prometheus metrics, with SGLang's labels."""
-        if self._prometheus is None:
-            # SGLang sets PROMETHEUS_MULTIPROC_DIR before prometheus_client may be imported.
-            from prometheus_client import Counter, Gauge
+        self._exporter.export(labels, self.as_dict())
+        if self._accepted_counter is None:
+            from prometheus_client import Counter
 
-            accepted = Counter(
-                "sparsespec:accepted_drafts",
-                "Verifications by the number of drafts they accepted.",
-                labelnames=[*labels, "count"],
+            self._accepted_counter = Counter(
+                f"sparsespec:{ACCEPTED_DRAFTS.name}", ACCEPTED_DRAFTS.meaning, labelnames=[*labels, "count"]
             )
-            counters = {
-                name: Counter(f"sparsespec:{name}", text, labelnames=list(labels)) for name, text in COUNTERS.items()
-            }
-            gauges = {
-                name: Gauge(f"sparsespec:{name}", text, labelnames=list(labels), multiprocess_mode="mostrecent")
-                for name, text in GAUGES.items()
-            }
-            self._prometheus = (accepted, counters, gauges)
-        accepted, counters, gauges = self._prometheus
-        values = self.as_dict()
         for n, total in enumerate(self.histogram):
-            accepted.labels(**labels, count=str(n)).inc(total - self._exported[n])
-            self._exported[n] = total
-        for name, counter in counters.items():
-            total = values[f"sparsespec_{name}"]
-            counter.labels(**labels).inc(total - self._exported_counters[name])
-            self._exported_counters[name] = total
-        for name, gauge in gauges.items():
-            gauge.labels(**labels).set(values[f"sparsespec_{name}"])
+            self._accepted_counter.labels(**labels, count=str(n)).inc(total - self._exported_histogram[n])
+            self._exported_histogram[n] = total
 
 
-@dataclasses.dataclass
+@dataclass
 class KVManagerMetrics:
-    """Counters of one scheduler's KV manager, since the start of the server.
+    """Counters of one scheduler's KV manager, since the start of the server; see ``KV_METRICS``.
 
     Attributes:
         bytes_per_token: KV bytes of one token on this rank.
-        requests_offloaded, requests_restored: moves to the host tier and back into the batch.
-        tokens_to_host, tokens_from_host: tokens copied; one that is still on the device when
-            its request returns is not copied back.
-        requests_retracted: requests that SGLang's retraction, or a full host tier, threw away.
-        tokens_recomputed: tokens that were prefilled again for retracted requests.
-        host_full: stores that the host tier had no room for.
-        waits: rounds that had to wait for a copy.
+        tokens_to_host, tokens_from_host: tokens copied; one that is still on the device when its request returns is not
+            copied back.
     """
 
     bytes_per_token: int
@@ -195,13 +246,13 @@ class KVManagerMetrics:
     requests_retracted: int = 0
     tokens_recomputed: int = 0
     host_full: int = 0
-    waits: int = 0
-    _exported: dict[str, int] = dataclasses.field(default_factory=dict)
-    _prometheus: dict[str, Any] = dataclasses.field(default_factory=dict)
+    transfer_waits: int = 0
+    _exporter: Exporter = field(default_factory=lambda: Exporter(KV_METRICS))
 
-    def counters(self) -> dict[str, int]:
-        """The counters by name, copies in bytes."""
-        return {
+    def as_dict(self, kv_utilisation: float) -> dict[str, Any]:
+        """The values under the names used in ``/server_info``."""
+        values = {
+            "utilisation": kv_utilisation,
             "requests_offloaded": self.requests_offloaded,
             "requests_restored": self.requests_restored,
             "bytes_to_host": self.tokens_to_host * self.bytes_per_token,
@@ -209,13 +260,9 @@ class KVManagerMetrics:
             "requests_retracted": self.requests_retracted,
             "tokens_recomputed": self.tokens_recomputed,
             "host_full": self.host_full,
-            "transfer_waits": self.waits,
+            "transfer_waits": self.transfer_waits,
         }
-
-    def as_dict(self, kv_utilisation: float) -> dict[str, Any]:
-        """The values under the names used in ``/server_info``."""
-        values = {f"sparsespec_kv_{name}": value for name, value in self.counters().items()}
-        return {**values, "sparsespec_kv_utilisation": kv_utilisation}
+        return {f"sparsespec_kv_{name}": value for name, value in values.items()}
 
     def log(self, kv_utilisation: float) -> None:
         """One line beside SGLang's decode line."""
@@ -229,24 +276,9 @@ class KVManagerMetrics:
             self.tokens_from_host * self.bytes_per_token / 1e9,
             self.tokens_recomputed,
             self.requests_retracted,
-            self.waits,
+            self.transfer_waits,
         )
 
     def export(self, labels: dict[str, str], kv_utilisation: float) -> None:
-        """Update the Prometheus metrics (``sparsespec:kv_*``), with SGLang's labels."""
-        from prometheus_client import Counter, Gauge
-
-        if not self._prometheus:
-            for name in self.counters():
-                title = f"KV manager: {name.replace('_', ' ')}."
-                self._prometheus[name] = Counter(f"sparsespec:kv_{name}", title, labelnames=list(labels))
-            self._prometheus["utilisation"] = Gauge(
-                "sparsespec:kv_utilisation",
-                "Share of the device's KV pool that running requests hold.",
-                labelnames=list(labels),
-                multiprocess_mode="mostrecent",
-            )
-        for name, total in self.counters().items():
-            self._prometheus[name].labels(**labels).inc(total - self._exported.get(name, 0))
-            self._exported[name] = total
-        self._prometheus["utilisation"].labels(**labels).set(kv_utilisation)
+        """Update the Prometheus metrics, with SGLang's labels."""
+        self._exporter.export(labels, self.as_dict(kv_utilisation))

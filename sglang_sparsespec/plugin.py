@@ -1,14 +1,15 @@
 """Entry point of the plugin (group ``sglang.srt.plugins``).
 
-SGLang loads every installed plugin at the start of each of its processes and only
-logs a plugin that raises (``sglang/srt/plugins/__init__.py``). A server that was
-asked for SPARSESPEC must not come up without it, so failures are made loud here:
+SGLang loads every installed plugin at the start of each of its processes, and only logs a plugin that raises
+(``sglang/srt/plugins/__init__.py``). A server that was asked for SPARSESPEC must not come up without it, so failures are
+made loud here:
 
-- the process was started with SPARSESPEC on its command line: one sentence on
-  stderr and exit status 1 (``SystemExit`` is not an ``Exception``, so SGLang's
-  ``except Exception`` lets it through);
-- otherwise (``sglang.Engine(...)``, or SPARSESPEC not wanted): the algorithm is
-  registered as unavailable, and selecting it raises the same sentence.
+- If the process was started with SPARSESPEC on its command line, it ends with one sentence on stderr and exit status 1.
+  (``SystemExit`` is not an ``Exception``, so SGLang's ``except Exception`` lets it through.)
+- Otherwise (``sglang.Engine(...)``, or SPARSESPEC not wanted) the algorithm is registered as unavailable, and selecting it
+  raises the same sentence.
+
+The project's other modules import SGLang at the top, so :func:`register` imports them after it has checked the version.
 """
 
 from __future__ import annotations
@@ -45,8 +46,7 @@ def check_environment() -> None:
     if found != SGLANG_VERSION:
         raise PluginUnavailableError(
             f"sglang-sparsespec needs sglang=={SGLANG_VERSION}, but sglang {found} is installed; "
-            f"run `pip install sglang=={SGLANG_VERSION}`, or install the sglang-sparsespec release "
-            f"made for sglang {found}."
+            f"run `pip install sglang=={SGLANG_VERSION}`, or install the sglang-sparsespec release made for sglang {found}."
         )
     import torch
 
@@ -74,31 +74,22 @@ def asked_for_on_command_line(argv: list[str]) -> bool:
 def register() -> None:
     """Register the algorithm, the attention backend, the flags and the hooks.
 
-    Called once per SGLang process by ``sglang.srt.plugins.load_plugins``; the hooks
-    are applied by SGLang right after all plugins ran.
+    ``sglang.srt.plugins.load_plugins`` calls this once in each of SGLang's processes. SGLang applies the hooks right after
+    all plugins ran.
 
     Raises:
         SystemExit: the plugin is unavailable and SPARSESPEC is on the command line.
     """
     try:
         check_environment()
-        from sglang_sparsespec.algorithm import register_algorithm
-        from sglang_sparsespec.attention_backend.backend import register_backend
-        from sglang_sparsespec.config import register_flags
-        from sglang_sparsespec.scheduler_patch.hooks import register_hooks
-        from sglang_sparsespec.scheduler_patch.kv_manager_hooks import register_kv_manager_hooks
-        from sglang_sparsespec.scheduler_patch.late_launch import register_late_launch_hooks
-        from sglang_sparsespec.scheduler_patch.metrics_hooks import register_metrics_hooks
-        from sglang_sparsespec.scheduler_patch.prefill_interleave import register_prefill_interleave_hooks
+        from sglang_sparsespec.algorithm import register_algorithm, register_attention_backend
+        from sglang_sparsespec.flags import register_flags
+        from sglang_sparsespec.scheduler_patch import register_all_hooks
 
         register_algorithm()
-        register_backend()
+        register_attention_backend()
         register_flags()
-        register_hooks()
-        register_kv_manager_hooks()
-        register_metrics_hooks()
-        register_prefill_interleave_hooks()
-        register_late_launch_hooks()
+        register_all_hooks()
     except Exception as error:
         reason = str(error) if isinstance(error, PluginUnavailableError) else (
             f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"
@@ -130,8 +121,7 @@ def _register_unavailable(reason: str) -> None:
         HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", refuse_settings, HookType.AROUND)
     except (ImportError, AttributeError):
         logger.warning("This SGLang has no hooks: sparsespec_* settings will be reported as unexpected.")
-    # The registration may be what failed, or may have succeeded before something
-    # else failed; in the second case its validator is replaced.
+    # Either the registration is what failed, or it succeeded before something else failed; then its validator is replaced.
     spec = spec_registry.get_spec(ALGORITHM)
     if spec is not None:
         spec.validate_server_args = refuse

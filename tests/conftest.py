@@ -1,39 +1,63 @@
-"""Fixtures shared by the tests."""
+"""Fixtures and options shared by the tests."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from environment import SetupError
+from fetch_model import ensure_model
+from preloaded import FOLDER_ENV
+from run_tests import MODEL_VARIABLE, contract_is_verified
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait actively keep other processes of a small machine from their work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-#: A checkpoint folder to test with instead of SmolLM2-135M.
-MODEL_ENV = "SPARSESPEC_TEST_MODEL"
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the tests marked nightly or contract, too")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if FOLDER_ENV not in os.environ:
+        os.environ[FOLDER_ENV] = tempfile.mkdtemp(prefix="sparsespec-tests-")
+        config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER_ENV), ignore_errors=True))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what only ``--all`` runs, and put slow files first, so that no pytest worker ends long after the other."""
+    left_out = set()
+    asked = " ".join([config.getoption("markexpr", ""), *config.args])
+    if not config.getoption("--all"):
+        left_out = {"nightly", "contract"} if contract_is_verified() else {"nightly"}
+        left_out = {name for name in left_out if name not in asked}
+    dropped = [item for item in items if any(item.get_closest_marker(name) for name in left_out)]
+    if dropped:
+        config.hook.pytest_deselected(items=dropped)
+    items[:] = [item for item in items if item not in set(dropped)]
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
 
 
 @pytest.fixture(scope="session")
 def model_path() -> str:
     """Folder of a small real model in float32, fetched once; fails if it cannot be had."""
-    given = os.environ.get(MODEL_ENV)
+    given = os.environ.get(MODEL_VARIABLE)
     if given:
         if not (Path(given) / "config.json").is_file():
-            pytest.fail(f"{MODEL_ENV}={given} is not a checkpoint folder (no config.json in it).")
+            pytest.fail(f"{MODEL_VARIABLE}={given} is not a checkpoint folder (no config.json in it).")
         return given
-    from environment import SetupError
-    from fetch_model import ensure_model
-
     try:
         return str(ensure_model("smollm2-135m", "float32"))
     except SetupError as error:
-        pytest.fail(
-            f"The test model could not be fetched: {error} Set {MODEL_ENV} to a checkpoint folder instead."
-        )
+        pytest.fail(f"The test model could not be fetched: {error} Set {MODEL_VARIABLE} to a checkpoint folder instead.")
 
 
 @pytest.fixture(scope="session")
@@ -41,7 +65,7 @@ def plugin() -> None:
     """SGLang's plugins are loaded in this process, as at the start of a server."""
     from sglang.srt.plugins import load_plugins
 
-    from sglang_sparsespec.scheduler_patch.hooks import assert_hooks_applied
+    from sglang_sparsespec.hook_registry import assert_hooks_applied
 
     load_plugins()
     assert_hooks_applied()
@@ -50,13 +74,12 @@ def plugin() -> None:
 @pytest.fixture(autouse=True)
 def _no_inherited_bridge() -> Iterator[None]:
     """Resolving SPARSESPEC's arguments for CPU sets a variable for child processes; not beyond a test."""
-    from sglang_sparsespec.cpu_bridge import CPU_BRIDGE_ENV
-
-    before = os.environ.get(CPU_BRIDGE_ENV)
+    name = "SPARSESPEC_CPU_BRIDGE"
+    before = os.environ.get(name)
     yield
-    os.environ.pop(CPU_BRIDGE_ENV, None)
+    os.environ.pop(name, None)
     if before is not None:
-        os.environ[CPU_BRIDGE_ENV] = before
+        os.environ[name] = before
 
 
 @pytest.fixture

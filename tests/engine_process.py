@@ -1,11 +1,10 @@
 """An ``sglang.Engine`` in a process of its own, driven over pipes.
 
-An engine whose scheduler fails kills the process that made it; here that is a child, and
-the test gets the child's log instead.
+An engine whose scheduler fails kills the process that made it; here that is a child, and the test gets the child's log
+instead. It is forked from a process that has imported SGLang (preloaded.py).
 
-Run as a program, it makes an engine from the JSON object in ``argv[1]``, then answers each
-line of stdin (JSON, keyword arguments of ``Engine.generate``) with one line of JSON: the
-list of outputs, or a string, the message of a refused request.
+Run as a program, it makes an engine from the JSON object in ``argv[1]``, then answers each line of stdin, the name of
+a call and its keyword arguments, with one line of JSON: the result, or a string, the message of a refused request.
 """
 
 from __future__ import annotations
@@ -20,8 +19,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+from preloaded import start_program
+
 #: Precedes each answer, to tell answers from what libraries print.
 MARK = "ANSWER "
+#: Plain SGLang on CPU: the reference of what SPARSESPEC serves. Its environment has ``PLAIN_ENV``.
+PLAIN: dict[str, Any] = {"disable_cuda_graph": True, "attention_backend": "torch_native"}
+PLAIN_ENV = {"SPARSESPEC_CPU_BRIDGE": "1"}
 
 
 class EngineProcess:
@@ -34,16 +38,14 @@ class EngineProcess:
 
     def __init__(self, env: dict[str, str] | None = None, **engine_args: Any) -> None:
         self._log = tempfile.TemporaryFile(mode="w+")
-        # One thread: on tiny tensors the threads of several processes spend their time
-        # waiting for each other.
+        # One thread: on tiny tensors the threads of several processes spend their time waiting for each other.
         defaults = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        self._child = subprocess.Popen(
+        self._child = start_program(
             # An idle scheduler would keep a core from the engines beside it.
             [sys.executable, str(Path(__file__)), json.dumps({"sleep_on_idle": True, **engine_args})],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
-            text=True,
             env={**os.environ, **defaults, **(env or {})},
         )
 
@@ -69,9 +71,23 @@ class EngineProcess:
             ValueError: the engine refused a request.
             RuntimeError: the engine failed; with the end of its log.
         """
+        answer = self._call("generate", **kwargs)
+        return answer if isinstance(answer, list) else [answer]
+
+    def state(self) -> dict[str, Any]:
+        """The scheduler's internal state, as in ``/server_info``."""
+        return self._call("state")
+
+    def set_speculate(self, value: str) -> None:
+        """Set ``sparsespec_speculate``, as ``/set_internal_state`` does."""
+        from sglang_sparsespec.settings import SPECULATE
+
+        assert self._call("set_state", sparsespec_speculate=SPECULATE.index(value)) == [True]
+
+    def _call(self, name: str, **kwargs: Any) -> Any:
         assert self._child.stdin is not None and self._child.stdout is not None
         try:
-            self._child.stdin.write(json.dumps(kwargs) + "\n")
+            self._child.stdin.write(json.dumps([name, kwargs]) + "\n")
             self._child.stdin.flush()
         except BrokenPipeError:
             pass  # it died: reported below
@@ -80,7 +96,7 @@ class EngineProcess:
                 answer = json.loads(line.removeprefix(MARK))
                 if isinstance(answer, str):
                     raise ValueError(answer)
-                return answer if isinstance(answer, list) else [answer]
+                return answer
         time.sleep(1)  # let the dying processes finish their tracebacks
         raise RuntimeError(f"the engine ended; the end of its log:\n{self.log()[-6000:]}")
 
@@ -92,15 +108,13 @@ class EngineProcess:
 
 PLAIN_ROUNDS = """
 def register():
-    from sglang_sparsespec.round_choice import Speculation
+    from sglang_sparsespec.rounds.planner import Planner
 
-    def begin_round(self, batch):
+    def plain_steps(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
-        steps = 1 + self.rounds % self._most_steps if self.rounds % EVERY == 0 else 0
-        self.plain_rounds += steps > 0
-        return steps
+        return 1 + self.rounds % self._most_steps if self.rounds % EVERY == 0 else 0
 
-    Speculation.begin_round = begin_round
+    Planner.plain_steps = plain_steps
 """
 
 
@@ -123,12 +137,24 @@ def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
 def main() -> None:
     """See the module's docstring."""
     import sglang
+    from sglang.srt.managers.io_struct import SetInternalStateReq
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))
+
+    def state() -> Any:
+        # What is no JSON value is not looked at.
+        return json.loads(json.dumps(engine.get_server_info()["internal_states"][0], default=str))
+
+    def set_state(**server_args: Any) -> Any:
+        request = SetInternalStateReq(server_args=server_args)
+        return engine.loop.run_until_complete(engine.tokenizer_manager.set_internal_state(request))
+
+    calls = {"generate": engine.generate, "state": state, "set_state": set_state}
     try:
         for line in sys.stdin:
+            name, kwargs = json.loads(line)
             try:
-                answer: Any = engine.generate(**json.loads(line))
+                answer: Any = calls[name](**kwargs)
             except ValueError as error:
                 answer = str(error)
             print(MARK + json.dumps(answer), flush=True)

@@ -9,13 +9,27 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 
-def assert_passes_in_the_interpreter(file: str, at_least: int = 1, only: str | None = None) -> None:
-    """Run the tests of ``file``, or the test ``only``, in a child process; at least so many must pass."""
-    chosen = os.path.abspath(file) + (f"::{only}" if only else "")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", chosen]
-    env = {**os.environ, "TRITON_INTERPRET": "1", "PYTEST_ADDOPTS": ""}
+def assert_passes_in_the_interpreter(
+    file: str,
+    at_least: int = 1,
+    only: str | None = None,
+    together_with: Sequence[Path] = (),
+    nightly: bool = False,
+) -> None:
+    """Run the tests of ``file``, or the test ``only``, in a child process; at least so many must pass.
+
+    Args:
+        together_with: other files, whose tests the same child runs.
+        nightly: run the tests marked so, instead of all others.
+    """
+    chosen = [os.path.abspath(file) + (f"::{only}" if only else ""), *map(os.fspath, together_with)]
+    marked = "not gpu and " + ("nightly" if nightly else "not nightly")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", marked, *chosen]
+    env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
     for name in [name for name in env if name.startswith("PYTEST_XDIST")]:
         del env[name]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)

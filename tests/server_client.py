@@ -1,12 +1,19 @@
-"""Requests that tests send to a server, and whether its KV pools are empty afterwards."""
+"""Servers that tests start, requests that they send, and whether KV pools are empty afterwards."""
 
 from __future__ import annotations
 
+import sys
 import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from subprocess import Popen
 from typing import Any
 
 import requests
+from preloaded import forks_programs, start_program
+from quickstart import Server, choose_port, server_environment
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -47,3 +54,36 @@ class Client:
                 return
             assert time.monotonic() < deadline, f"flushed: {flushed}, {state['kv_tokens_free']} tokens free"
             time.sleep(0.3)
+
+
+class ForkedServer(Server):
+    """A server that is forked from a process that has imported SGLang (preloaded.py)."""
+
+    def _start(self, command: Sequence[str], **popen: Any) -> Popen[Any]:
+        return start_program(command, **popen) if forks_programs() else super()._start(command, **popen)
+
+
+def server_command(model_path: str, port: int, *flags: str) -> list[str]:
+    """The command of a SPARSESPEC server in float32 on CPU; ``flags`` come last."""
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model_path, "--port", str(port)]
+    # An idle server would keep a core from the tests beside it.
+    command += ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle"]
+    return [*command, "--speculative-algorithm", "SPARSESPEC", *flags]
+
+
+@contextmanager
+def serving(
+    model_path: str, log: Path, *flags: str, port: int = 0, environment: Mapping[str, str] | None = None
+) -> Iterator[tuple[Server, Client]]:
+    """A ready server that speculates in each round, with its output in ``log``; stopped on leaving ``with``."""
+    port = choose_port(port)
+    command = server_command(model_path, port, "--sparsespec-speculate", "always", *flags)
+    with ForkedServer(command, port, log, {**server_environment(True), **(environment or {})}) as server:
+        server.wait_until_ready(300)
+        yield server, Client(port)
+
+
+def assert_healthy(server: Server) -> None:
+    """The server runs, and its log has no memory leak."""
+    server.check_alive()
+    assert "leak" not in server.log.read_text(errors="replace")

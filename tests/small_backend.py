@@ -9,8 +9,9 @@ import torch
 from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
-from sglang_sparsespec.attention_backend.backend import MixedRows, SparseSpecAttnBackend
-from sglang_sparsespec.config import SparseSpecConfig
+from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.attention_backend.forward_plan import Mixed
+from sglang_sparsespec.settings import Settings, attach_settings
 
 NUM_LAYERS = 2
 NUM_Q_HEADS = 4
@@ -53,7 +54,7 @@ class BaseBackend:
 
 
 class SmallServer:
-    """The backend with its pool, and the three kinds of forward.
+    """The backend with its pool, and all kinds of forward.
 
     Attributes:
         req_to_token: int32 [ROWS, CONTEXT], every position of every row has a slot.
@@ -75,11 +76,11 @@ class SmallServer:
             for i in range(NUM_LAYERS)
         ]
         settings = {"budget_ratio": 0.01, "min_budget": 8, **config}
+        server_args = SimpleNamespace(speculative_num_draft_tokens=WINDOW)
+        attach_settings(server_args, Settings(**settings))
         runner: Any = SimpleNamespace(
             dtype=torch.float32,
-            server_args=SimpleNamespace(
-                speculative_num_draft_tokens=WINDOW, sparsespec_config=SparseSpecConfig(**settings)
-            ),
+            server_args=server_args,
             req_to_token_pool=SimpleNamespace(req_to_token=self.req_to_token),
             token_to_kv_pool=self.pool,
             device="cpu",
@@ -93,7 +94,6 @@ class SmallServer:
 
     def _run(self, batch: Any, tokens: int, q: torch.Tensor | None = None) -> torch.Tensor:
         """Output of the last layer, [tokens, Hq * D]; ``q`` is used in every layer."""
-        self.backend.init_forward_metadata(batch)
         for layer in self.layers:
             queries = q if q is not None else self.random(tokens, NUM_Q_HEADS)
             k, v = self.random(tokens, NUM_KV_HEADS), self.random(tokens, NUM_KV_HEADS)
@@ -114,6 +114,7 @@ class SmallServer:
             extend_seq_lens=lens,
             extend_start_loc=lens.cumsum(0) - lens,
         )
+        self.backend.init_forward_metadata(batch)
         self._run(batch, sum(extends))
 
     def draft(self, rows: list[int], lengths: list[int], q: torch.Tensor | None = None) -> torch.Tensor:
@@ -125,6 +126,7 @@ class SmallServer:
             seq_lens=torch.tensor(lengths),
             out_cache_loc=self.req_to_token[rows, [n - 1 for n in lengths]].long(),
         )
+        self.backend.begin(self.backend.plan_draft(batch.req_pool_indices, batch.seq_lens))
         return self._run(batch, len(rows), q)
 
     def verify(self, rows: list[int], lengths: list[int], q: torch.Tensor | None = None) -> torch.Tensor:
@@ -137,7 +139,18 @@ class SmallServer:
             seq_lens=torch.tensor(lengths),
             out_cache_loc=torch.cat(slots).long(),
         )
+        self.backend.init_forward_metadata(batch)
         return self._run(batch, len(rows) * WINDOW, q)
+
+    def plain(self, rows: list[int], lengths: list[int], q: torch.Tensor | None = None) -> torch.Tensor:
+        """One plain step; ``lengths`` include the current token."""
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE,
+            batch_size=len(rows),
+            out_cache_loc=self.req_to_token[rows, [n - 1 for n in lengths]].long(),
+        )
+        self.backend.begin(self.backend.plan_plain(torch.tensor(rows), torch.tensor(lengths) - 1))
+        return self._run(batch, len(rows), q)
 
     def mixed(
         self, drafts: list[tuple[int, int]], windows: list[tuple[int, int]], q: torch.Tensor | None = None
@@ -148,16 +161,11 @@ class SmallServer:
         """
         draft_rows, draft_lens = torch.tensor(drafts, dtype=torch.int64).view(-1, 2).T.contiguous()
         verify_rows, verify_lens = torch.tensor(windows, dtype=torch.int64).view(-1, 2).T.contiguous()
-        self.backend.begin_mixed(
-            MixedRows(
-                draft_rows=draft_rows,
-                draft_lens=draft_lens,
-                draft_offsets=torch.where(draft_lens > 0, 0, -1),
-                verify_rows=verify_rows,
-                verify_lens=verify_lens,
-                num_drafted=torch.full_like(verify_rows, WINDOW - 1),
-            )
-        )
+        self.backend.count_draft_queries(draft_rows, draft_lens)
+        num_drafted = torch.full_like(verify_rows, WINDOW - 1)
+        draft = self.backend.plan_draft(draft_rows, draft_lens) if drafts else None
+        verify = self.backend.plan_verify(verify_rows, verify_lens, num_drafted) if windows else None
+        self.backend.begin(Mixed(draft, verify))
         positions = verify_lens.unsqueeze(1) + torch.arange(WINDOW)
         slots = [
             self.req_to_token[draft_rows, (draft_lens - 1).clamp(min=0)],
@@ -167,11 +175,14 @@ class SmallServer:
         batch = SimpleNamespace(
             forward_mode=ForwardMode.DECODE, batch_size=tokens, out_cache_loc=torch.cat(slots).long()
         )
-        output = self._run(batch, tokens, q)
-        self.backend.end_mixed()
-        return output
+        return self._run(batch, tokens, q)
 
     def selected(self, row: int, layer: int = 0, kv_head: int = 0) -> list[int]:
         """Positions that drafts of ``row`` attend to, besides the tail."""
         table = self.backend.table
         return table.positions[layer, row, kv_head, : int(table.num_selected[row])].tolist()
+
+
+def attended(server: SmallServer, row: int, length: int, layer: int = 0, head: int = 0) -> set[int]:
+    """Positions that a draft step of ``row`` attends to; ``length`` includes the current token."""
+    return {*server.selected(row, layer, head), *range(int(server.backend.table.tail_start[row]), length)}

@@ -1,0 +1,234 @@
+"""PillarAttn in plain torch: the oracle of the other kernels, and the implementation on CPU.
+
+It is written for readability: most of it goes request by request. It reads lengths on the host, so on CUDA it synchronises
+and cannot be captured; there it serves to check the other kernels.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from sglang_sparsespec.attention_backend.kernels.interface import LayerKV
+from sglang_sparsespec.attention_backend.page_table import SelectionTable
+
+
+def softmax_probabilities(
+    q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Softmax probabilities and log-sum-exp in float32.
+
+    Args:
+        q: [queries, Hq, D].
+        k: [tokens, Hkv, D].
+        mask: bool [queries, tokens], True where visible; None: everything is.
+
+    Returns:
+        probabilities [Hkv, g, queries, tokens] and lse [Hkv, g, queries].
+    """
+    queries, num_q_heads, dim = q.shape
+    num_kv_heads = k.shape[1]
+    grouped = q.float().view(queries, num_kv_heads, num_q_heads // num_kv_heads, dim)
+    logits = torch.einsum("rhgd,thd->hgrt", grouped, k.float()) * scaling
+    if mask is not None:
+        logits.masked_fill_(~mask, float("-inf"))
+    lse = torch.logsumexp(logits, dim=-1)
+    return torch.exp(logits - lse.unsqueeze(-1)), lse
+
+
+def weighted_values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """[Hkv, g, queries, tokens] x [tokens, Hkv, D] -> float32 [queries, Hq, D]."""
+    out = torch.einsum("hgrt,thd->rhgd", probabilities, v.float())
+    return out.reshape(out.shape[0], -1, v.shape[-1])
+
+
+def _attend_to_all(q: torch.Tensor, kv: LayerKV, slots: torch.Tensor, visible: torch.Tensor, out: torch.Tensor) -> None:
+    """One query per request over its tokens, for all requests at once.
+
+    Args:
+        q, out: [B, Hq, D].
+        slots, visible: int and bool [B, tokens]; a request of which nothing is visible gets zeros.
+    """
+    k, v = kv.k[slots].to(q.dtype).transpose(1, 2), kv.v[slots].to(q.dtype).transpose(1, 2)
+    # Padding sees everything instead of nothing, and is emptied below: softmax has no answer for nothing.
+    nothing = ~visible.any(dim=1).view(-1, 1, 1)
+    mask = visible[:, None, None, :] | nothing.unsqueeze(-1)
+    attention = torch.nn.functional.scaled_dot_product_attention(
+        q.unsqueeze(2), k, v, attn_mask=mask, scale=kv.scaling, enable_gqa=True
+    )
+    out.copy_(attention.squeeze(2).masked_fill(nothing, 0.0))
+
+
+@dataclass(frozen=True)
+class ReferenceDraft:
+    """See :class:`interface.DraftAttention`."""
+
+    table: SelectionTable
+    req_to_token: torch.Tensor
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+
+    def run(self, q: torch.Tensor, kv: LayerKV, out: torch.Tensor, lse: torch.Tensor | None = None) -> None:
+        # All requests at once, lists padded to the longest: on CPU a loop over requests would cost more than the
+        # attention itself.
+        rows = self.rows.long()
+        batch, num_q_heads, dim = q.shape
+        num_kv_heads = kv.k.shape[1]
+        counts = self.table.num_selected[rows].long().unsqueeze(1)
+        start = self.table.tail_start[rows].long().unsqueeze(1)
+        lengths = self.seq_lens.long().unsqueeze(1)
+        attended = torch.where(lengths > 0, counts + lengths - start, 0)
+        width = int(attended.max())
+        if width == 0:
+            out.zero_()
+            return
+        index = torch.arange(width, device=q.device).unsqueeze(0)
+        if lse is None and width == int(lengths.max()) and not counts.any() and not start.any():
+            # Everything is attended to (the policy ``full``), so all heads read the same slots.
+            _attend_to_all(q, kv, self.req_to_token[rows, :width].long(), index < lengths, out)
+            return
+        selected = self.table.positions[kv.index][rows, :, :width].long()
+        selected = torch.nn.functional.pad(selected, (0, width - selected.shape[-1]))
+        tail = (start + index - counts).clamp(min=0)
+        position = torch.where((index < counts).unsqueeze(1), selected, tail.unsqueeze(1))
+        # Padding reads position 0; its probability is zero.
+        visible = (index < attended).unsqueeze(1)
+        position = torch.where(visible, position, 0)
+        slots = self.req_to_token[rows[:, None, None], position].long()  # [B, Hkv, width]
+        heads = torch.arange(num_kv_heads, device=q.device).view(1, -1, 1)
+        grouped = q.float().view(batch, num_kv_heads, num_q_heads // num_kv_heads, dim)
+        logits = grouped @ kv.k[slots, heads].float().transpose(-1, -2) * kv.scaling
+        logits.masked_fill_(~visible.unsqueeze(2), float("-inf"))
+        # Padding sees nothing: NaN probabilities there become zeros.
+        probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+        attention = probabilities @ kv.v[slots, heads].float()
+        out.copy_(attention.reshape(batch, num_q_heads, dim))
+        if lse is not None:
+            lse.copy_(torch.logsumexp(logits, dim=-1).reshape(batch, num_q_heads))
+
+
+@dataclass(frozen=True)
+class ReferenceVerify:
+    """See :class:`interface.VerifyAttention`. It needs no hints and ignores them."""
+
+    req_to_token: torch.Tensor
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    window: int
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        out: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        lse_hint: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        window = self.window
+        if window == 1 and scores is None and lse is None:
+            # A plain step: all requests at once, since on CPU a loop over them would cost more than the attention itself.
+            totals = self.lengths.long().unsqueeze(1) + 1
+            width = int(totals.max())
+            index = torch.arange(width, device=q.device).unsqueeze(0)
+            _attend_to_all(q, kv, self.req_to_token[self.rows.long(), :width].long(), index < totals, out)
+            return
+        for b, (row, length) in enumerate(zip(self.rows.tolist(), self.lengths.tolist(), strict=True)):
+            queries = slice(b * window, (b + 1) * window)
+            slots = self.req_to_token[row, : length + window].long()
+            query_position = torch.arange(length, length + window, device=q.device).unsqueeze(1)
+            mask = torch.arange(length + window, device=q.device).unsqueeze(0) <= query_position
+            probabilities, log_sums = softmax_probabilities(q[queries], kv.k[slots], kv.scaling, mask)
+            if lse is not None:
+                lse[b] = log_sums.permute(2, 0, 1).flatten(1)
+            out[queries] = weighted_values(probabilities, kv.v[slots]).to(out.dtype)
+            if scores is not None:
+                scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class ReferencePrefillScores:
+    """See :class:`interface.PrefillScores`."""
+
+    req_to_token: torch.Tensor
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    starts: torch.Tensor
+    extend_lens: torch.Tensor
+    window: int
+
+    def run(self, q: torch.Tensor, kv: LayerKV, scores: torch.Tensor) -> None:
+        batch = (self.rows, self.seq_lens, self.starts, self.extend_lens)
+        for b, (row, total, first, extend) in enumerate(zip(*(column.tolist() for column in batch), strict=True)):
+            num_queries = min(self.window, extend)
+            length = total - num_queries
+            if length <= 0:
+                continue
+            last = first + extend
+            slots = self.req_to_token[row, :total].long()
+            query_position = torch.arange(length, total, device=q.device).unsqueeze(1)
+            mask = torch.arange(total, device=q.device).unsqueeze(0) <= query_position
+            probabilities, _ = softmax_probabilities(q[last - num_queries : last], kv.k[slots], kv.scaling, mask)
+            scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
+
+
+@dataclass(frozen=True)
+class ReferenceSelection:
+    """See :class:`interface.Selection`."""
+
+    table: SelectionTable
+    rows: torch.Tensor
+    lengths: torch.Tensor
+    counts: torch.Tensor
+
+    def run(self, scores: torch.Tensor, layer_index: int) -> None:
+        positions = self.table.positions[layer_index]
+        batch = (self.rows, self.lengths, self.counts)
+        for b, (row, length, count) in enumerate(zip(*(column.tolist() for column in batch), strict=True)):
+            if count == 0:
+                continue
+            best = scores[b, :, :length].topk(count, dim=-1, sorted=False).indices
+            positions[row, :, :count] = best.sort(dim=-1).values.to(positions.dtype)
+
+
+class ReferenceKernels:
+    """Reference implementation of :class:`interface.PillarKernels`, for shapes of any size.
+
+    Args:
+        table: selections that drafts read and selection writes.
+        req_to_token: int32 [rows, context], the slot of each position.
+    """
+
+    name = "torch"
+    score_dtype = torch.float32
+    uses_lse_hints = False
+
+    def __init__(self, table: SelectionTable, req_to_token: torch.Tensor) -> None:
+        self.table = table
+        self.req_to_token = req_to_token
+
+    def plan_draft(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> ReferenceDraft:
+        """See :meth:`interface.PillarKernels.plan_draft`."""
+        return ReferenceDraft(self.table, self.req_to_token, rows, seq_lens)
+
+    def plan_verify(self, rows: torch.Tensor, lengths: torch.Tensor, window: int) -> ReferenceVerify:
+        """See :meth:`interface.PillarKernels.plan_verify`."""
+        return ReferenceVerify(self.req_to_token, rows, lengths, window)
+
+    def plan_prefill_scores(
+        self,
+        rows: torch.Tensor,
+        seq_lens: torch.Tensor,
+        starts: torch.Tensor,
+        extend_lens: torch.Tensor,
+        window: int,
+    ) -> ReferencePrefillScores:
+        """See :meth:`interface.PillarKernels.plan_prefill_scores`."""
+        return ReferencePrefillScores(self.req_to_token, rows, seq_lens, starts, extend_lens, window)
+
+    def plan_selection(
+        self, rows: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
+    ) -> ReferenceSelection:
+        """See :meth:`interface.PillarKernels.plan_selection`."""
+        return ReferenceSelection(self.table, rows, lengths, counts)

@@ -1,0 +1,372 @@
+"""Open-loop load: requests arrive by a Poisson process, whether earlier ones are answered or not.
+
+    python benchmarks/serving.py --model-path M --engines plain sparsespec --rates 4 8 16 inf \\
+        --dataset code:2048 --new-tokens 512 --requests 320 --results serving.jsonl --plot serving.png
+
+Each engine is started once as a server, with the same flags but for the algorithm. SGLang's own bench_serving then sends the
+same requests at each of ``--rates`` (requests per second; inf: all at once) from a flushed prefix cache. All figures are
+bench_serving's: time to first token (TTFT), time per output token after it (TPOT), and output tokens per second of the whole
+run, which at low rates are the load and not the limit. The p99 of some hundred requests is that of a few, so the longest
+times to first token are in the record.
+
+A server that runs already is measured as LABEL=BACKEND@URL (``--attach vllm=vllm@http://127.0.0.1:8000``; start vLLM with
+VLLM_SERVER_DEV_MODE=1, for flushing its cache). ``--max-concurrency`` with rate inf keeps a batch full, as on a busy server.
+Prompts of code and math begin with a line of their own, so that none is found in another's cached prefix. Outputs are made
+to go on to their full length. The logs of servers and of bench_serving lie beside the results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import requests
+from _common import (
+    CPU_BRIDGE,
+    Dataset,
+    EngineSpec,
+    add_engine_options,
+    describe,
+    markdown,
+    marks,
+    pyplot,
+    repetition,
+    say,
+    significant,
+    stamp,
+    write_record,
+)
+
+#: bench_serving's figures by the names of the record.
+FIGURES = {
+    **{f"{stat}_{name}_ms": f"{stat}_{name}_ms" for name in ("ttft", "tpot", "itl") for stat in ("mean", "median", "p99")},
+    "p99_latency_ms": "p99_e2e_latency_ms",
+    "requests_per_s": "request_throughput",
+    "mean_concurrency": "concurrency",
+}
+WARM_UP_TOKENS = 256
+#: How many of the longest times to first token a record has.
+SLOWEST = 12
+
+
+# -------------------------------------------------------------------------- servers
+
+
+def server_flags(spec: EngineSpec, args: argparse.Namespace) -> list[str]:
+    """An engine's arguments as flags of ``sglang.launch_server``."""
+    flags: list[str] = []
+    for key, value in spec.engine_args(args, args.max_running_requests).items():
+        if value is None or value is False:
+            continue
+        flags.append(f"--{key.replace('_', '-')}")
+        if isinstance(value, dict):
+            flags.append(json.dumps(value))
+        elif value is not True:
+            flags += map(str, value if isinstance(value, list) else [value])
+    return flags
+
+
+@contextlib.contextmanager
+def server(flags: Sequence[str], log: Path, device: str, timeout: float) -> Iterator[str]:
+    """The URL of a server, which is started and, on leaving, stopped with all of its processes.
+
+    Raises:
+        RuntimeError: it ended, or is not ready after ``timeout`` seconds.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "sglang.launch_server", "--host", "127.0.0.1", "--port", str(port), *flags]
+    environment = {**os.environ, "no_proxy": "127.0.0.1,localhost", **({CPU_BRIDGE: "1"} if device == "cpu" else {})}
+    with log.open("wb") as sink:
+        process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
+    try:
+        deadline = time.monotonic() + timeout
+        while not is_ready(url):
+            if process.poll() is not None or time.monotonic() > deadline:
+                tail = log.read_text(errors="replace")[-500:]
+                raise RuntimeError(f"the server ended or is not ready after {timeout:g} s: {tail}")
+            time.sleep(0.5)
+        yield url
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(20)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server answers."""
+    try:
+        return requests.get(f"{url}/health", timeout=60).status_code == 200
+    except requests.RequestException:
+        return False
+
+
+def ask(url: str, body: dict[str, Any] | None = None) -> Any:
+    """GET ``url``, or POST ``body`` as JSON; the answer's JSON.
+
+    Raises:
+        RuntimeError: no answer, or an error.
+    """
+    try:
+        answer = requests.get(url, timeout=60) if body is None else requests.post(url, json=body, timeout=600)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise RuntimeError(f"{url}: {error}") from error
+    return answer.json()
+
+
+# ---------------------------------------------------------------------------- load
+
+
+def write_prompts(args: argparse.Namespace, tokenizer: Any, path: Path) -> list[str]:
+    """Write the requests as bench_serving's custom dataset; the prompts."""
+    ids = args.dataset.prompts(args.model_path, args.requests)
+    texts = [tokenizer.decode(prompt) for prompt in ids]
+    if args.dataset.context is not None:
+        texts = [f"# {index:05d}\n{text}" for index, text in enumerate(texts)]
+    # The second turn only has to be there.
+    turns = [{"conversations": [{"content": text}, {"content": "-"}]} for text in texts]
+    path.write_text("".join(json.dumps(turn) + "\n" for turn in turns))
+    return texts
+
+
+def bench_command(rate: str, backend: str, url: str, folder: Path, args: argparse.Namespace) -> list[str]:
+    """The command line of one run."""
+    made = [sys.executable, "-m", "sglang.benchmark.serving", "--backend", backend, "--base-url", url, "--flush-cache"]
+    made += ["--model", args.model_path, "--tokenizer", args.model_path]
+    made += ["--dataset-name", "custom", "--dataset-path", str(folder / "prompts.jsonl"), "--seed", str(args.seed)]
+    made += ["--num-prompts", str(args.requests), "--sharegpt-output-len", str(args.new_tokens), "--request-rate", rate]
+    made += ["--temperature", str(args.temperature), "--output-file", str(folder / "result.jsonl"), "--output-details"]
+    if backend == "vllm":
+        # --temperature reaches SGLang's own API only.
+        made += ["--extra-request-body", json.dumps({"temperature": args.temperature})]
+    if args.max_concurrency:
+        made += ["--max-concurrency", str(args.max_concurrency)]
+    # measure_server warms up: bench_serving would flush the cache right after its warm-up, which the server refuses while
+    # the warm-up's last round is in flight (overlap scheduling).
+    return [*made, "--warmup-requests", "0"]
+
+
+def run_bench_serving(command: Sequence[str], output: Path, log: Path) -> dict[str, Any]:
+    """Run bench_serving to its end; its result.
+
+    Raises:
+        RuntimeError: it failed, with the end of what it printed.
+    """
+    output.unlink(missing_ok=True)
+    with log.open("ab") as sink:
+        status = subprocess.run(command, stdout=sink, stderr=sink, stdin=subprocess.DEVNULL).returncode
+    if status or not output.exists():
+        raise RuntimeError(f"bench_serving ended with {status}: {log.read_text(errors='replace')[-300:]}")
+    return json.loads(output.read_text().splitlines()[-1])
+
+
+def figures_of(result: dict[str, Any], tokenizer: Any, asked: int) -> dict[str, Any]:
+    """A run's figures.
+
+    Raises:
+        RuntimeError: not all requests were answered.
+    """
+    if result["completed"] != asked:
+        errors = [error for error in result["errors"] if error]
+        raise RuntimeError(f"{result['completed']} of {asked} requests were answered: {errors[:1]}")
+    repeats = repetition(tokenizer(text, add_special_tokens=False).input_ids for text in result["generated_texts"])
+    accept = result.get("accept_length")
+    slowest = sorted((1000 * seconds for seconds in result["ttfts"]), reverse=True)[:SLOWEST]
+    return {
+        "seconds": round(result["duration"], 3),
+        "prompt_tokens": result["total_input_tokens"],
+        "output_tokens": result["total_output_tokens"],
+        "tokens_per_s": round(result["output_throughput"], 1),
+        **{name: round(result[theirs], 3) for name, theirs in FIGURES.items()},
+        # The server's, up to its last decode log line; None in short runs.
+        "accept_length": round(accept, 3) if accept else None,
+        "repetitive_prompts": sum(repeats),
+        "slowest_ttft_ms": [round(milliseconds, 1) for milliseconds in slowest],
+    }
+
+
+def measure_server(
+    about: dict[str, Any], backend: str, url: str, texts: list[str], folder: Path, log: Path, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """A record for each rate; of one that failed, with ``error``."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model_path)
+    if backend == "sglang":
+        sampling = {"temperature": 0, "max_new_tokens": WARM_UP_TOKENS, "ignore_eos": True}
+        ask(f"{url}/generate", {"text": texts[: args.warmup_requests], "sampling_params": sampling})
+        state = ask(f"{url}/server_info")["internal_states"][0]
+        about = {**about, "attention_backend": state.get("decode_attention_backend") or state.get("attention_backend")}
+    for rate in args.rates:
+        record = {**about, "request_rate": rate}
+        try:
+            result = run_bench_serving(bench_command(rate, backend, url, folder, args), folder / "result.jsonl", log)
+            record.update(figures_of(result, tokenizer, args.requests))
+            if about["engine"].startswith("sparsespec"):
+                state = ask(f"{url}/server_info")["internal_states"][0]
+                record["metrics"] = {key: value for key, value in state.items() if key.startswith("sparsespec_")}
+        except RuntimeError as error:
+            record["error"] = str(error)
+        yield record
+
+
+def run(args: argparse.Namespace) -> list[dict[str, Any]]:
+    """All servers, one after the other; their records."""
+    from transformers import AutoTokenizer
+
+    records: list[dict[str, Any]] = []
+    results = Path(args.results).resolve()
+    results.parent.mkdir(parents=True, exist_ok=True)
+    load = {
+        "dataset": str(args.dataset),
+        "output_len": args.new_tokens,
+        "forced_lengths": True,
+        "num_prompts": args.requests,
+        "max_concurrency": args.max_concurrency,
+        "seed": args.seed,
+        "temperature": args.temperature,
+        "arrivals": "Poisson",
+    }
+
+    def keep(record: dict[str, Any]) -> None:
+        records.append(record)
+        write_record(results, record)
+        shown = ("error", "tokens_per_s", "median_ttft_ms", "p99_ttft_ms", "p99_tpot_ms", "accept_length")
+        figures = {name: record[name] for name in shown if name in record}
+        say(f"{record['engine']}, {record['request_rate']}/s: {figures}")
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        texts = write_prompts(args, AutoTokenizer.from_pretrained(args.model_path), folder / "prompts.jsonl")
+        for spec in args.engines:
+            flags = server_flags(spec, args)
+            about = {**stamp(), **describe(spec, args), **load, "flags": flags}
+            log = results.with_name(f"{results.stem}-{re.sub(r'[^a-z0-9]+', '-', spec.label)}.log")
+            say(f"{spec.label}: the server starts, its log is {log}")
+            try:
+                with server(flags, log, args.device, args.start_timeout) as url:
+                    for record in measure_server(about, "sglang", url, texts, folder, log.with_suffix(".bench.log"), args):
+                        keep(record)
+            except RuntimeError as error:
+                keep({**about, "request_rate": args.rates[0], "error": str(error)})
+        for label, backend, url in args.attach:
+            about = {**stamp(), "model": Path(args.model_path).name, "engine": label, "server_url": url, **load}
+            for record in measure_server(about, backend, url, texts, folder, results.with_suffix(".bench.log"), args):
+                keep(record)
+    return records
+
+
+# -------------------------------------------------------------------------- report
+
+
+def table(records: Sequence[dict[str, Any]]) -> str:
+    """All runs by rate, beside the first engine without speculation at the same rate."""
+    rows = []
+    for rate in dict.fromkeys(record["request_rate"] for record in records):
+        runs = [record for record in records if record["request_rate"] == rate]
+        plain = next((r for r in runs if r["engine"].startswith("plain") and "error" not in r), {})
+
+        def ratio(record: dict[str, Any], name: str, plain: dict[str, Any] = plain) -> float | None:
+            value, against = record.get(name), plain.get(name)
+            return significant(value / against) if value is not None and against else None
+
+        for record in runs:
+            row: dict[str, Any] = {"requests/s": rate, "engine": record["engine"], "tokens/s": record.get("tokens_per_s")}
+            for name, title in (("ttft", "TTFT"), ("tpot", "TPOT")):
+                for statistic in ("median", "p99"):
+                    row[f"{title} {statistic}, ms"] = significant(record.get(f"{statistic}_{name}_ms"))
+                row[f"{title} p99 x plain"] = ratio(record, f"p99_{name}_ms")
+            row["accept length"] = significant(record.get("accept_length"))
+            row["remarks"] = "; ".join([*marks(record), *(["FAILED"] if "error" in record else [])])
+            rows.append(row)
+    return markdown(rows)
+
+
+def plot(records: Sequence[dict[str, Any]], path: Path) -> None:
+    """TTFT p99 and TPOT p99 by rate, a line for each engine."""
+    plt = pyplot()
+    figure, panels = plt.subplots(1, 2, figsize=(11, 4.5), layout="constrained")
+    rates = list(dict.fromkeys(record["request_rate"] for record in records))
+    for axes, (name, unit) in zip(panels, (("p99_ttft_ms", "TTFT p99, ms"), ("p99_tpot_ms", "TPOT p99, ms")), strict=True):
+        for engine in dict.fromkeys(record["engine"] for record in records):
+            points = [r for r in records if r["engine"] == engine and "error" not in r]
+            label = " ".join([engine, *(marks(points[0]) if points else [])])
+            axes.plot([rates.index(r["request_rate"]) for r in points], [r[name] for r in points], "o-", label=label)
+        axes.set_xticks(range(len(rates)), rates)
+        axes.set(xlabel="requests/s", ylabel=unit, ylim=(0, None))
+    panels[0].legend(fontsize=8)
+    figure.suptitle(f"{records[0]['model']}, {records[0]['dataset']}, {records[0]['output_len']} tokens out", fontsize=9)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def parse_rate(text: str) -> str:
+    """A rate as bench_serving takes it."""
+    if text != "inf" and not float(text) > 0:
+        raise ValueError(text)
+    return text
+
+
+def parse_attached(text: str) -> tuple[str, str, str]:
+    """LABEL=BACKEND@URL as its three parts."""
+    label, _, rest = text.partition("=")
+    backend, _, url = rest.partition("@")
+    if not (label and backend and url):
+        raise argparse.ArgumentTypeError(f"{text!r}: expected LABEL=BACKEND@URL")
+    return label, backend, url
+
+
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_options(parser, ["plain", "sparsespec"])
+    parser.add_argument("--attach", nargs="+", type=parse_attached, default=[], help="servers that run already")
+    parser.add_argument("--rates", nargs="+", type=parse_rate, default=["2", "4", "8", "inf"], help="requests per second")
+    parser.add_argument("--dataset", type=Dataset.parse, default=Dataset("code", 4096))
+    parser.add_argument("--requests", type=int, default=200, help="of each run")
+    parser.add_argument("--new-tokens", type=int, default=512)
+    parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--warmup-requests", type=int, default=8, help="sent at once before the first rate, not timed")
+    parser.add_argument("--max-running-requests", type=int, default=256, help="of the servers")
+    parser.add_argument("--max-concurrency", type=int, help="of bench_serving: requests that are under way at once")
+    parser.add_argument("--start-timeout", type=float, default=1800, help="seconds until a server must be ready")
+    parser.add_argument("--plot", type=Path, help="image to write")
+    args = parser.parse_args(argv)
+    if not args.results:
+        parser.error("--results is needed")
+    if args.dataset.name == "random":
+        parser.error("random token ids are no text, which servers are asked with")
+    return args
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the given command line; 1 if a run failed."""
+    args = parse_arguments(argv)
+    records = run(args)
+    print(table(records), flush=True)
+    if args.plot:
+        plot(records, args.plot)
+    return int(any("error" in record for record in records))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

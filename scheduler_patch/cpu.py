@@ -1,0 +1,203 @@
+"""What SGLang 0.5.17 lacks to serve SPARSESPEC without a GPU, on any processor.
+
+SGLang's own CPU support needs AMX. Here are plain torch versions of the few functions that it
+runs in Triton, CUDA or AMX otherwise. They are for tests and for trying the plugin out.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.pool_host import base
+from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
+from sglang.srt.runtime_context import get_server_args
+
+from sglang_sparsespec import ATTENTION_BACKEND
+from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.settings import is_sparsespec
+
+#: Set to "1" to let plain SGLang run a model on a CPU without AMX too, as a baseline.
+CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
+
+
+def serving_sparsespec_on_cpu() -> bool:
+    """Whether this process serves SPARSESPEC without a GPU."""
+    args = get_server_args()
+    return is_sparsespec(args) and args.device == "cpu"
+
+
+# ------------------------------------------------------------------- rotary embeddings
+
+
+def rotary_embedding(
+    positions: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor | None,
+    head_size: int,
+    cos_sin_cache: torch.Tensor,
+    is_neox: bool,
+) -> None:
+    """Rotate ``query`` and ``key`` in place (signature of ``vllm._custom_ops``).
+
+    Args:
+        positions: int [tokens].
+        query: float [tokens, heads * head_size].
+        key: float [tokens, kv_heads * head_size], or None.
+        head_size: elements per head.
+        cos_sin_cache: float [max_position, rotary_dim], cosines then sines.
+        is_neox: halves are rotated against each other; otherwise neighbours are.
+    """
+    cos, sin = cos_sin_cache[positions.flatten()].to(query.dtype).chunk(2, dim=-1)
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    rotary_dim = cos_sin_cache.shape[-1]
+    for tensor in (query, key):
+        if tensor is None:
+            continue
+        rotated = tensor.view(tensor.shape[0], -1, head_size)[..., :rotary_dim]
+        if is_neox:
+            first, second = rotated.chunk(2, dim=-1)
+        else:
+            first, second = rotated[..., ::2], rotated[..., 1::2]
+        new_first = first * cos - second * sin
+        new_second = second * cos + first * sin
+        first.copy_(new_first)
+        second.copy_(new_second)
+
+
+@contextmanager
+def stand_in_for_vllm() -> Iterator[None]:
+    """``vllm._custom_ops`` with the one function above can be imported inside, and nowhere else."""
+    package = types.ModuleType("vllm")
+    package.__path__ = []  # type: ignore[attr-defined]
+    ops = types.ModuleType("vllm._custom_ops")
+    ops.rotary_embedding = rotary_embedding  # type: ignore[attr-defined]
+    package._custom_ops = ops  # type: ignore[attr-defined]
+    sys.modules.update({"vllm": package, "vllm._custom_ops": ops})
+    try:
+        yield
+    finally:
+        del sys.modules["vllm"], sys.modules["vllm._custom_ops"]
+
+
+def rotary_embedding_on_cpu(original: Callable[..., None], module: Any, *args: Any, **kwargs: Any) -> None:
+    """``RotaryEmbedding.__init__``: SGLang imports vLLM's kernel where there is neither CUDA nor AMX.
+
+    vLLM is not needed otherwise. A real one is left alone.
+    """
+    wanted = os.environ.get(CPU_BRIDGE_ENV) == "1" or serving_sparsespec_on_cpu()
+    if not wanted or "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
+        return original(module, *args, **kwargs)
+    with stand_in_for_vllm():
+        return original(module, *args, **kwargs)
+
+
+# ---------------------------------------------------------------------- Triton kernels
+
+
+def no_triton_on_cpu(result: bool, backend: str) -> bool | None:
+    """``utils.common.support_triton``: SGLang knows CPU backends by name.
+
+    It launches Triton kernels for any other name; ours runs on CPU too.
+    """
+    if backend == ATTENTION_BACKEND and serving_sparsespec_on_cpu():
+        return False
+    return None  # None keeps the original result
+
+
+def assign_slots_on_cpu(
+    original: Callable[..., None],
+    req_pool_indices: torch.Tensor,
+    req_to_token: torch.Tensor,
+    start_offset: torch.Tensor,
+    end_offset: torch.Tensor,
+    out_cache_loc: torch.Tensor,
+    batch_size: int,
+) -> None:
+    """``allocation.assign_req_to_token_pool_func``: SGLang writes a round's slots by Triton or AMX.
+
+    On other CPUs neither exists. This is the same ragged copy in torch.
+    """
+    if not serving_sparsespec_on_cpu():
+        return original(req_pool_indices, req_to_token, start_offset, end_offset, out_cache_loc, batch_size)
+    taken = 0
+    for row, start, end in zip(req_pool_indices.tolist(), start_offset.tolist(), end_offset.tolist(), strict=True):
+        req_to_token[row, start:end] = out_cache_loc[taken : taken + end - start].to(req_to_token.dtype)
+        taken += end - start
+    return None
+
+
+# ------------------------------------------------------------------------------ streams
+
+
+def relay_on_cpu(original: Callable[..., None], relay: Any, batch: Any) -> None:
+    """``FutureMap._resolve_spec_extras``: SGLang relays a round's last tokens to the next round.
+
+    It calls ``Tensor.record_stream``, which CPU tensors lack. On CPU everything runs in program
+    order, so that the tokens can just be read.
+    """
+    if not serving_sparsespec_on_cpu():
+        return original(relay, batch)
+    draft_input = batch.spec_info
+    if draft_input is not None and draft_input.future_indices.shape[0]:
+        draft_input.bonus_tokens = relay.output_tokens_buf[draft_input.future_indices]
+    return None
+
+
+# -------------------------------------------------------------------------- host KV tier
+
+
+class CpuHostPool(MHATokenToKVPoolHost):
+    """HiCache's host pool of layout ``layer_first`` where the "device" is the CPU.
+
+    Copies are synchronous and in torch, and nothing is pinned.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # SGLang leaves 10 GB to others, since pinned memory cannot be swapped out. This is not pinned, and a
+        # laptop may have less than that free.
+        reserve, base.HICACHE_HOST_MEMORY_RESERVE_BYTES = base.HICACHE_HOST_MEMORY_RESERVE_BYTES, 0
+        try:
+            super().__init__(*args, pin_memory=False, **kwargs)
+        finally:
+            base.HICACHE_HOST_MEMORY_RESERVE_BYTES = reserve
+
+    def load_to_device_per_layer(
+        self,
+        device_pool: Any,
+        host_indices: torch.Tensor,
+        device_indices: torch.Tensor,
+        layer_id: int,
+        io_backend: str,
+    ) -> None:
+        """Copy tokens ``host_indices`` of one layer to slots ``device_indices`` (int64 [tokens])."""
+        device_pool.k_buffer[layer_id][device_indices] = self.k_buffer[layer_id][host_indices]
+        device_pool.v_buffer[layer_id][device_indices] = self.v_buffer[layer_id][host_indices]
+
+    def backup_from_device_all_layer(
+        self, device_pool: Any, host_indices: torch.Tensor, device_indices: torch.Tensor, io_backend: str
+    ) -> None:
+        """Copy slots ``device_indices`` of all layers to tokens ``host_indices`` (int64 [tokens])."""
+        for layer in range(self.layer_num):
+            self.k_buffer[layer][host_indices] = device_pool.k_buffer[layer][device_indices]
+            self.v_buffer[layer][host_indices] = device_pool.v_buffer[layer][device_indices]
+
+
+def host_pool_on_cpu(original: Callable[..., type], device_pool: Any) -> type:
+    """``pool_host.mha.get_mha_host_pool_cls``: SGLang's host pool needs CUDA: pinned memory and copy kernels."""
+    return CpuHostPool if serving_sparsespec_on_cpu() else original(device_pool)
+
+
+def register_hooks() -> None:
+    """Register the hooks of this module."""
+    add_hook("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__", rotary_embedding_on_cpu, "around")
+    add_hook("sglang.srt.utils.common.support_triton", no_triton_on_cpu, "after")
+    add_hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots_on_cpu, "around")
+    add_hook("sglang.srt.managers.overlap_utils.FutureMap._resolve_spec_extras", relay_on_cpu, "around")
+    add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

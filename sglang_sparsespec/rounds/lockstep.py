@@ -1,0 +1,151 @@
+"""Rounds in lock-step: all requests draft k tokens, then all verify (arXiv 2512.01278, section 4.1)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+from sglang.srt.model_executor.forward_batch_info import ForwardMode
+from sglang.srt.speculative.spec_utils import (
+    GrammarTree,
+    build_grammar_vocab_mask,
+    record_stream_each,
+    record_stream_for_v2_verify,
+)
+
+from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome
+from sglang_sparsespec.rounds.decode_steps import DecodeSteps
+from sglang_sparsespec.sampling.sampler import Sampler
+from sglang_sparsespec.spec_input import SparseSpecVerifyInput
+
+if TYPE_CHECKING:
+    from sglang.srt.managers.schedule_batch import ScheduleBatch
+
+
+class Drafter(Protocol):
+    """Makes the drafts of lock-step rounds.
+
+    Attributes:
+        kind: of the rounds, see ``RoundOutcome``.
+        sampler: has drawn the drafts, and accepts them.
+    """
+
+    kind: str
+    sampler: Sampler
+
+    def draft(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft for a batch.
+
+        Returns:
+            candidates int64 [batch, W], the last committed tokens and the drafts; and how many drafts were made, int64
+            [batch], or None for k each. Candidates after these mean nothing.
+        """
+        ...
+
+
+class SparseDrafter:
+    """Drafts k tokens with the policy's sparse attention, one forward each."""
+
+    kind = "lockstep"
+
+    def __init__(self, context: RoundContext) -> None:
+        self.sampler = Sampler(context.window - 1, context.logits_dtype, context.device, context.use_triton)
+        self.steps = DecodeSteps(context, self.sampler, plain=False)
+        self._num_steps = context.window - 1
+
+    def draft(self, batch: ScheduleBatch) -> tuple[torch.Tensor, None]:
+        """See :meth:`Drafter.draft`."""
+        candidates, _ = self.steps.run(batch, self._num_steps)
+        return candidates, None
+
+
+class LockstepRounds:
+    """Draft, verify, accept, publish."""
+
+    def __init__(self, context: RoundContext, drafter: Drafter) -> None:
+        self.context = context
+        self.drafter = drafter
+        self._window_offsets = torch.arange(context.window, device=context.device)
+
+    def run(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
+        """Run one round of ``batch``."""
+        context = self.context
+        record_stream_for_v2_verify(batch, None, context.stream)
+        seq_lens = batch.seq_lens
+        positions = seq_lens.unsqueeze(1) + self._window_offsets
+        candidates, num_drafted = self.drafter.draft(batch)
+        record_stream_each((positions, candidates), context.stream)
+
+        grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
+        logits_output, used_graph = self._verify(batch, candidates, positions)
+        logits = logits_output.next_token_logits
+        apply_bias_and_grammar(batch, logits, grammar_tree, context.window)
+        tokens, accept_lens = self._accept(batch, candidates, logits, positions, num_drafted)
+        new_seq_lens = seq_lens + accept_lens
+        publish(new_seq_lens)
+        if batch.return_logprob:
+            context.compute_logprobs(batch, logits_output, tokens)
+        return RoundOutcome(
+            kind=self.drafter.kind,
+            tokens=tokens,
+            accept_lens=accept_lens,
+            new_seq_lens=new_seq_lens,
+            bonus_tokens=tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1),
+            logits_output=logits_output,
+            used_graph=used_graph,
+            drafted=context.window - 1,
+        )
+
+    def _verify(self, batch: ScheduleBatch, candidates: torch.Tensor, positions: torch.Tensor) -> tuple[Any, bool]:
+        """Run the target on the windows with full attention; the drafts' KV is rewritten.
+
+        Args:
+            candidates, positions: int64 [batch, W].
+        """
+        context = self.context
+        context.metrics.note_forward(draft_tokens=0, verify_tokens=candidates.numel())
+        # Slots of the window were allocated by eagle_prepare_for_decode (a reserve of 2W per request), in position order.
+        req_to_token = context.backend.req_to_token_pool.req_to_token
+        slots = req_to_token[batch.req_pool_indices.unsqueeze(1), positions].long()
+        record_stream_each((slots,), context.stream)
+        batch.forward_mode = ForwardMode.TARGET_VERIFY
+        batch.input_ids = candidates.flatten()
+        batch.out_cache_loc = slots.flatten()
+        batch.spec_info = SparseSpecVerifyInput(context.window, positions.flatten())
+        result = context.target_worker.forward_batch_generation(batch, is_verify=True)
+        return result.logits_output, result.can_run_cuda_graph
+
+    def _accept(
+        self,
+        batch: ScheduleBatch,
+        candidates: torch.Tensor,
+        logits: torch.Tensor,
+        positions: torch.Tensor,
+        num_drafted: torch.Tensor | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """tokens int64 [batch, W] and accept_lens int32 [batch]."""
+        context = self.context
+        if context.simulated is not None:
+            accepted = context.simulated.accept(candidates)
+        else:
+            accepted = self.drafter.sampler.accept(candidates, logits, positions.flatten(), num_drafted=num_drafted)
+        tokens, accept_lens = context.from_first_rank(batch.sampling_info.is_all_greedy, *accepted)
+        return tokens, accept_lens
+
+
+def apply_bias_and_grammar(
+    batch: ScheduleBatch, logits: torch.Tensor, grammar_tree: GrammarTree | None, window: int
+) -> None:
+    """Apply logit biases and grammar masks to a verification's logits ([batch * W, vocab]), in place.
+
+    Penalties are refused at the request (``scheduler_patch.hooks``).
+    """
+    info = batch.sampling_info
+    if info.logit_bias is not None:
+        logits.add_(torch.repeat_interleave(info.logit_bias, window, dim=0))
+    if grammar_tree is not None:
+        mask = build_grammar_vocab_mask(
+            reqs=batch.reqs, tree=grammar_tree, sampling_info=info, device=logits.device, barrier=None
+        )
+        if mask is not None:
+            mask.apply(logits)

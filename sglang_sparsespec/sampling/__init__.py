@@ -1,0 +1,1 @@
+"""Drafting tokens and accepting them: exact for greedy, seeded and random sampling."""

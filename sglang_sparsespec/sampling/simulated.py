@@ -1,0 +1,63 @@
+"""Simulated acceptance, for throughput measurements with dummy weights only.
+
+SGLang's environment variable ``SGLANG_SIMULATE_ACC_LEN`` sets the mean accept length (drafts
+plus bonus token, as in SGLang's own algorithms). The text is meaningless then; a number measured
+so must be called simulated. Lengths are drawn per request on the device, so that acceptance stays
+as uneven as real acceptance is, and no host synchronisation is added.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+
+logger = logging.getLogger(__name__)
+
+
+class SimulatedAcceptance:
+    """Draws accept lengths whose mean is ``accept_length``.
+
+    Args:
+        accept_length: mean of drafts plus bonus token, in [1, window].
+        window: W.
+
+    Raises:
+        ValueError: ``accept_length`` is out of range.
+    """
+
+    def __init__(self, accept_length: float, window: int) -> None:
+        if not 1 <= accept_length <= window:
+            raise ValueError(
+                f"SGLANG_SIMULATE_ACC_LEN={accept_length} must be between 1 and {window} "
+                "(--speculative-num-draft-tokens); unset it to serve real text."
+            )
+        self.rate = (accept_length - 1) / (window - 1)
+        self.accept_length = accept_length
+        logger.warning(
+            "SGLANG_SIMULATE_ACC_LEN=%g: acceptance is SIMULATED and the output is not the model's; "
+            "for performance measurements with dummy weights only.",
+            accept_length,
+        )
+
+    @classmethod
+    def from_environment(cls, window: int) -> SimulatedAcceptance | None:
+        """None unless SGLang's variable is set to a positive number."""
+        from sglang.srt.environ import envs
+
+        accept_length = float(envs.SGLANG_SIMULATE_ACC_LEN.get())
+        return cls(accept_length, window) if accept_length > 0 else None
+
+    def accept(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accept a random number of drafts, binomial with the wanted mean.
+
+        Args:
+            candidates: int64 [batch, W].
+
+        Returns:
+            as ``reference.accept_matching``; the bonus token is the first candidate again.
+        """
+        batch, width = candidates.shape
+        coins = torch.rand((batch, width - 1), device=candidates.device)
+        accept_lens = (coins < self.rate).sum(dim=1, dtype=torch.int32) + 1
+        return torch.cat([candidates[:, 1:], candidates[:, :1]], dim=1), accept_lens

@@ -1,0 +1,162 @@
+"""Greedy outputs under SPARSESPEC equal plain SGLang's, token for token (SmolLM2-135M, float32, CPU).
+
+60 prompts: one-liners, competition problems and two long ones, in lock-step, in unified batches, with plain rounds
+between, and with requests that the KV manager moves to the host and back. ``benchmarks/parity.py`` compares more text.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from engine_process import PLAIN, PLAIN_ENV, EngineProcess, plain_rounds_plugin
+
+pytestmark = pytest.mark.slow
+
+DATA = Path(__file__).resolve().parents[2] / "benchmarks" / "data"
+ONE_LINERS = (
+    "The capital of France is",
+    "def fibonacci(n):",
+    "Once upon a time",
+    "1, 2, 3, 5, 8, 13,",
+    "Water boils at",
+    "The opposite of hot is",
+    "import numpy as np\n",
+    "Roses are red,",
+    "A",
+    "To be or not to be,",
+    "The derivative of x^2 is",
+    "Dear Sir or Madam,",
+    "SELECT name FROM users WHERE",
+    "The quick brown fox",
+    "In 1969, the first",
+    "Ingredients: flour, sugar,",
+    "# Installation\n\n",
+    "Q: What is photosynthesis?\nA:",
+    "Translate to French: good morning ->",
+    "The three primary colors are",
+)
+PROBLEM_CHARACTERS = 240
+NEW_TOKENS = 32
+COMMON: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "random_seed": 0,
+    "log_level": "warning",
+    "max_total_tokens": 12000,
+}
+LOCKSTEP: dict[str, Any] = {
+    **COMMON,
+    "speculative_algorithm": "SPARSESPEC",
+    "sparsespec_speculate": "always",
+    "speculative_num_steps": 8,
+    "sparsespec_min_budget": 32,
+    "max_running_requests": 16,
+    "chunked_prefill_size": 64,
+}
+
+
+def read(name: str, key: str) -> list[str]:
+    return [json.loads(line)[key] for line in (DATA / name).read_text(encoding="utf-8").splitlines()]
+
+
+def make_prompts() -> list[str]:
+    """20 one-liners, the beginnings of 38 problems, and two prompts of some 900 tokens."""
+    aime, olympiad = read("aime24.jsonl", "problem"), read("olympiadbench.jsonl", "question")
+    long = ["\n\n".join(olympiad[first : first + 8])[:2600] + "\n\nSolution:" for first in (10, 30)]
+    return [*ONE_LINERS, *(text[:PROBLEM_CHARACTERS] for text in (aime + olympiad)[:38]), *long]
+
+
+PROMPTS = make_prompts()
+
+
+def generate(engine: EngineProcess, prompts: list[str]) -> list[list[int]]:
+    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    return [output["output_ids"] for output in engine.generate(prompt=prompts, sampling_params=sampling)]
+
+
+@pytest.fixture(scope="module")
+def expected(model_path: str) -> dict[str, list[int]]:
+    """Plain SGLang's tokens by prompt."""
+    with EngineProcess(PLAIN_ENV, model_path=model_path, max_running_requests=16, **COMMON, **PLAIN) as engine:
+        outputs = generate(engine, PROMPTS)
+    assert len(set(PROMPTS)) == 60 and all(len(output) == NEW_TOKENS for output in outputs)
+    return dict(zip(PROMPTS, outputs, strict=True))
+
+
+def assert_equal(engine: EngineProcess, prompts: list[str], expected: dict[str, list[int]]) -> None:
+    assert dict(zip(prompts, generate(engine, prompts), strict=True)) == {prompt: expected[prompt] for prompt in prompts}
+
+
+def assert_drafted(state: dict[str, Any]) -> None:
+    """Drafts were made from few tokens and accepted: this is not plain decoding."""
+    assert state["sparsespec_accept_length"] > 1.2
+    assert state["sparsespec_kv_read_share"] < 1
+
+
+@pytest.fixture(scope="module")
+def lockstep(model_path: str) -> Iterator[EngineProcess]:
+    with EngineProcess(model_path=model_path, **LOCKSTEP) as engine:
+        yield engine
+
+
+def test_lockstep_tokens_are_plain_sglangs(lockstep: EngineProcess, expected: dict[str, list[int]]) -> None:
+    assert_equal(lockstep, PROMPTS, expected)
+    assert_drafted(lockstep.state())
+
+
+def test_tokens_stay_the_same_when_a_running_engine_stops_speculating(
+    lockstep: EngineProcess, expected: dict[str, list[int]]
+) -> None:
+    before = lockstep.state()
+    lockstep.set_speculate("never")
+    assert_equal(lockstep, PROMPTS[:20], expected)
+    never = lockstep.state()
+    assert never["sparsespec_speculate"] == "never"
+    assert never["sparsespec_accept_histogram"] == before["sparsespec_accept_histogram"]
+    assert never["sparsespec_plain_rounds"] > before["sparsespec_plain_rounds"] == 0
+    lockstep.set_speculate("always")
+    assert_equal(lockstep, PROMPTS[:20], expected)
+    always = lockstep.state()
+    assert sum(always["sparsespec_accept_histogram"]) > sum(never["sparsespec_accept_histogram"])
+    assert always["sparsespec_plain_rounds"] == never["sparsespec_plain_rounds"]
+
+
+def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, expected: dict[str, list[int]]) -> None:
+    settings = {**LOCKSTEP, "sparsespec_schedule": "unified", "max_running_requests": 5}
+    with EngineProcess(model_path=model_path, **settings) as engine:
+        assert_equal(engine, PROMPTS, expected)
+        assert_drafted(engine.state())
+
+
+def test_tokens_of_plain_rounds_between_others_are_plain_sglangs(
+    model_path: str, expected: dict[str, list[int]], tmp_path: Path
+) -> None:
+    with EngineProcess(plain_rounds_plugin(tmp_path), model_path=model_path, **LOCKSTEP) as engine:
+        assert_equal(engine, PROMPTS, expected)
+        state = engine.state()
+        assert_drafted(state)
+        assert state["sparsespec_plain_rounds"] > 10
+
+
+def test_tokens_of_requests_that_are_moved_to_the_host_are_plain_sglangs(
+    model_path: str, expected: dict[str, list[int]]
+) -> None:
+    env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3"}
+    with EngineProcess(env, model_path=model_path, **{**LOCKSTEP, "sparsespec_host_kv_gb": 0.5}) as engine:
+        assert_equal(engine, PROMPTS, expected)
+        state = engine.state()
+        assert_drafted(state)
+        assert state["sparsespec_kv_requests_offloaded"] >= 20 and state["sparsespec_kv_requests_restored"] >= 20
+
+
+def test_tokens_of_requests_one_by_one_are_plain_sglangs(model_path: str, expected: dict[str, list[int]]) -> None:
+    """One draft per round, without radix cache and overlap scheduling."""
+    own = {"speculative_num_steps": 1, "disable_radix_cache": True, "disable_overlap_schedule": True}
+    with EngineProcess(model_path=model_path, **{**LOCKSTEP, **own}) as engine:
+        for prompt in PROMPTS[::12]:
+            assert_equal(engine, [prompt], expected)
+        assert_drafted(engine.state())

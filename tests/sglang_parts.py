@@ -1,0 +1,69 @@
+"""Parts of SGLang as far as tests of hooks need them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from sglang.srt.managers.overlap_utils import RelayPayload
+from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+
+from sglang_sparsespec.spec_input import SparseSpecDraftInput
+
+
+def verify_graph_runner(width: int, algorithm: Any = None) -> Any:
+    """``DecodeCudaGraphRunner`` as far as its decisions need it."""
+    runner = object.__new__(DecodeCudaGraphRunner)
+    runner.__dict__.update(
+        ragged_verify_mode=None,
+        captured_req_width=width,
+        require_mlp_tp_gather=False,
+        require_mlp_sync=False,
+        enable_pdmux=False,
+        disable_padding=False,
+        is_encoder_decoder=False,
+        enable_two_batch_overlap=False,
+        is_dllm=False,
+        max_bs=8,
+        capture_hidden_mode=None,
+        model_runner=SimpleNamespace(
+            spec_algorithm=algorithm,
+            device_timer=None,
+            is_draft_worker=False,
+            war_fastpath_read_done_event=None,
+        ),
+    )
+    return runner
+
+
+def draft_batch(spec_info: Any, batch_size: int = 2) -> Any:
+    return SimpleNamespace(
+        forward_mode=ForwardMode.DECODE,
+        batch_size=batch_size,
+        spec_info=spec_info,
+        replace_embeds=None,
+        input_ids=torch.zeros(batch_size, dtype=torch.int64),
+        lora_ids=None,
+        capture_hidden_mode=CaptureHiddenMode.NULL,
+    )
+
+
+def relay_a_round(relay: Any, resolve: Callable[[Any, Any], None]) -> tuple[Any, Any]:
+    """Publish rows 3, 5, 2 as a round does, read rows 2, 3 as the next one does: batch, draft input.
+
+    Args:
+        resolve: ``FutureMap._resolve_spec_extras`` or what stands in for it.
+    """
+    rows = torch.tensor([3, 5, 2])
+    written = SparseSpecDraftInput(torch.tensor([30, 50, 20]), torch.tensor([13, 15, 12]))
+    relay.publish(rows, written.new_seq_lens)
+    relay.stash(rows, RelayPayload.from_draft_input(written))
+    following = SparseSpecDraftInput(torch.tensor([-1, -1]), torch.tensor([-1, -1]))
+    following.future_indices = torch.tensor([2, 3])
+    batch = SimpleNamespace(spec_info=following, req_pool_indices_cpu=torch.tensor([2, 3]))
+    relay.resolve_seq_lens_cpu(batch)
+    resolve(relay, batch)
+    return batch, following

@@ -1,0 +1,193 @@
+"""What the benchmarks of parity, accuracy, accept length and rounds make of outputs and traces."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+
+import accept_length  # noqa: E402
+import accuracy  # noqa: E402
+import parity  # noqa: E402
+import profile_round  # noqa: E402
+from _common import SIMULATE, read_data  # noqa: E402
+from accuracy import Question, compare, final_answer, is_correct  # noqa: E402
+from profile_round import GpuEvent, breakdown  # noqa: E402
+
+# -------------------------------------------------------------------------- parity
+
+BEST = [[[-0.1, 5, None]], [[-0.5, 7, None], [-0.75, 8, None]]]
+PLAIN = {"output_ids": [5, 7], "meta_info": {"output_top_logprobs": BEST}}
+
+
+def output(*tokens: int) -> dict[str, Any]:
+    return {"output_ids": list(tokens)}
+
+
+def test_divergences_have_a_position_and_a_margin() -> None:
+    outputs = [output(5, 7), output(5, 8), output(5, 9), output(5)]
+    found = parity.divergences([PLAIN] * 4, outputs)
+    assert [(item["prompt"], item["at"], item["margin"]) for item in found] == [
+        (1, 1, pytest.approx(0.25)),
+        (2, 1, None),  # not among the baseline's best
+        (3, 1, None),
+    ]
+
+
+def test_only_shown_ties_pass() -> None:
+    assert parity.are_ties([{"margin": 0.0}, {"margin": 0.25}], 0.25)
+    assert not parity.are_ties([{"margin": 0.0}, {"margin": 0.26}], 0.25)
+    assert not parity.are_ties([{"margin": None}], 0.25)
+
+
+def test_parity_takes_no_simulated_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    parity.parse_arguments(["--model-path", "m"])
+    monkeypatch.setenv(SIMULATE, "7")
+    with pytest.raises(SystemExit):
+        parity.parse_arguments(["--model-path", "m"])
+
+
+# ------------------------------------------------------------------------ accuracy
+
+
+@pytest.fixture
+def grader() -> None:
+    pytest.importorskip("math_verify")
+
+
+@pytest.mark.parametrize(
+    ("text", "reference", "tolerance", "correct"),
+    [
+        (r"so $x=3$ and \boxed{204}.", "204", None, True),
+        (r"so \boxed{205}", "204", None, False),
+        (r"<think>\boxed{5}? no</think> It is \boxed{6}", "6", None, True),
+        ("The answer is **42**.", "42", None, True),
+        ("we get 12 and then 1,024", "1024", None, True),
+        (r"\boxed{0.5}", r"$\frac{1}{2}$", None, True),
+        (r"\boxed{0.50001}", r"$\frac{1}{2}$", None, False),
+        (r"\boxed{\frac{2}{7} \sqrt{53}}", r"$\frac{2\sqrt{53}}{7}$", None, True),
+        (r"\boxed{0.55}", "0.5", 0.1, True),
+        (r"\boxed{0.65}", "0.5", 0.1, False),
+        (r"\boxed{2, 1}", "1,2", None, True),
+        (r"\boxed{1}", "1,2", None, False),
+        (r"\boxed{1,2,3}", "1,2", None, False),
+        (r"\boxed{many}", "1", 0.1, False),
+        ("nothing here", "1", None, False),
+    ],
+)
+def test_answers_are_graded(grader: None, text: str, reference: str, tolerance: float | None, correct: bool) -> None:
+    assert is_correct(final_answer(text), Question("q", "t", reference, tolerance)) is correct
+
+
+def test_the_solutions_of_aime_are_graded_correct(grader: None) -> None:
+    for question, row in zip(accuracy.load_questions("aime"), read_data("aime"), strict=True):
+        assert is_correct(final_answer(row["solution"]), question), row["id"]
+
+
+def test_every_question_has_an_answer_that_equals_itself_and_no_other(grader: None) -> None:
+    questions = accuracy.load_questions("olympiadbench")
+    assert len(questions) == 291
+    for question in questions[::12]:
+        given = question.answer.replace("$", "")
+        assert is_correct(final_answer(rf"\boxed{{{given}}}"), question), question
+        assert not is_correct(final_answer(r"\boxed{123456.75}"), question), question
+    assert accuracy.load_questions("olympiadbench", 3) == questions[:3]
+
+
+def test_an_output_is_graded(grader: None) -> None:
+    meta = {"completion_tokens": 120, "finish_reason": {"type": "length"}}
+    given = {"text": r"\boxed{5}", "output_ids": [1, 2, 3] * 40, "meta_info": meta}
+    graded = accuracy.grade(Question("q", "2 + 3", "5"), given)
+    assert graded["correct"] and graded["cut"] and graded["repeats_itself"] and graded["answer"] == "5"
+    assert accuracy.summarise([graded, {**graded, "correct": False, "answer": None}])["accuracy"] == 0.5
+
+
+def test_few_splits_are_within_sampling_error_and_many_are_not() -> None:
+    same = compare([True] * 10 + [False] * 90, [False] * 2 + [True] * 10 + [False] * 88)
+    assert same.only_first == same.only_second == 2
+    assert "same within sampling error" in same.statement
+    worse = compare([True] * 20 + [False] * 80, [True] * 8 + [False] * 92)
+    assert worse.p_value == pytest.approx(2 / 2**12)  # 12 splits, all one way
+    assert worse.difference == pytest.approx(-0.12) and worse.high < 0
+    assert "differs by more than sampling error" in worse.statement
+    with pytest.raises(ValueError, match="same questions"):
+        compare([True], [])
+
+
+def test_the_interval_is_wide_where_little_was_asked_and_narrow_where_much_was() -> None:
+    def width(questions: int) -> float:
+        found = compare([True] * questions, [True] * questions)
+        assert found.low < 0 < found.high and found.p_value == 1
+        return found.high - found.low
+
+    assert width(2) > 0.9
+    assert width(300) < 0.02
+
+
+def test_every_engine_is_compared_with_the_first() -> None:
+    grades = {name: [{"correct": correct}] * 4 for name, correct in (("plain", True), ("a", True), ("b", False))}
+    records = accuracy.compare_with_first(grades)
+    assert [(record["first_engine"], record["second_engine"]) for record in records] == [("plain", "a"), ("plain", "b")]
+    assert records[1]["only_first"] == 4
+
+
+def test_simulated_answers_are_not_graded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(SIMULATE, "7")
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments(["--model-path", "m"])
+
+
+# ------------------------------------------------------------------- accept length
+
+
+def test_accept_length_is_accepted_drafts_and_the_bonus_token() -> None:
+    assert accept_length.accept_length([1, 0, 0, 3]) == 1 + 9 / 4
+    outputs = [
+        {"output_ids": list(range(40)), "meta_info": {"spec_correct_drafts_histogram": [0, 0, 2]}},
+        {"output_ids": [1] * 40, "meta_info": {"spec_correct_drafts_histogram": [0, 0, 0, 0, 1]}},
+    ]
+    found = accept_length.summarise(outputs)
+    assert (found["accept_length"], found["accept_length_not_repetitive"], found["repetitive_prompts"]) == (4.0, 3.0, 1)
+
+
+# ------------------------------------------------------------------------- profile
+
+
+def test_the_shares_of_a_step_and_its_idle_time_are_the_whole() -> None:
+    # b overlaps a by 5 us and adds 8; 2 us (a launch gap) and 20 us (waiting) are free.
+    events = [GpuEvent("_draft_kernel", 0, 10), GpuEvent("nvjet_x", 5, 13)]
+    events += [GpuEvent("norm", 20, 10), GpuEvent("norm", 50, 50)]
+    found = breakdown(events, steps=2)
+    assert found["ms_per_step"] == pytest.approx(0.05)
+    assert found["shares"] == pytest.approx({"attention": 0.1, "matrix products": 0.08, "other": 0.6, "idle": 0.22})
+    assert found["gpu_idle_waiting"] == pytest.approx(0.2) and found["longest_gap_us"] == 20
+    assert found["kernels"][0] == {"kernel": "norm", "launches": 1.0, "ms": pytest.approx(0.03)}
+
+
+def test_an_event_inside_another_does_not_shorten_it() -> None:
+    assert breakdown([GpuEvent("long", 0, 100), GpuEvent("short", 10, 1), GpuEvent("next", 100, 1)], 1)["gpu_idle"] == 0
+
+
+def test_a_written_trace_reads_back_sorted_and_without_host_events(tmp_path: Path) -> None:
+    source = tmp_path / "full.json"
+    event = {"ph": "X", "ts": 30, "dur": 2, "name": "later", "cat": "kernel"}
+    host = {"ph": "X", "ts": 0, "dur": 99, "name": "python", "cat": "cpu_op"}
+    copy = {"ph": "X", "ts": 10.5, "dur": 1.25, "name": "Memcpy", "cat": "gpu_memcpy"}
+    source.write_text(json.dumps({"traceEvents": [event, host, copy]}))
+    events = profile_round.load_gpu_events(source)
+    small = tmp_path / "small.json.gz"
+    profile_round.write_small_trace(events, small)
+    assert profile_round.load_gpu_events(small) == [GpuEvent("Memcpy", 0, 1.25), GpuEvent("later", 19.5, 2)]
+    source.write_text(json.dumps({"traceEvents": [host]}))
+    with pytest.raises(ValueError, match="no GPU events"):
+        profile_round.load_gpu_events(source)
+
+
+def test_profiles_keep_their_marks() -> None:
+    record = {**breakdown([GpuEvent("a", 0, 10)], 1), "engine": "sparsespec", "batch": 1, "dataset": "random:8"}
+    assert "SIMULATED acceptance" in profile_round.table([{**record, "simulated_accept_length": 7.0}])

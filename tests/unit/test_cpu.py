@@ -1,0 +1,206 @@
+"""What stands in for GPU code where SPARSESPEC is served on CPU, and that nothing else sees it."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
+from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
+from sglang.srt.managers.overlap_utils import FutureMap
+from sglang.srt.mem_cache import allocation
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.utils import common
+from sglang_parts import relay_a_round
+
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.scheduler_patch.cpu import (
+    CPU_BRIDGE_ENV,
+    CpuHostPool,
+    assign_slots_on_cpu,
+    host_pool_on_cpu,
+    relay_on_cpu,
+    rotary_embedding,
+)
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+
+@pytest.fixture
+def serving(serving_args: Callable[[Any], None], resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process serves SPARSESPEC on CPU."""
+    monkeypatch.delenv(CPU_BRIDGE_ENV, raising=False)
+    serving_args(resolve())
+
+
+@pytest.fixture
+def serving_plain(serving_args: Callable[[Any], None], llama: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This process serves on CPU without speculation."""
+    monkeypatch.delenv(CPU_BRIDGE_ENV, raising=False)
+    serving_args(ServerArgs(model_path=llama, device="cpu"))
+
+
+# ------------------------------------------------------------------- rotary embeddings
+
+#: Arguments of ``RotaryEmbedding``: heads of 8 elements, 16 positions.
+SHAPE: tuple[Any, ...] = (8, 8, 16, 10000)
+POSITIONS = torch.tensor([0, 3, 15])
+
+
+def rope(is_neox: bool = True) -> RotaryEmbedding:
+    return RotaryEmbedding(*SHAPE, is_neox, torch.float32)
+
+
+@pytest.mark.usefixtures("serving")
+def test_rotary_embeddings_are_made_where_sparsespec_is_served() -> None:
+    assert rope().fallback_rotary_embedding is rotary_embedding
+    scaled = Llama3RotaryEmbedding(*SHAPE, True, torch.float32, 8.0, 1.0, 4.0, 8192)
+    assert scaled.fallback_rotary_embedding is rotary_embedding
+    assert_vllm_is_absent()
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_rotary_embeddings_of_a_plain_baseline_are_made_on_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CPU_BRIDGE_ENV, "1")
+    assert rope().fallback_rotary_embedding is rotary_embedding
+    assert_vllm_is_absent()
+
+
+@pytest.mark.usefixtures("serving_plain")
+@pytest.mark.parametrize("value", [None, "0"])
+def test_sglang_needs_vllm_on_this_processor(value: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    if value is not None:
+        monkeypatch.setenv(CPU_BRIDGE_ENV, value)
+    with pytest.raises(ModuleNotFoundError, match="vllm"):
+        rope()
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_real_vllm_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = types.ModuleType("vllm._custom_ops")
+    real.rotary_embedding = object()  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "vllm", types.ModuleType("vllm"))
+    monkeypatch.setitem(sys.modules, "vllm._custom_ops", real)
+    assert rope().fallback_rotary_embedding is real.rotary_embedding
+    assert sys.modules["vllm._custom_ops"] is real
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_constructor_that_fails_leaves_no_vllm() -> None:
+    with pytest.raises(TypeError):
+        RotaryEmbedding(8, 8)  # type: ignore[call-arg]
+    assert_vllm_is_absent()
+
+
+def assert_vllm_is_absent() -> None:
+    assert not [name for name in sys.modules if name.split(".")[0] == "vllm"]
+    assert importlib.util.find_spec("vllm") is None
+
+
+@pytest.mark.usefixtures("serving")
+@pytest.mark.parametrize("is_neox", [False, True])
+def test_positions_are_rotated_as_in_sglangs_reference(is_neox: bool) -> None:
+    module = rope(is_neox)
+    query, key = torch.randn(3, 2 * 8), torch.randn(3, 8)
+    expected = module.forward_native(POSITIONS, query.clone(), key.clone())
+    rotary_embedding(POSITIONS, query, key, 8, module.cos_sin_cache, is_neox)
+    torch.testing.assert_close((query, key), expected)
+
+
+# ---------------------------------------------------------------------- Triton kernels
+
+
+@pytest.mark.usefixtures("serving")
+def test_sglang_takes_the_backend_for_one_with_triton() -> None:
+    assert common.support_triton.__wrapped__(ATTENTION_BACKEND) is True
+    assert common.support_triton(ATTENTION_BACKEND) is False
+
+
+def test_triton_is_used_on_cuda(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) -> None:
+    serving_args(resolve(device="cuda", mem_fraction_static=0.8))
+    assert common.support_triton(ATTENTION_BACKEND) is True
+
+
+@pytest.mark.usefixtures("serving_plain")
+@pytest.mark.parametrize("backend", ["torch_native", "intel_amx", "triton", "flashinfer"])
+def test_triton_support_of_other_backends_is_unchanged(backend: str) -> None:
+    assert common.support_triton(backend) is common.support_triton.__wrapped__(backend)
+
+
+@pytest.mark.usefixtures("serving")
+def test_slots_are_written_to_the_rows_on_cpu() -> None:
+    """SGLang's own function needs Triton or AMX."""
+    req_to_token = torch.zeros(4, 6, dtype=torch.int32)
+    allocation.assign_req_to_token_pool_func(
+        torch.tensor([3, 1, 2]), req_to_token, torch.tensor([0, 2, 4]), torch.tensor([2, 2, 6]),
+        torch.tensor([11, 12, 13, 14]), 3,
+    )  # fmt: skip
+    assert req_to_token.tolist() == [[0] * 6, [0] * 6, [0, 0, 0, 0, 13, 14], [11, 12, 0, 0, 0, 0]]
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_slots_are_assigned_by_sglang_without_the_algorithm() -> None:
+    calls: list[tuple[object, ...]] = []
+    a, b, c, d, e = (torch.tensor([i]) for i in range(5))
+    assign_slots_on_cpu(lambda *args: calls.append(args), a, b, c, d, e, 1)
+    assert calls == [(a, b, c, d, e, 1)]
+
+
+# ------------------------------------------------------------------------------ streams
+
+
+@pytest.fixture
+def relay() -> FutureMap:
+    """SGLang's relay for SPARSESPEC."""
+    pool = SimpleNamespace(req_to_token=torch.zeros(8, 4))
+    return SpeculativeAlgorithm.from_string(ALGORITHM).create_future_map("cpu", pool, True, False)
+
+
+@pytest.mark.usefixtures("serving")
+def test_sglang_cannot_relay_drafts_on_cpu(relay: FutureMap) -> None:
+    """It calls ``record_stream`` with a CPU stream, which is none."""
+    with pytest.raises(RuntimeError):
+        relay_a_round(relay, FutureMap._resolve_spec_extras.__wrapped__)  # type: ignore[attr-defined]
+
+
+@pytest.mark.usefixtures("serving")
+def test_tokens_and_lengths_are_relayed_on_cpu(relay: FutureMap) -> None:
+    batch, following = relay_a_round(relay, FutureMap._resolve_spec_extras)
+    assert batch.seq_lens.tolist() == [12, 13] and batch.seq_lens_cpu.tolist() == [12, 13]
+    assert following.bonus_tokens.tolist() == [20, 30]
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_batch_without_drafts_relays_nothing(relay: FutureMap) -> None:
+    relay._resolve_spec_extras(SimpleNamespace(spec_info=None))  # type: ignore[arg-type]
+    empty = SimpleNamespace(future_indices=torch.zeros(0, dtype=torch.int64), bonus_tokens=None)
+    relay._resolve_spec_extras(SimpleNamespace(spec_info=empty))  # type: ignore[arg-type]
+    assert empty.bonus_tokens is None
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_other_algorithms_relay_as_before() -> None:
+    calls: list[tuple[object, ...]] = []
+    relay, batch = object(), object()
+    relay_on_cpu(lambda *args: calls.append(args), relay, batch)
+    assert calls == [(relay, batch)]
+
+
+# ------------------------------------------------------------------------------ host pool
+
+
+@pytest.mark.usefixtures("serving")
+def test_the_host_pool_needs_no_pinned_memory() -> None:
+    assert host_pool_on_cpu(lambda device_pool: object, None) is CpuHostPool
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_other_servers_have_sglangs_host_pool() -> None:
+    assert host_pool_on_cpu(lambda device_pool: object, None) is object

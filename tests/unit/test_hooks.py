@@ -1,0 +1,248 @@
+"""What SGLang 0.5.17 assumes of a speculative algorithm, shown and avoided.
+
+A test named ``sglang_...`` shows what SGLang does without the hook: when it fails after an update of SGLang, the hook may
+have become unnecessary or wrong.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.mem_cache import kv_cache_builder
+from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
+from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.server_args import ServerArgs
+from sglang.srt.speculative import spec_info
+from sglang.srt.speculative.ngram_info import NgramVerifyInput
+from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang_parts import draft_batch, verify_graph_runner
+
+from sglang_sparsespec import ALGORITHM
+from sglang_sparsespec.algorithm import SparseSpecAlgorithm
+from sglang_sparsespec.scheduler_patch.hooks import no_kv_move_kernel, refuse_inexact_request, verify_graph_spec_info
+from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
+
+pytestmark = pytest.mark.usefixtures("plugin")
+
+VOCAB = 32
+
+
+@pytest.fixture
+def algorithm() -> Any:
+    return SpeculativeAlgorithm.from_string(ALGORITHM)
+
+
+@pytest.fixture
+def serving(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) -> None:
+    """This process serves SPARSESPEC on CPU."""
+    serving_args(resolve())
+
+
+@pytest.fixture
+def serving_plain(serving_args: Callable[[Any], None], llama: str) -> None:
+    """This process serves on CPU without speculation."""
+    serving_args(ServerArgs(model_path=llama, device="cpu"))
+
+
+# ------------------------------------------------------------- the algorithm's interface
+
+
+def test_the_algorithm_has_every_method_of_sglangs_own() -> None:
+    """So that no call site meets an AttributeError, whatever the method's name begins with."""
+    methods = {
+        name
+        for name, value in vars(SpeculativeAlgorithm).items()
+        if callable(value) and not name.startswith("_") and not isinstance(value, SpeculativeAlgorithm)
+    }
+    methods -= {"from_string", "register"}  # class methods of the enum
+    assert {"create_future_map", "carries_draft_hidden_states", "need_topk"} < methods
+    assert methods <= set(dir(SparseSpecAlgorithm))
+
+
+def test_the_algorithm_passes_for_no_other(algorithm: Any) -> None:
+    true = {name for name in dir(algorithm) if name.startswith("is_") and getattr(algorithm, name)()}
+    assert true == {"is_some", "is_speculative"}
+
+
+def test_the_algorithm_relays_only_tokens_and_lengths(algorithm: Any) -> None:
+    assert not algorithm.need_topk() and not algorithm.carries_draft_hidden_states()
+
+
+# ------------------------------------------------------------ no draft worker, no draft pool
+
+
+def test_sglang_looks_for_a_draft_kv_pool_in_an_absent_draft_worker(algorithm: Any) -> None:
+    worker: Any = SimpleNamespace(draft_worker=None)
+    args: Any = SimpleNamespace(enable_multi_layer_eagle=False)
+    asked = {"draft_worker": worker, "spec_algorithm": algorithm, "server_args": args}
+    with pytest.raises(AttributeError, match="draft_runner"):
+        kv_cache_builder.get_draft_kv_pool.__wrapped__(**asked)
+    assert kv_cache_builder.get_draft_kv_pool(**asked) is None
+
+
+def test_other_algorithms_draft_kv_pool_is_found() -> None:
+    pool = object()
+    runner = SimpleNamespace(token_to_kv_pool=pool)
+    worker: Any = SimpleNamespace(draft_worker=SimpleNamespace(draft_runner=runner))
+    args: Any = SimpleNamespace(enable_multi_layer_eagle=False)
+    eagle, none = SpeculativeAlgorithm.EAGLE, SpeculativeAlgorithm.NONE
+    assert kv_cache_builder.get_draft_kv_pool(draft_worker=worker, spec_algorithm=eagle, server_args=args) is pool
+    assert kv_cache_builder.get_draft_kv_pool(draft_worker=None, spec_algorithm=none, server_args=args) is None
+
+
+@pytest.mark.usefixtures("serving")
+def test_sglang_warms_up_a_kernel_that_moves_accepted_kv() -> None:
+    """A chain's accepted tokens are in place; the kernel is Triton, which a CPU lacks."""
+    pool = SimpleNamespace(layer_num=1)
+    with pytest.raises(AttributeError):
+        MHATokenToKVPool._init_kv_copy_and_warmup.__wrapped__(pool)
+    MHATokenToKVPool._init_kv_copy_and_warmup(pool)
+    assert pool._kv_copy_config is None
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_kv_pools_prepare_to_move_tokens_without_the_algorithm() -> None:
+    prepared: list[object] = []
+    pool = object()
+    no_kv_move_kernel(prepared.append, pool)
+    assert prepared == [pool]
+
+
+# ----------------------------------------------------------------------- the verify graph
+
+
+def test_sglang_replays_the_verify_graph_for_one_token_batches(algorithm: Any) -> None:
+    """Unless their spec info says how wide they are, and ours does."""
+    runner = verify_graph_runner(9, algorithm)
+    unmarked = SparseSpecDraftInput(torch.zeros(2), torch.zeros(2))
+    unmarked.num_tokens_per_req = -1
+    assert runner.can_run_graph(draft_batch(unmarked))
+    assert runner.can_run_graph(draft_batch(None))
+    assert runner.can_run_graph(draft_batch(SparseSpecVerifyInput(9, None)))
+    assert not runner.can_run_graph(draft_batch(SparseSpecDraftInput(torch.zeros(2), torch.zeros(2))))
+
+
+def test_sglang_captures_unknown_algorithms_without_a_verify_input(algorithm: Any) -> None:
+    args: Any = SimpleNamespace(speculative_num_draft_tokens=9)
+    mask = torch.ones(1, dtype=torch.bool)
+    assert spec_info.create_dummy_verify_input.__wrapped__(algorithm, args, mask, 9, False) is None
+    captured = spec_info.create_dummy_verify_input(algorithm, args, mask, 9, False)
+    assert isinstance(captured, SparseSpecVerifyInput)
+    assert captured.draft_token_num == captured.num_tokens_per_req == 9 and captured.custom_mask is None
+    assert captured.is_verify_input() and not captured.is_draft_input()
+
+
+def test_sglang_captures_the_verify_graph_of_unknown_algorithms_without_one(algorithm: Any) -> None:
+    runner = verify_graph_runner(9, algorithm)
+    assert DecodeCudaGraphRunner.get_spec_info.__wrapped__(runner, 18) is None
+    captured = runner.get_spec_info(18)
+    assert isinstance(captured, SparseSpecVerifyInput) and captured.num_tokens_per_req == 9
+
+
+def test_other_algorithms_capture_their_own_verify_input() -> None:
+    args: Any = SimpleNamespace(speculative_num_draft_tokens=5)
+    mask = torch.ones(1, dtype=torch.bool)
+    assert spec_info.create_dummy_verify_input(SpeculativeAlgorithm.NONE, args, mask, 5, False) is None
+    ngram = spec_info.create_dummy_verify_input(SpeculativeAlgorithm.NGRAM, args, mask, 5, False)
+    assert isinstance(ngram, NgramVerifyInput) and ngram.custom_mask is mask
+
+
+def test_other_algorithms_capture_graphs_with_their_own_input() -> None:
+    runner = SimpleNamespace(model_runner=SimpleNamespace(spec_algorithm=SpeculativeAlgorithm.NGRAM))
+    assert verify_graph_spec_info("original", runner) is None, "None keeps the original"
+
+
+# -------------------------------------------------------------------------- requests
+
+
+def validate(
+    request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM
+) -> None:
+    """Pass a request through SGLang's own check, as the tokenizer process does."""
+    manager = object.__new__(TokenizerManager)
+    args = SimpleNamespace(
+        speculative_algorithm=algorithm,
+        return_hidden_states_mode=None,
+        enable_return_hidden_states=False,
+        enable_custom_logit_processor=True,
+        preferred_sampling_params=preferred,
+    )
+    manager.__dict__.update(
+        server_args=args,
+        context_len=100,
+        num_reserved_tokens=0,
+        allow_auto_truncate=False,
+        validate_total_tokens=True,
+        is_generation=True,
+        preferred_sampling_params=preferred,
+        model_config=SimpleNamespace(vocab_size=VOCAB),
+    )
+    obj = GenerateReqInput(input_ids=[1, 2], **request)
+    obj.normalize_batch_and_arguments()
+    manager._validate_one_request(obj, [1, 2])
+
+
+PENALTIES = [
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": -0.5},
+    {"repetition_penalty": 1.1},
+    {"min_new_tokens": 3},
+]
+
+
+@pytest.mark.parametrize("params", PENALTIES, ids=lambda p: next(iter(p)))
+def test_penalties_are_refused(params: dict[str, float]) -> None:
+    """SGLang adds one round's penalties to all its positions, which changes the distribution."""
+    name = next(iter(params))
+    with pytest.raises(
+        ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"
+    ):
+        validate({"sampling_params": {"temperature": 0.5, **params}})
+    validate({"sampling_params": params}, algorithm=None)
+
+
+@pytest.mark.parametrize("params", PENALTIES, ids=lambda p: next(iter(p)))
+def test_penalties_of_the_servers_preferred_parameters_are_refused(params: dict[str, float]) -> None:
+    """SGLang adds ``--preferred-sampling-params`` to a request after it was checked."""
+    with pytest.raises(ValueError, match=next(iter(params))):
+        validate({"sampling_params": {}}, preferred=params)
+
+
+def test_a_request_may_turn_a_preferred_penalty_off() -> None:
+    validate({"sampling_params": {"repetition_penalty": 1.0}}, preferred={"repetition_penalty": 1.1})
+
+
+def test_a_custom_logit_processor_is_refused() -> None:
+    with pytest.raises(ValueError, match="custom_logit_processor is not supported.*remove it"):
+        validate({"sampling_params": {}, "custom_logit_processor": "x"})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        {},
+        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_new_tokens": 9},
+        {"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.0, "min_new_tokens": 0},
+        {"frequency_penalty": None},
+        {"logit_bias": {"3": 1.0}, "regex": "a+", "stop": ["x"]},
+    ],
+)
+def test_other_parameters_are_accepted(params: dict[str, Any]) -> None:
+    validate({"sampling_params": params})
+
+
+def test_sglangs_own_checks_still_run() -> None:
+    with pytest.raises(ValueError, match="context length"):
+        validate({"sampling_params": {"max_new_tokens": 99}})
+
+
+def test_penalties_are_accepted_without_the_algorithm() -> None:
+    manager = SimpleNamespace(server_args=SimpleNamespace(speculative_algorithm=None))
+    request = SimpleNamespace(sampling_params={"frequency_penalty": 0.5}, custom_logit_processor="x")
+    refuse_inexact_request(None, manager, request)
