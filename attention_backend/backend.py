@@ -21,12 +21,13 @@ from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft, ForwardPlan, Mixed, Plain, Prefill, PromptChunks, Verify
 from sglang_sparsespec.attention_backend.kernels import make_kernels
-from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, score_row
+from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, PillarKernels, score_row
 from sglang_sparsespec.attention_backend.layers import attention_layers, kv_descales, refuse_sinks
 from sglang_sparsespec.attention_backend.lse_hints import LseHints
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import make_policy
 from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection
+from sglang_sparsespec.attention_backend.side_stream import SideStream
 from sglang_sparsespec.settings import settings_of
 
 if TYPE_CHECKING:
@@ -88,7 +89,14 @@ class SparseSpecAttnBackend(AttentionBackend):
             kv_dtype=self.token_to_kv_pool.get_key_buffer(layers[0].layer_id).dtype,
         )
         self._longest_list = shape.longest_list
-        self.kernels = make_kernels(settings.kernels, shape, self.table, self.req_to_token_pool.req_to_token)
+        tables = (self.table, self.req_to_token_pool.req_to_token)
+        self.kernels = make_kernels(settings.kernels, shape, *tables)
+        # What runs beside other kernels has scratch of its own, and starts by events alone.
+        unified = settings.schedule == "unified"
+        self._side_stream = SideStream(self.device, enabled=unified)
+        self._side_kernels = self.kernels
+        if unified:
+            self._side_kernels = make_kernels(settings.kernels, shape, *tables, early_start=False)
         # Scores live from a layer's attention to its selection, so one layer's worth is kept.
         self.scores = torch.empty(
             (self.num_rows, shape.num_kv_heads, score_row(max_context)),
@@ -192,6 +200,10 @@ class SparseSpecAttnBackend(AttentionBackend):
         """The layers' next forwards run ``plan``."""
         self._plan = plan
 
+    def end(self) -> None:
+        """The layers have run: what follows waits for all that they launched. Recordable."""
+        self._side_stream.join()
+
     def plan_draft(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> Draft:
         """A draft step: int [B] each; lengths include the query's own token, and are 0 for padding. Recordable."""
         return Draft(self.kernels.plan_draft(rows, seq_lens), len(rows))
@@ -211,11 +223,35 @@ class SparseSpecAttnBackend(AttentionBackend):
             lengths: committed tokens (0 for padding).
             num_drafted: drafts in each window.
         """
+        return self._plan_verify(rows, lengths, num_drafted, self.kernels)
+
+    def plan_mixed(
+        self,
+        draft_rows: torch.Tensor,
+        draft_lens: torch.Tensor,
+        verify_rows: torch.Tensor,
+        verify_lens: torch.Tensor,
+        num_drafted: torch.Tensor,
+    ) -> Mixed:
+        """A draft step of some requests (int [D] each) beside the verify windows of others (int [V] each). Recordable.
+
+        Args as for :meth:`plan_draft` and :meth:`plan_verify`.
+        """
+        draft = verify = None
+        if len(draft_rows):
+            draft = Draft(self._side_kernels.plan_draft(draft_rows, draft_lens), len(draft_rows))
+        if len(verify_rows):
+            verify = self._plan_verify(verify_rows, verify_lens, num_drafted, self._side_kernels)
+        return Mixed(draft, verify)
+
+    def _plan_verify(
+        self, rows: torch.Tensor, lengths: torch.Tensor, num_drafted: torch.Tensor, selecting: PillarKernels
+    ) -> Verify:
         attention = self.kernels.plan_verify(rows, lengths, self.window)
         selected_from, counts = self._begin_selection(rows, lengths)
         selection = None
         if self.policy.facts.uses_scores:
-            selection = self.kernels.plan_selection(rows, selected_from, counts)
+            selection = selecting.plan_selection(rows, selected_from, counts)
         return Verify(attention, selection, self.hints.of(rows, num_drafted) if self.hints is not None else None)
 
     def _begin_selection(self, rows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -325,18 +361,40 @@ class SparseSpecAttnBackend(AttentionBackend):
             window_lse = lse.unsqueeze(1) if lse is not None else None
             plan.attention.run(q, kv, out, lse_hint=window_lse, lse=window_lse)
         elif isinstance(plan, Verify):
-            hint = plan.hints[kv.index] if plan.hints is not None else None
-            plan.attention.run(q, kv, out, self.scores if plan.selection is not None else None, hint)
+            self._verify(plan, q, kv, out, self.scores)
             if plan.selection is not None:
                 plan.selection.run(self.scores, kv.index)
         elif isinstance(plan, Mixed):
-            drafts = plan.draft.num_queries if plan.draft is not None else 0
-            if plan.draft is not None:
-                self._attend(plan.draft, q[:drafts], kv, out[:drafts])
-            if plan.verify is not None:
-                self._attend(plan.verify, q[drafts:], kv, out[drafts:])
+            self._attend_mixed(plan, q, kv, out)
         else:
             raise AssertionError("a decode forward has no plan")
+
+    def _verify(self, plan: Verify, q: torch.Tensor, kv: LayerKV, out: torch.Tensor, scores: torch.Tensor) -> None:
+        hint = plan.hints[kv.index] if plan.hints is not None else None
+        plan.attention.run(q, kv, out, scores if plan.selection is not None else None, hint)
+
+    def _attend_mixed(self, plan: Mixed, q: torch.Tensor, kv: LayerKV, out: torch.Tensor) -> None:
+        """Draft attention beside verification.
+
+        The selection runs beside the rest of the layer, and the next layer's draft attention comes after it.
+        """
+        drafts = plan.draft.num_queries if plan.draft is not None else 0
+        if plan.draft is not None:
+            with self._side_stream.beside():
+                self._attend(plan.draft, q[:drafts], kv, out[:drafts])
+        if plan.verify is None:
+            self._side_stream.join()
+            return
+        # Layers take turns in two halves of the scores: the selection of the layer before may still read its half. That
+        # of two layers before is done, since the draft attention of the layer before ran after it, and was joined.
+        half = len(self.scores) // 2
+        assert len(q) - drafts <= half * self.window, f"{half} windows are the most of a mixed forward"
+        scores = self.scores[half * (kv.index % 2) :]
+        self._verify(plan.verify, q[drafts:], kv, out[drafts:], scores)
+        self._side_stream.join()
+        if plan.verify.selection is not None:
+            with self._side_stream.beside():
+                plan.verify.selection.run(scores, kv.index)
 
     def _step_lse(self, kv: LayerKV, num_queries: int) -> torch.Tensor | None:
         """float32 [B, Hq]: where a step's log-sum-exps go."""

@@ -361,6 +361,8 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; 1 if a run failed."""
     args = parse_arguments(argv)
+    # So that a program that is ended stops its server, which is in a session of its own.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     records = run(args)
     print(table(records), flush=True)
     if args.plot:

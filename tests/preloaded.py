@@ -284,8 +284,11 @@ class ForkedProcess:
 
 
 def start_program(command: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
-    """A Python program: forked, or a new interpreter; ``popen`` are arguments of ``subprocess.Popen``."""
-    if forks_programs():
+    """A Python program: forked, or a new interpreter; ``popen`` are arguments of ``subprocess.Popen``.
+
+    Triton's interpreter replaces functions as Triton is imported, so it needs a new one.
+    """
+    if forks_programs() and (popen.get("env") or os.environ).get("TRITON_INTERPRET") != "1":
         return ForkedProcess(command, **popen)  # type: ignore[return-value]
     return subprocess.Popen(command, text=True, **popen)
 

@@ -10,7 +10,6 @@ from sglang.srt.layers.radix_attention import RadixAttention
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
-from sglang_sparsespec.attention_backend.forward_plan import Mixed
 from sglang_sparsespec.settings import Settings, attach_settings
 
 NUM_LAYERS = 2
@@ -163,9 +162,8 @@ class SmallServer:
         verify_rows, verify_lens = torch.tensor(windows, dtype=torch.int64).view(-1, 2).T.contiguous()
         self.backend.count_draft_queries(draft_rows, draft_lens)
         num_drafted = torch.full_like(verify_rows, WINDOW - 1)
-        draft = self.backend.plan_draft(draft_rows, draft_lens) if drafts else None
-        verify = self.backend.plan_verify(verify_rows, verify_lens, num_drafted) if windows else None
-        self.backend.begin(Mixed(draft, verify))
+        plan = self.backend.plan_mixed(draft_rows, draft_lens, verify_rows, verify_lens, num_drafted)
+        self.backend.begin(plan)
         positions = verify_lens.unsqueeze(1) + torch.arange(WINDOW)
         slots = [
             self.req_to_token[draft_rows, (draft_lens - 1).clamp(min=0)],
@@ -175,7 +173,9 @@ class SmallServer:
         batch = SimpleNamespace(
             forward_mode=ForwardMode.DECODE, batch_size=tokens, out_cache_loc=torch.cat(slots).long()
         )
-        return self._run(batch, tokens, q)
+        output = self._run(batch, tokens, q)
+        self.backend.end()
+        return output
 
     def selected(self, row: int, layer: int = 0, kv_head: int = 0) -> list[int]:
         """Positions that drafts of ``row`` attend to, besides the tail."""

@@ -12,7 +12,7 @@ from sglang_sparsespec.attention_backend.page_table import SelectionTable
 
 
 def make_kernels(
-    name: str, shape: KernelShape, table: SelectionTable, req_to_token: torch.Tensor
+    name: str, shape: KernelShape, table: SelectionTable, req_to_token: torch.Tensor, early_start: bool = True
 ) -> PillarKernels:
     """The implementation called ``name``: torch, triton, flashinfer or auto.
 
@@ -22,6 +22,7 @@ def make_kernels(
 
     Args:
         req_to_token: int32 [rows, context], the slot of each position; the kernels run on its device.
+        early_start: see ``TritonKernels``.
 
     Raises:
         ValueError: another name, or a shape that the implementation does not have.
@@ -31,7 +32,7 @@ def make_kernels(
     if name == "torch":
         return ReferenceKernels(table, req_to_token)
     if name == "triton":
-        return TritonKernels(shape, table, req_to_token)
+        return TritonKernels(shape, table, req_to_token, early_start=early_start)
     if name == "flashinfer":
-        return FlashInferKernels(shape, table, req_to_token)
+        return FlashInferKernels(shape, table, req_to_token, early_start=early_start)
     raise ValueError(f"There are no kernels called {name!r}; expected torch, triton, flashinfer or auto.")

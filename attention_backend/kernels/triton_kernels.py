@@ -138,6 +138,8 @@ class TritonKernels:
         shape: head_dim 64, 128 or 256; window times query heads per KV head at most 256.
         table: selections that drafts read and selection writes.
         req_to_token: int32 [rows, context], the slot of each position.
+        early_start: let kernels start while the one before them on their stream still runs. Not where events from another
+            stream are what they wait for.
         draft_config, verify_config, select_config, scores_config: launch parameters, for benchmarks; the defaults were
             measured on an H100.
 
@@ -160,6 +162,7 @@ class TritonKernels:
         table: SelectionTable,
         req_to_token: torch.Tensor,
         *,
+        early_start: bool = True,
         draft_config: triton_draft.DraftConfig | None = None,
         verify_config: triton_verify.VerifyConfig | None = None,
         select_config: triton_select.SelectConfig | None = None,
@@ -184,7 +187,7 @@ class TritonKernels:
         if self.device.type == "cuda":
             properties = torch.cuda.get_device_properties(self.device)
             self.num_sms = properties.multi_processor_count
-            self.pdl = properties.major >= 9
+            self.pdl = early_start and properties.major >= 9
         self._outgrown: list[Scratch] = []
         self._reserve(shape.max_batch)
 

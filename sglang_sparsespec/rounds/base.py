@@ -128,6 +128,7 @@ class RoundContext:
         self.backend.begin(plan)
         with forward_context(ForwardContext(attn_backend=self.backend)):
             output = self.model_runner.model.forward(forward_batch.input_ids, forward_batch.positions, forward_batch)
+        self.backend.end()
         return output.next_token_logits
 
     def from_first_rank(self, is_all_greedy: bool, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:

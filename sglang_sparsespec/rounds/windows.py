@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 
-from sglang_sparsespec.attention_backend.forward_plan import Mixed
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.forward_batch import decode_forward_batch
 from sglang_sparsespec.rounds.graphs import shared_logits_buffer
@@ -129,12 +128,10 @@ class Windows:
             logits_buffer=logits_buffer,
         )
         backend.count_draft_queries(work.draft_rows, draft_lens)
-        draft = backend.plan_draft(work.draft_rows, draft_lens) if len(work.draft_rows) else None
-        verify = None
-        if len(work.verify_rows):
-            verify = backend.plan_verify(work.verify_rows, self.start_lens[work.verify_rows], work.num_drafted)
-        logits = self.context.forward(Mixed(draft, verify), forward_batch)
-        if backend.hints is not None and draft is not None:
+        verify_lens = self.start_lens[work.verify_rows]
+        plan = backend.plan_mixed(work.draft_rows, draft_lens, work.verify_rows, verify_lens, work.num_drafted)
+        logits = self.context.forward(plan, forward_batch)
+        if backend.hints is not None and plan.draft is not None:
             backend.hints.keep(work.draft_rows, work.draft_offsets, live)
         return logits
 

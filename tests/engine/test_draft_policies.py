@@ -29,8 +29,9 @@ import os
 
 def register():
     """Serve with the policy that a file names; or with pillar, every other round being plain."""
-    from sglang_sparsespec.attention_backend.policy import POLICIES
-    from sglang_sparsespec.round_choice import Speculation
+    from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+    from sglang_sparsespec.rounds.planner import Planner
+    from sglang_sparsespec.settings import attach_settings, settings_of
     from sglang_sparsespec.worker import SparseSpecWorker
 
     original = SparseSpecWorker._prefill
@@ -38,21 +39,23 @@ def register():
     def asked():
         return open(os.environ["{POLICY_ENV}"]).read()
 
-    def begin_round(self, batch):
+    def plain_steps(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
         return self._most_steps if asked() == "{PLAIN}" and self.rounds % 2 == 0 else 0
 
-    def prefill(self, batch, on_publish):
-        name, backend = asked().replace("{PLAIN}", "pillar"), self.attn_backend
-        if backend.policy.name != name:
-            config = dataclasses.replace(backend.config, draft_policy=name)
-            backend.policy = POLICIES[name](config, backend.window)
-            self.ngram_drafter = None
+    def prefill(self, batch, publish):
+        name, settings = asked().replace("{PLAIN}", "pillar"), settings_of(self.server_args)
+        if settings.draft_policy != name:
+            for args in (self.server_args, self.model_runner.server_args):
+                attach_settings(args, dataclasses.replace(settings, draft_policy=name))
+            self.model_runner.attn_backend = SparseSpecAttnBackend(self.model_runner, self.attn_backend.base)
+            self._ngram = None
             self.init_attention_backends()
-        return original(self, batch, on_publish)
+            self.init_cuda_graphs()
+        return original(self, batch, publish)
 
     SparseSpecWorker._prefill = prefill
-    Speculation.begin_round = begin_round
+    Planner.plain_steps = plain_steps
 '''
 #: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
 ROUNDS = 8

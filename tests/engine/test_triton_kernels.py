@@ -30,7 +30,7 @@ def register():
     from sglang_sparsespec.attention_backend.kernels import triton_draft, triton_prefill_scores, triton_verify
     from sglang_sparsespec.attention_backend.kernels.triton_kernels import TritonKernels
 
-    def make_kernels(name, shape, table, req_to_token):
+    def make_kernels(name, shape, table, req_to_token, early_start=True):
         pathlib.Path(os.environ["TRITON_KERNELS_USED"]).touch()
         return TritonKernels(
             shape,

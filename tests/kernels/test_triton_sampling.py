@@ -16,13 +16,13 @@ import triton
 import triton.language as tl
 from interpreter_child import assert_passes_in_the_interpreter
 from sampling_checks import as_requests, batch_info, check_draws
-from sampling_oracles import NO_TOP_K
+from sampling_oracles import NO_TOP_K, accept_by_rejection_sglang
 from scipy.stats import kstest
 from tiny_model import Sampling
 
 from sglang_sparsespec.sampling import triton_sampling
 from sglang_sparsespec.sampling.parameters import RowParameters
-from sglang_sparsespec.sampling.reference import accept_matching
+from sglang_sparsespec.sampling.reference import accept_by_rejection, accept_matching
 from sglang_sparsespec.sampling.sampler import Sampler
 from sglang_sparsespec.sampling.triton_sampling import _uniform
 
@@ -434,8 +434,44 @@ def test_what_is_kept_outlives_a_round_beside_other_requests() -> None:
         assert lens.tolist() == [width] and torch.equal(tokens[:, :-1], candidates[:, 1:])
 
 
+# ------------------------------------------------------------------------ SGLang's rule
+
+
+def random_windows(batch: int, width: int, vocab: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Candidates int64 [batch, W], and the distributions of the target [batch, W, vocab] and the draft [batch, k, vocab]."""
+    torch.manual_seed(0)
+    target = torch.softmax(2 * torch.randn(batch, width, vocab), -1)
+    draft = torch.softmax(torch.log(target[:, :-1]) + torch.randn(batch, width - 1, vocab), -1)
+    drafts = torch.stack([torch.multinomial(draft[:, i], 1).squeeze(1) for i in range(width - 1)], 1)
+    return with_last_token(drafts).to(DEVICE), target.to(DEVICE), draft.to(DEVICE)
+
+
+@kernels_run_here
+def test_sglangs_kernel_accepts_as_the_torch_rule() -> None:
+    given = (*random_windows(96, 4, 12), torch.rand(96, 3).to(DEVICE), torch.rand(96).to(DEVICE))
+    outputs = []
+    for rule in (accept_by_rejection, accept_by_rejection_sglang):
+        tokens, lens = rule(*given)
+        outputs.append([row[:length] for row, length in zip(tokens.tolist(), lens.tolist(), strict=True)])
+    assert outputs[0] == outputs[1]
+    assert {len(tokens) for tokens in outputs[0]} == {1, 2, 3, 4}
+
+
+@kernels_run_here
+def test_sglangs_kernel_gives_no_impossible_token() -> None:
+    """By itself it answers the last token of the vocabulary when rounding carries a coin past the sum."""
+    candidates, target, draft = random_windows(60, 2, 20_000)
+    target[..., -1] = 0
+    target /= target.sum(-1, keepdim=True)
+    last_coin = torch.full((60,), 1 - 2**-24, device=DEVICE)  # the largest that torch.rand gives
+    tokens, lens = accept_by_rejection_sglang(candidates, target, draft, last_coin.unsqueeze(1), last_coin)
+    row, last = torch.arange(60, device=DEVICE), (lens - 1).long()
+    assert target[row, last, tokens[row, last]].min() > 0
+
+
+@pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
     """One child process runs the filters' cases, too."""
     filters = Path(__file__).with_name("test_triton_filters.py")
-    assert_passes_in_the_interpreter(__file__, at_least=49, together_with=[filters])
+    assert_passes_in_the_interpreter(__file__, at_least=51, together_with=[filters])

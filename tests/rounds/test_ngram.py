@@ -87,6 +87,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Any:
         req_to_token_pool=SimpleNamespace(req_to_token=torch.arange(100, 220, dtype=torch.int32).view(3, 40)),
         device=torch.device("cpu"),
         begin=lambda plan: None,
+        end=lambda: None,
         plan_draft=lambda rows, seq_lens: None,
         count_draft_queries=lambda rows, seq_lens: counted.append(int(seq_lens.sum())),
     )

@@ -57,18 +57,27 @@ class RuleBackend:
         self.num_rows = ROWS
         self.plan = Mixed(None, None)
         self.counted: list[int] = []
+        self.ended = 0
         self.forwards: list[tuple[int, int]] = []
 
     def count_draft_queries(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> None:
         self.counted.append(int((seq_lens > 0).sum()))
 
-    def plan_draft(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> Any:
-        assert seq_lens.is_contiguous()
-        return SimpleNamespace(rows=rows, seq_lens=seq_lens)
+    def plan_mixed(
+        self,
+        draft_rows: torch.Tensor,
+        draft_lens: torch.Tensor,
+        verify_rows: torch.Tensor,
+        verify_lens: torch.Tensor,
+        num_drafted: torch.Tensor,
+    ) -> Any:
+        assert draft_lens.is_contiguous() and verify_lens.is_contiguous()
+        draft: Any = SimpleNamespace(rows=draft_rows, seq_lens=draft_lens)
+        verify: Any = SimpleNamespace(rows=verify_rows, lengths=verify_lens, num_drafted=num_drafted)
+        return Mixed(draft if len(draft_rows) else None, verify if len(verify_rows) else None)
 
-    def plan_verify(self, rows: torch.Tensor, lengths: torch.Tensor, num_drafted: torch.Tensor) -> Any:
-        assert lengths.is_contiguous()
-        return SimpleNamespace(rows=rows, lengths=lengths, num_drafted=num_drafted)
+    def end(self) -> None:
+        self.ended += 1
 
     def begin(self, plan: Mixed) -> None:
         self.plan = plan

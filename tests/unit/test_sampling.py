@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from types import SimpleNamespace
 from typing import Any
 
@@ -482,9 +478,8 @@ def test_only_batches_that_sample_without_seeds_are_drawn_from_logits(monkeypatc
 
     run_round([GREEDY, GREEDY])
     assert not calls
-    for requests, filtered in (
-        ([Sampling(), GREEDY], False), ([Sampling(min_p=0.1), GREEDY], True), ([Sampling(top_k=4), Sampling(top_p=0.9)], True)
-    ):  # fmt: skip
+    batches = [[Sampling(), GREEDY], [Sampling(min_p=0.1), GREEDY], [Sampling(top_k=4), Sampling(top_p=0.9)]]
+    for requests, filtered in zip(batches, (False, True, True), strict=True):
         calls.clear()
         run_round(requests)
         assert calls == [("draft", 0, filtered), ("draft", 1, filtered), ("accept", 2, filtered)]
@@ -587,65 +582,3 @@ def test_seeded_drafts_use_the_noise_of_their_position(seeded_sampler: Any) -> N
         for i in range(30)
     ]
     assert any(changed), "the seed must matter"
-
-
-# ---------------------------------------------------------------------- SGLang's rule
-
-#: Compares SGLang's Triton kernel, in Triton's interpreter, with the torch rule; prints one JSON object.
-COMPARE_RULES = """
-import json
-import torch
-from sampling_oracles import accept_by_rejection_sglang
-from sglang_sparsespec.sampling import reference
-torch.manual_seed(0)
-
-def problem(batch, width, vocab):
-    target = torch.softmax(2 * torch.randn(batch, width, vocab), -1)
-    draft = torch.softmax(torch.log(target[:, :-1]) + torch.randn(batch, width - 1, vocab), -1)
-    drafts = torch.stack([torch.multinomial(draft[:, i], 1).squeeze(1) for i in range(width - 1)], 1)
-    return torch.cat([torch.zeros(batch, 1, dtype=torch.int64), drafts], 1), target, draft
-
-candidates, target, draft = problem(96, 4, 12)
-coins, final_coins = torch.rand(96, 3), torch.rand(96)
-ours = reference.accept_by_rejection(candidates, target, draft, coins, final_coins)
-theirs = accept_by_rejection_sglang(candidates, target, draft, coins, final_coins)
-
-def lists(result):
-    tokens, lens = result
-    return [row[:n] for row, n in zip(tokens.tolist(), lens.tolist())]
-
-candidates, target, draft = problem(60, 2, 20_000)
-target[..., -1] = 0  # the last token of the vocabulary is impossible
-target /= target.sum(-1, keepdim=True)
-last_coin = torch.full((60,), 1 - 2**-24)  # the largest that torch.rand gives
-coins = last_coin.unsqueeze(1)
-tokens, lens = accept_by_rejection_sglang(candidates, target, draft, coins, last_coin)
-row, last = torch.arange(60), (lens - 1).long()
-print("ANSWER " + json.dumps({
-    "ours": lists(ours), "theirs": lists(theirs),
-    "mass": target[row, last, tokens[row, last]].tolist(),
-}))
-"""
-
-
-@pytest.fixture(scope="module")
-def compared_rules() -> dict[str, Any]:
-    """In a process of its own: ``TRITON_INTERPRET`` must be set before Triton is imported."""
-    done = subprocess.run(
-        [sys.executable, "-c", COMPARE_RULES],
-        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr[-4000:]
-    return json.loads(done.stdout[done.stdout.index("ANSWER ") + len("ANSWER ") :])
-
-
-def test_sglangs_kernel_accepts_as_the_torch_rule(compared_rules: dict[str, Any]) -> None:
-    assert compared_rules["theirs"] == compared_rules["ours"]
-    assert {len(tokens) for tokens in compared_rules["ours"]} == {1, 2, 3, 4}
-
-
-def test_sglangs_kernel_gives_no_impossible_token(compared_rules: dict[str, Any]) -> None:
-    """By itself it answers the last token of the vocabulary when rounding carries a coin past the sum."""
-    assert min(compared_rules["mass"]) > 0

@@ -1,14 +1,8 @@
 """Sampled sequences follow the target's distribution, end to end.
 
-An engine with SPARSESPEC samples thousands of short sequences from a tiny random Llama; the
-target's exact sequence probabilities are computed by transformers from the same weights.
-Budgets are so small that drafts often miss (the accept length is checked).
-
-The check is Pearson's chi-square over sequences, rare ones merged until each cell expects
-10 or more. It passes at a p-value of at least ``BOUND``. The engine's random seed is fixed,
-but the order in which requests arrive is not, so this bound is what keeps the tests from
-failing by chance: once in 10^6 runs of a check. Broken acceptance rules, put into the same
-engine by a plugin of this test, must fail the same check.
+An engine with SPARSESPEC samples thousands of short sequences from a tiny random Llama. Budgets are so small that drafts
+often miss (the accept length is checked). Broken acceptance rules, put into the same engine by a plugin of this test, must
+fail the same check.
 """
 
 from __future__ import annotations
@@ -16,33 +10,19 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from engine_process import EngineProcess, install_plugin
-from scipy.stats import chi2
-from tiny_model import VOCAB, Sampling, sequence_probabilities, write_tiny_llama
+from sampled_sequences import BOUND, KINDS, LENGTH, NUM_STEPS, engine_args, p_value, prompt_of
+from tiny_model import Sampling, sequence_probabilities, write_tiny_llama
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
 
-BOUND = 1e-6
 #: What a broken rule must reach: far below the bound, so that it fails it on every run.
 BROKEN = 1e-12
-NUM_STEPS = 3
-LENGTH = 4
 RULE_ENV = "SPARSESPEC_TEST_RULE_FILE"
-
-#: Sampling parameters and prompt length of each kind of request.
-KINDS: dict[str, tuple[Sampling, int]] = {
-    "temperature 1": (Sampling(), 60),
-    "top_p": (Sampling(top_p=0.8), 45),
-    "top_k": (Sampling(temperature=1.3, top_k=3), 33),
-    "min_p": (Sampling(temperature=0.9, min_p=0.1), 52),
-    "all filters": (Sampling(temperature=1.2, top_k=5, top_p=0.9, min_p=0.02), 41),
-    "greedy": (Sampling(temperature=0.0), 57),
-}
 
 #: A plugin that wraps the acceptance rule; the file named by the variable says how to break it.
 BROKEN_RULE_PLUGIN = f'''
@@ -52,9 +32,9 @@ import torch
 
 
 def register():
-    from sglang_sparsespec import sampling
+    from sglang_sparsespec.sampling import reference
 
-    original = sampling.accept_by_rejection
+    original = reference.accept_by_rejection
 
     def accept(candidates, target_probs, draft_probs, coins, final_coins):
         rule = open(os.environ["{RULE_ENV}"]).read()
@@ -73,14 +53,8 @@ def register():
             tokens = tokens.scatter(1, last, fresh)
         return tokens, accept_lens
 
-    sampling.accept_by_rejection = accept
+    reference.accept_by_rejection = accept
 '''
-
-
-def prompt_of(kind: str) -> list[int]:
-    """A fixed random prompt of the kind's length."""
-    generator = torch.Generator().manual_seed(list(KINDS).index(kind))
-    return torch.randint(0, VOCAB, (KINDS[kind][1],), generator=generator).tolist()
 
 
 @pytest.fixture(scope="module")
@@ -122,26 +96,6 @@ class Sampler:
         return found
 
 
-def engine_args(checkpoint: Path, **more: Any) -> dict[str, Any]:
-    return {
-        "model_path": str(checkpoint),
-        "device": "cpu",
-        "dtype": "float32",  # "auto" would make it half precision
-        "skip_tokenizer_init": True,
-        "speculative_algorithm": "SPARSESPEC",
-        "sparsespec_speculate": "always",
-        "speculative_num_steps": NUM_STEPS,
-        # One selected token and the tail: far less than the prompts.
-        "sparsespec_min_budget": NUM_STEPS + 2,
-        "sparsespec_budget_ratio": 0.01,
-        "random_seed": 1,
-        "max_running_requests": 256,
-        "max_total_tokens": 40_000,
-        "log_level": "error",
-        **more,
-    }
-
-
 @pytest.fixture(scope="module")
 def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Sampler]]:
     """Engines that start at the same time: as it is, with a rule that can be broken, and with staggered rounds."""
@@ -159,26 +113,6 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
             "no overlap": Sampler(breakable, rule_file),
             "unified": Sampler(unified, None),
         }
-
-
-def p_value(found: Counter[tuple[int, ...]], exact: dict[tuple[int, ...], float]) -> float:
-    """Chi-square p-value of sequence counts; 0 if an impossible sequence occurred."""
-    if not set(found) <= set(exact):
-        return 0.0
-    total = sum(found.values())
-    cells: list[list[float]] = [[0.0, 0.0]]  # expected, observed
-    for sequence in sorted(exact, key=lambda s: -exact[s]):
-        if cells[-1][0] >= 10:
-            cells.append([0.0, 0.0])
-        cells[-1][0] += exact[sequence] * total
-        cells[-1][1] += found[sequence]
-    if cells[-1][0] < 10:
-        expected, observed = cells.pop()
-        cells[-1][0] += expected
-        cells[-1][1] += observed
-    assert len(cells) > 10, "too few samples to tell distributions apart"
-    statistic = sum((observed - expected) ** 2 / expected for expected, observed in cells)
-    return float(chi2.sf(statistic, len(cells) - 1))
 
 
 MIXED = {
