@@ -43,19 +43,19 @@ class PolicyFacts:
 POLICIES: dict[str, PolicyFacts] = {
     facts.name: facts
     for facts in (
-        PolicyFacts("pillar", "by the attention scores of the last verification", uses_scores=True),
-        PolicyFacts("window", "the newest ones (a control for measurements)"),
-        PolicyFacts("streaming", "sinks and the newest ones"),
+        PolicyFacts("pillar", "the best by the last verification's attention scores", uses_scores=True),
+        PolicyFacts("window", "the newest (a control for measurements)"),
+        PolicyFacts("streaming", "sinks and the newest"),
         PolicyFacts(
             "vegas",
-            "by the same scores, a quarter of the budget being kept for the newest tokens",
+            "as pillar, a quarter of the budget being the newest",
             budget_ratio=0.07,
             num_steps=6,
             uses_scores=True,
         ),
         PolicyFacts(
             "triforce",
-            "as pillar, checking n-gram proposals so that a step may yield several drafts (for study)",
+            "as pillar, checking n-gram proposals (for study)",
             uses_scores=True,
             lockstep_only=True,
             for_study="Draft steps run without CUDA graphs (policy triforce): for study.",
@@ -63,7 +63,7 @@ POLICIES: dict[str, PolicyFacts] = {
         ),
         PolicyFacts(
             "full",
-            "all of them (for study: every draft is accepted, nothing is saved)",
+            "all (for study: nothing is saved)",
             for_study="Draft steps read the whole KV cache (policy full): for study, slower than no speculation.",
         ),
     )
@@ -161,7 +161,7 @@ class Settings:
     )
     draft_policy: str = _setting(
         PILLAR.name,
-        "How the tokens that draft steps attend to are chosen: "
+        "Which tokens draft steps attend to: "
         + "; ".join(f"'{policy.name}' {policy.summary}" for policy in POLICIES.values())
         + ".",
         choices=tuple(POLICIES),
@@ -201,9 +201,9 @@ class Settings:
     )
     speculate: str = _setting(
         AUTO,
-        "Which rounds speculate: 'auto' those where it is faster than plain decoding, by the time that both take, which is "
-        "measured as the server runs; 'always' all of them; 'never' none, for comparison (requests with a grammar, logit "
-        "bias or log-probabilities still do). A running server takes another value through /set_internal_state.",
+        "Which rounds speculate: 'auto' those where it is faster than plain decoding, as measured while the server runs; "
+        "'always' all; 'never' none, for comparison (requests with a grammar, logit bias or log-probabilities still do). A "
+        "running server takes another value through /set_internal_state.",
         choices=SPECULATE,
         shown_default="auto (always with draft policies that are for study)",
     )

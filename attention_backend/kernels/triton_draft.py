@@ -218,7 +218,7 @@ class DraftConfig:
 
 
 def default_config(pairs: int, num_sms: int) -> DraftConfig:
-    """Launch parameters for ``pairs`` = B * Hkv lists, by measurement on an H100 (``benchmarks/kernels.py --sweep``)."""
+    """Launch parameters for ``pairs`` = B * Hkv lists, by measurement on an H100."""
     if pairs <= 0.75 * num_sms:
         # Too few lists for all multiprocessors, so they are split; programs of this size fit one twice.
         return DraftConfig(block_n=64, num_warps=2, target=2.0)

@@ -45,6 +45,9 @@ class ToyBackend:
     def begin(self, plan: str) -> None:
         assert plan == "draft"
 
+    def end(self) -> None:
+        """Nothing runs beside the layers."""
+
 
 class ToyRunner:
     """A model runner whose model is a rule; it records the batches it was given."""
