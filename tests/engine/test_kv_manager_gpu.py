@@ -16,15 +16,15 @@ import psutil
 import pytest
 import requests
 import torch
-from conftest import MODEL_ENV
 from quickstart import Server, choose_port, server_environment
+from run_tests import MODEL_VARIABLE
 from server_client import Client
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: test_kv_manager.py kills a server on the CPU"),
-    pytest.mark.skipif(MODEL_ENV not in os.environ, reason=f"set {MODEL_ENV} to a checkpoint folder"),
+    pytest.mark.skipif(MODEL_VARIABLE not in os.environ, reason=f"set {MODEL_VARIABLE} to a checkpoint folder"),
 ]
 
 GIB = 1 << 30
@@ -51,7 +51,7 @@ FLAGS = {
 @contextmanager
 def start(log: Path, **environment: str) -> Iterator[tuple[Server, Client]]:
     port = choose_port(0)
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", os.environ[MODEL_ENV], "--port", str(port)]
+    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", os.environ[MODEL_VARIABLE], "--port", str(port)]
     for name, value in FLAGS.items():
         command.append(f"--{name.replace('_', '-')}")
         if value is not True:
