@@ -62,7 +62,9 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         EngineProcess(**unified, **simple, speculative_num_steps=3, max_running_requests=7, port=31400) as simple_engine,
         EngineProcess(
             plain_rounds_plugin(tmp_path_factory.mktemp("site")),
-            **unified, **retracting, speculative_num_steps=5, max_running_requests=12, port=31360,
+            # After a plain round drafts have an old selection and as many of the newest tokens as the budget leaves.
+            **{**unified, "sparsespec_min_budget": 20}, **retracting, speculative_num_steps=5, max_running_requests=12,
+            port=31360,
         ) as mixed_engine,
     ):  # fmt: skip
         yield {
