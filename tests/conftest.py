@@ -71,17 +71,6 @@ def plugin() -> None:
     assert_hooks_applied()
 
 
-@pytest.fixture(autouse=True)
-def _no_inherited_bridge() -> Iterator[None]:
-    """Resolving SPARSESPEC's arguments for CPU sets a variable for child processes; not beyond a test."""
-    name = "SPARSESPEC_CPU_BRIDGE"
-    before = os.environ.get(name)
-    yield
-    os.environ.pop(name, None)
-    if before is not None:
-        os.environ[name] = before
-
-
 @pytest.fixture
 def serving_args(plugin: None) -> Iterator[object]:
     """Publish ``ServerArgs`` as SGLang's process-wide ones: ``serving_args(args)``."""
