@@ -7,6 +7,7 @@ between, and with requests that the KV manager moves to the host and back. ``ben
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,31 +15,14 @@ from typing import Any
 import pytest
 from engine_process import PLAIN, PLAIN_ENV, EngineProcess, plain_rounds_plugin
 
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+sys.path.append(str(BENCHMARKS))
+
+from parity import SHORT  # noqa: E402
+
 pytestmark = pytest.mark.slow
 
-DATA = Path(__file__).resolve().parents[2] / "benchmarks" / "data"
-ONE_LINERS = (
-    "The capital of France is",
-    "def fibonacci(n):",
-    "Once upon a time",
-    "1, 2, 3, 5, 8, 13,",
-    "Water boils at",
-    "The opposite of hot is",
-    "import numpy as np\n",
-    "Roses are red,",
-    "A",
-    "To be or not to be,",
-    "The derivative of x^2 is",
-    "Dear Sir or Madam,",
-    "SELECT name FROM users WHERE",
-    "The quick brown fox",
-    "In 1969, the first",
-    "Ingredients: flour, sugar,",
-    "# Installation\n\n",
-    "Q: What is photosynthesis?\nA:",
-    "Translate to French: good morning ->",
-    "The three primary colors are",
-)
+DATA = BENCHMARKS / "data"
 PROBLEM_CHARACTERS = 240
 NEW_TOKENS = 24
 COMMON: dict[str, Any] = {
@@ -67,7 +51,7 @@ def make_prompts() -> list[str]:
     """20 one-liners, the beginnings of 38 problems, and two prompts of some 900 tokens."""
     aime, olympiad = read("aime24.jsonl", "problem"), read("olympiadbench.jsonl", "question")
     long = ["\n\n".join(olympiad[first : first + 8])[:2600] + "\n\nSolution:" for first in (10, 30)]
-    return [*ONE_LINERS, *(text[:PROBLEM_CHARACTERS] for text in (aime + olympiad)[:38]), *long]
+    return [*SHORT, *(text[:PROBLEM_CHARACTERS] for text in (aime + olympiad)[:38]), *long]
 
 
 PROMPTS = make_prompts()
