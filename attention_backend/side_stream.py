@@ -21,6 +21,7 @@ class SideStream:
 
     def __init__(self, device: torch.device, enabled: bool = True) -> None:
         self._stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None
+        self._has_work = False
 
     @contextmanager
     def beside(self) -> Iterator[None]:
@@ -29,10 +30,15 @@ class SideStream:
             yield
             return
         self._stream.wait_stream(torch.cuda.current_stream(self._stream.device))
+        self._has_work = True
         with torch.cuda.stream(self._stream):
             yield
 
     def join(self) -> None:
-        """What is launched from now on waits for all work beside."""
-        if self._stream is not None:
+        """What is launched from now on waits for all work beside.
+
+        Without such work nothing is launched: a graph that is being captured may not wait for a stream that is no branch of it.
+        """
+        if self._stream is not None and self._has_work:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)
+            self._has_work = False

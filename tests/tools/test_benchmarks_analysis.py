@@ -45,6 +45,24 @@ def test_only_shown_ties_pass() -> None:
     assert not parity.are_ties([{"margin": None}], 0.25)
 
 
+def with_alternatives(tokens: list[int], best: list[list[list[Any]]]) -> dict[str, Any]:
+    return {"output_ids": tokens, "meta_info": {"output_top_logprobs": best}}
+
+
+def test_a_control_shows_how_far_small_margins_move_between_kernels() -> None:
+    close = [[-0.5, 7, None], [-0.75, 8, None]]
+    moved = [[-0.5, 7, None], [-0.625, 8, None]]
+    swapped = [[-0.5, 8, None], [-0.625, 7, None]]
+    far = [[-0.1, 7, None], [-4.0, 8, None]]
+    farther = [[-0.1, 7, None], [-9.0, 8, None]]
+    plain = with_alternatives([7, 7], [close, far])
+    assert parity.margin_noise([plain], [with_alternatives([7, 7], [close, far])]) == 0
+    assert parity.margin_noise([plain], [with_alternatives([7, 7], [moved, far])]) == pytest.approx(0.125)
+    assert parity.margin_noise([plain], [with_alternatives([7, 7], [close, farther])]) == 0, "no candidate for a tie"
+    # At the first difference both had the same past; afterwards they have not.
+    assert parity.margin_noise([plain], [with_alternatives([8, 7], [swapped, moved])]) == pytest.approx(0.375)
+
+
 def test_parity_takes_no_simulated_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     parity.parse_arguments(["--model-path", "m"])
     monkeypatch.setenv(SIMULATE, "7")
