@@ -13,6 +13,7 @@ SGLang plans prefill and verification through ``init_forward_metadata``; rounds 
 from __future__ import annotations
 
 import logging
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -28,6 +29,7 @@ from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import make_policy
 from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection
 from sglang_sparsespec.attention_backend.side_stream import SideStream
+from sglang_sparsespec.draft_weights.copies import DraftWeights, draft_weights_of
 from sglang_sparsespec.settings import settings_of
 
 if TYPE_CHECKING:
@@ -117,6 +119,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
         self._all_drafted = torch.full((self.num_rows,), self.window - 1, dtype=torch.int64, device=self.device)
         self._plan: ForwardPlan = Prefill()
+        self._draft_weights = draft_weights_of(model_runner)
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page table %.2f GB.",
             self.window - 1,
@@ -160,7 +163,8 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.base.init_forward_metadata(forward_batch)
             self.begin(self._plan_prefill(forward_batch))
         elif mode.is_decode():
-            self.begin(self.plan_draft(rows, seq_lens))
+            # SGLang's own decode forwards (warm-ups) are not the rounds' draft steps.
+            self.begin(replace(self.plan_draft(rows, seq_lens), weights=None))
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Host part of a captured forward: nothing, everything is read on the device."""
@@ -203,10 +207,16 @@ class SparseSpecAttnBackend(AttentionBackend):
     def end(self) -> None:
         """The layers have run: what follows waits for all that they launched. Recordable."""
         self._side_stream.join()
+        self._plan = Prefill()
+
+    @property
+    def weights_in_use(self) -> DraftWeights | None:
+        """What the linear layers of the forward that runs multiply with; None: the model's own weights."""
+        return self._plan.weights if isinstance(self._plan, Draft) else None
 
     def plan_draft(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> Draft:
         """A draft step: int [B] each; lengths include the query's own token, and are 0 for padding. Recordable."""
-        return Draft(self.kernels.plan_draft(rows, seq_lens), len(rows))
+        return Draft(self.kernels.plan_draft(rows, seq_lens), len(rows), self._draft_weights)
 
     def plan_plain(self, rows: torch.Tensor, lengths: torch.Tensor) -> Plain:
         """A plain step: int [B] each; ``lengths`` are the tokens before the query's own. Recordable.

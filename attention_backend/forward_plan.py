@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from sglang_sparsespec.attention_backend.kernels.interface import DraftAttention, Selection, VerifyAttention
+from sglang_sparsespec.draft_weights.copies import DraftWeights
 
 
 @dataclass(frozen=True)
@@ -58,10 +59,12 @@ class Draft:
 
     Attributes:
         num_queries: B.
+        weights: what the linear layers multiply with; None: the model's own weights, as in every other plan.
     """
 
     attention: DraftAttention
     num_queries: int
+    weights: DraftWeights | None = None
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,15 @@ server without SPARSESPEC every hook leaves SGLang as it is.
 
 from __future__ import annotations
 
-from sglang_sparsespec.scheduler_patch import cpu, hooks, internal_state, metrics_hooks, prefill_interleave, slots
+from sglang_sparsespec.scheduler_patch import (
+    cpu,
+    draft_weights,
+    hooks,
+    internal_state,
+    metrics_hooks,
+    prefill_interleave,
+    slots,
+)
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
 
 
@@ -15,6 +23,7 @@ def register_all_hooks() -> None:
     hooks.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
+    draft_weights.register_hooks()
     kv_manager_hooks.register_hooks()
     prefill_interleave.register_hooks()
     metrics_hooks.register_hooks()

@@ -74,6 +74,8 @@ KERNELS = ("auto", "torch", "triton", "flashinfer")
 SCHEDULES = ("lockstep", "unified")
 ALWAYS, AUTO, NEVER = "always", "auto", "never"
 SPECULATE = (ALWAYS, AUTO, NEVER)
+MODEL_WEIGHTS, FP8_WEIGHTS = "model", "fp8"
+DRAFT_WEIGHTS = (AUTO, MODEL_WEIGHTS, FP8_WEIGHTS)
 #: ``--sparsespec-host-kv-gb auto``: a share of the free memory (``support.AUTO_HOST_KV_SHARE``).
 AUTO_HOST_KV = "auto"
 
@@ -206,6 +208,12 @@ class Settings:
         "running server takes another value through /set_internal_state.",
         choices=SPECULATE,
         shown_default="auto (always with draft policies that are for study)",
+    )
+    draft_weights: str = _setting(
+        AUTO,
+        "Weights that draft steps multiply with: 'model' the model's own; 'fp8' an FP8 copy of its linear layers, which costs "
+        "half of their memory and never reaches the output; 'auto' is fp8 on GPUs that have it, for models of 16 bits.",
+        choices=DRAFT_WEIGHTS,
     )
     prefill_beside_decoding: bool = False
 

@@ -11,7 +11,10 @@ from typing import TYPE_CHECKING, Any
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import assert_hooks_applied
 from sglang_sparsespec.settings import (
+    AUTO,
     AUTO_HOST_KV,
+    FP8_WEIGHTS,
+    MODEL_WEIGHTS,
     PILLAR,
     POLICIES,
     Settings,
@@ -98,6 +101,18 @@ REFUSALS = (
         "--sparsespec-kernels {settings.kernels}",
         "the device is not CUDA",
         "use --sparsespec-kernels auto",
+    ),
+    Refusal(
+        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.settings.schedule == "unified",
+        "--sparsespec-draft-weights fp8 together with --sparsespec-schedule unified",
+        "its drafts and verifications share every product with the weights",
+        "use --sparsespec-draft-weights model or --sparsespec-schedule lockstep",
+    ),
+    Refusal(
+        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.args.device == "cuda" and not has_fp8(),
+        "--sparsespec-draft-weights fp8",
+        "the GPU's compute capability is below 8.9",
+        "use --sparsespec-draft-weights model",
     ),
     Refusal(
         _is_unknown_base_backend,
@@ -378,10 +393,25 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         )
     if settings.base_attention_backend is None:
         settings = dataclasses.replace(settings, base_attention_backend=DEFAULT_BASE_BACKEND[server_args.device])
+    if settings.draft_weights == AUTO:
+        settings = dataclasses.replace(settings, draft_weights=_auto_draft_weights(server_args, settings))
     attach_settings(server_args, settings)
     if settings.has_host_tier:
         _resolve_host_tier(server_args, settings)
     _resolve_graphs(server_args)
+
+
+def has_fp8() -> bool:
+    """Whether the GPU multiplies FP8 values."""
+    import torch
+
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
+
+
+def _auto_draft_weights(server_args: ServerArgs, settings: Settings) -> str:
+    """What ``--sparsespec-draft-weights auto`` means here."""
+    suits = settings.schedule == "lockstep" and not POLICIES[settings.draft_policy].for_study
+    return FP8_WEIGHTS if suits and server_args.device == "cuda" and has_fp8() else MODEL_WEIGHTS
 
 
 def _resolve_host_tier(server_args: ServerArgs, settings: Settings) -> None:

@@ -27,6 +27,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("worker",),
     ("rounds",),
     ("sampling", "attention_backend"),
+    ("draft_weights",),
     ("attention_backend.kernels",),
     ("attention_backend.page_table",),
     ("settings", "hook_registry", "spec_input", "metrics"),

@@ -1,0 +1,98 @@
+"""Hooks that let draft steps use FP8 copies of the linear layers (``sglang_sparsespec.draft_weights``)."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
+from sglang.srt.model_executor.forward_context import get_forward_context, has_forward_context
+
+from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_weights.copies import DraftWeights, attach_draft_weights, draft_weights_of
+from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.settings import FP8_WEIGHTS, is_sparsespec, settings_of
+
+logger = logging.getLogger(__name__)
+
+
+def copy_weights(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """``ModelRunner.load_model``: SGLang sizes the KV pool by the memory that is free after it.
+
+    The copies are made here, so that the pool leaves room for them.
+    """
+    server_args = model_runner.server_args
+    if not is_sparsespec(server_args) or settings_of(server_args).draft_weights != FP8_WEIGHTS:
+        return
+    # As the weights themselves, so that they leave the GPU and come back together.
+    with model_runner.memory_saver_adapter.region(
+        GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=server_args.enable_weights_cpu_backup
+    ):
+        weights = DraftWeights(model_runner.model)
+    if not len(weights):
+        logger.warning(
+            "Drafts use the model's own weights: it has no linear layers of 16 bits or more that could be copied in FP8."
+        )
+        return
+    attach_draft_weights(model_runner, weights)
+    logger.info("FP8 draft weights: %d linear layers, %.2f GB.", len(weights), weights.nbytes / 1e9)
+
+
+def use_copy(
+    original: Callable[..., torch.Tensor],
+    method: Any,
+    layer: torch.nn.Module,
+    x: torch.Tensor,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``UnquantizedLinearMethod.apply``: SGLang multiplies with the model's weights; a draft step may use their copy."""
+    weights = weights_in_use()
+    out = weights.linear(layer, x, bias) if weights is not None else None
+    return original(method, layer, x, bias) if out is None else out
+
+
+def use_copy_of_head(
+    original: Callable[..., torch.Tensor],
+    processor: Any,
+    hidden_states: torch.Tensor,
+    lm_head: torch.nn.Module,
+    embedding_bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``LogitsProcessor._compute_lm_head``: SGLang multiplies with the head's weight itself, without a linear method."""
+    weights = weights_in_use()
+    out = weights.linear(lm_head, hidden_states, None) if weights is not None else None
+    return original(processor, hidden_states, lm_head, embedding_bias) if out is None else out
+
+
+def weights_in_use() -> DraftWeights | None:
+    """The copies that the forward that runs multiplies with, by its plan; None: the model's own weights."""
+    if not has_forward_context():
+        return None
+    backend = get_forward_context().attn_backend
+    return backend.weights_in_use if isinstance(backend, SparseSpecAttnBackend) else None
+
+
+def requantise(result: Any, updater: Any, *args: Any, **kwargs: Any) -> None:
+    """``WeightUpdater.update_weights_from_*``: SGLang replaces the model's weights, of which the copies are made.
+
+    An update that failed may have replaced some of them.
+    """
+    weights = draft_weights_of(updater.get_model_runner())
+    if weights is None:
+        return
+    started = time.perf_counter()
+    weights.requantise()
+    logger.info("FP8 draft weights: made from the new weights in %.2f s.", time.perf_counter() - started)
+
+
+def register_hooks() -> None:
+    """Register the hooks of this module."""
+    add_hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", copy_weights, "after")
+    add_hook("sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", use_copy, "around")
+    add_hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", use_copy_of_head, "around")
+    updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
+    for source in ("disk", "distributed", "tensor", "ipc"):
+        add_hook(f"{updater}update_weights_from_{source}", requantise, "after")
