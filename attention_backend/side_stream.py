@@ -37,7 +37,8 @@ class SideStream:
     def join(self) -> None:
         """What is launched from now on waits for all work beside.
 
-        Without such work nothing is launched: a graph that is being captured may not wait for a stream that is no branch of it.
+        Without such work nothing is launched: a graph that is being captured may not wait for a stream that is no branch
+        of it.
         """
         if self._stream is not None and self._has_work:
             torch.cuda.current_stream(self._stream.device).wait_stream(self._stream)

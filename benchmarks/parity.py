@@ -9,7 +9,8 @@ be equal. Where 16-bit kernels of different shapes break ties, each divergence i
 tokens in the baseline's own log-probabilities at the first differing position: a tie has a margin within the rounding of the
 logits. How large that is, plain engines among ``--engines`` show (``plain:triton``): where they and the baseline have
 written the same tokens so far, small margins between the best tokens still differ. The largest such difference is the bound,
-if it is more than ``--tie-margin``. The exit status is 1 if an output differs on a CPU, or differs at more than a tie on a GPU.
+if it is more than ``--tie-margin``. The exit status is 1 if an output differs on a CPU, or differs at more than a tie on a
+GPU.
 """
 
 from __future__ import annotations
@@ -137,14 +138,15 @@ def divergences(baseline: Sequence[dict[str, Any]], outputs: Sequence[dict[str, 
 
 
 def margin_noise(baseline: Sequence[dict[str, Any]], control: Sequence[dict[str, Any]]) -> float:
-    """The largest difference between two plain engines' margins of the best tokens, where both have written the same tokens.
+    """The largest difference between two plain engines' small margins, where both have written the same tokens so far.
 
-    A margin is the best token's log-probability less another's, as the baseline has them; both engines need log-probabilities.
+    A margin is the best token's log-probability less another's, as the baseline has them. Both engines need
+    log-probabilities.
     """
     largest = 0.0
     for plain, other in zip(baseline, control, strict=True):
         at = first_difference(plain["output_ids"], other["output_ids"])
-        same = len(plain["output_ids"]) if at is None else at + 1  # the logits of the first different token have the same past
+        same = len(plain["output_ids"]) if at is None else at + 1  # the first different token has the same past
         ours, theirs = (item["meta_info"]["output_top_logprobs"][:same] for item in (plain, other))
         for left, right in zip(ours, theirs, strict=False):
             known = {int(token): float(value) for value, token, *_ in right}
@@ -172,7 +174,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=36, help="AIME and OlympiadBench prompts")
     parser.add_argument("--long", type=int, default=4, help="prompts of --long-chars characters")
     parser.add_argument("--long-chars", type=int, default=6800)
-    parser.add_argument("--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (CUDA), without a control")
+    parser.add_argument("--tie-margin", type=float, default=0.25, help="least bound of a tie's log-probability margin")
     args = parser.parse_args(argv)
     if simulated_accept_length("sparsespec"):
         parser.error(f"{SIMULATE} is set: simulated acceptance has no outputs to compare")

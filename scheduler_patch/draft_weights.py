@@ -67,6 +67,26 @@ def use_copy_of_head(
     return original(processor, hidden_states, lm_head, embedding_bias) if out is None else out
 
 
+def quantise_norm(
+    original: Callable[..., Any],
+    norm: Any,
+    x: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    post_residual_addition: torch.Tensor | None = None,
+) -> Any:
+    """``RMSNorm.forward_cuda``: SGLang's norm yields 16 bits; the products of a draft step want FP8."""
+    weights = weights_in_use()
+    out = weights.norm(norm, x, residual) if weights is not None and post_residual_addition is None else None
+    return original(norm, x, residual, post_residual_addition) if out is None else out
+
+
+def quantise_activation(original: Callable[..., torch.Tensor], activation: Any, x: torch.Tensor) -> torch.Tensor:
+    """``SiluAndMul.forward_cuda``: as :func:`quantise_norm`."""
+    weights = weights_in_use()
+    out = weights.silu_and_mul(x) if weights is not None else None
+    return original(activation, x) if out is None else out
+
+
 def weights_in_use() -> DraftWeights | None:
     """The copies that the forward that runs multiplies with, by its plan; None: the model's own weights."""
     if not has_forward_context():
@@ -93,6 +113,8 @@ def register_hooks() -> None:
     add_hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", copy_weights, "after")
     add_hook("sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", use_copy, "around")
     add_hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", use_copy_of_head, "around")
+    add_hook("sglang.srt.layers.layernorm.RMSNorm.forward_cuda", quantise_norm, "around")
+    add_hook("sglang.srt.layers.activation.SiluAndMul.forward_cuda", quantise_activation, "around")
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
     for source in ("disk", "distributed", "tensor", "ipc"):
         add_hook(f"{updater}update_weights_from_{source}", requantise, "after")

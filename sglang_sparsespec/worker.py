@@ -17,10 +17,11 @@ from sglang.srt.managers.utils import GenerationBatchResult
 from sglang.srt.speculative.base_spec_worker import BaseSpecWorker
 
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.draft_weights.copies import draft_weights_of
 from sglang_sparsespec.hook_registry import assert_hooks_applied
 from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome, SparseSpecResult
-from sglang_sparsespec.rounds.graphs import StepGraphs, capture_prefill_selection
+from sglang_sparsespec.rounds.graphs import StepGraphs, capture_prefill_selection, decode_batch_sizes
 from sglang_sparsespec.rounds.lockstep import LockstepRounds, SparseDrafter
 from sglang_sparsespec.rounds.ngram import NgramDrafter
 from sglang_sparsespec.rounds.plain import PlainRounds
@@ -111,6 +112,7 @@ class SparseSpecWorker(BaseSpecWorker):
             capture=self._captures_steps(),
         )
         self._compile(context)
+        self._choose_draft_weights()
         graphs: dict[str, StepGraphs | None] = {}
         if context.capture:
             graphs["prefill_selection"] = capture_prefill_selection(self.model_runner, self.attn_backend)
@@ -153,6 +155,16 @@ class SparseSpecWorker(BaseSpecWorker):
             compile_slot_assignment(pool, most_requests=pool.shape[0] - 1)
             vocab_size = self.model_runner.model_config.vocab_size
             compile_kernels(vocab_size, context.window, context.logits_dtype, self.device)
+
+    def _choose_draft_weights(self) -> None:
+        """Time products with the copied weights, if there are any: what is faster is captured."""
+        weights = draft_weights_of(self.model_runner)
+        if weights is None or self.device != "cuda":
+            return
+        found = weights.choose(most_rows=decode_batch_sizes(self.model_runner)[-1])
+        per_token = self.model_runner.token_to_kv_pool.get_kv_size_bytes()
+        tokens = self.model_runner.max_total_num_tokens * weights.nbytes // sum(per_token)
+        logger.info("FP8 draft weights: %s; they take the memory of %d KV tokens.", found, tokens)
 
     def lose_drafts(self, reqs: list[Req]) -> None:
         """``reqs`` leave the device: their slots beyond the committed lengths are freed, with what was drafted into them.

@@ -1,4 +1,4 @@
-"""FP8 weights (E4M3, one scale per output channel), and the reference of a product with them."""
+"""FP8 (E4M3) with one scale per row: weights per output channel, activations per token; and the reference of a product."""
 
 from __future__ import annotations
 
@@ -8,38 +8,42 @@ import torch
 
 FP8 = torch.float8_e4m3fn
 LARGEST = torch.finfo(FP8).max
-#: Output channels that are quantised at a time: the float32 copy of a part of a weight stays small.
-CHUNK = 4096
+#: Rows that are quantised at a time: the float32 copy of a part of a weight stays small.
+CHUNK = 8192
 
 
 @dataclass(frozen=True)
-class QuantisedWeight:
-    """A linear layer's weight in FP8.
+class Quantised:
+    """A matrix in FP8.
 
     Attributes:
-        values: float8_e4m3fn [N, K].
-        scales: float32 [N, 1]; a weight is its value times the scale of its output channel.
+        values: float8_e4m3fn [R, K].
+        scales: float32 [R, 1]; an entry is its value times the scale of its row.
     """
 
     values: torch.Tensor
     scales: torch.Tensor
 
     @classmethod
-    def of(cls, weight: torch.Tensor) -> QuantisedWeight:
-        """Quantise ``weight`` [N, K]."""
-        channels = weight.shape[0]
-        made = cls(
-            torch.empty(weight.shape, dtype=FP8, device=weight.device),
-            torch.empty((channels, 1), dtype=torch.float32, device=weight.device),
+    def empty(cls, rows: int, columns: int, device: torch.device) -> Quantised:
+        """Memory for a matrix."""
+        return cls(
+            torch.empty((rows, columns), dtype=FP8, device=device),
+            torch.empty((rows, 1), dtype=torch.float32, device=device),
         )
-        made.take(weight)
+
+    @classmethod
+    def of(cls, matrix: torch.Tensor) -> Quantised:
+        """``matrix`` [R, K] in FP8."""
+        made = cls.empty(*matrix.shape, matrix.device)
+        made.take(matrix)
         return made
 
-    def take(self, weight: torch.Tensor) -> None:
-        """Quantise ``weight`` [N, K] into the same memory, which CUDA graphs read."""
-        for first in range(0, len(weight), CHUNK):
-            part = weight[first : first + CHUNK].float()
-            # A channel of zeros has any scale.
+    def take(self, matrix: torch.Tensor) -> None:
+        """Quantise ``matrix`` [R, K] into the same memory, which CUDA graphs read."""
+        for first in range(0, len(matrix), CHUNK):
+            part = matrix[first : first + CHUNK].float()
+            # A row of zeros may have any scale.
             scales = (part.abs().amax(dim=1, keepdim=True) / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)
             self.scales[first : first + CHUNK] = scales
             self.values[first : first + CHUNK] = (part / scales).to(FP8)
@@ -49,11 +53,12 @@ class QuantisedWeight:
         """Memory, in bytes."""
         return self.values.nbytes + self.scales.nbytes
 
-    def dequantised(self, dtype: torch.dtype) -> torch.Tensor:
-        """The weight [N, K] that the values stand for, rounded to ``dtype``."""
-        return (self.values.float() * self.scales).to(dtype)
+    def dequantised(self) -> torch.Tensor:
+        """What the values stand for: float32 [R, K]."""
+        return self.values.float() * self.scales
 
 
-def reference_linear(x: torch.Tensor, weight: QuantisedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias, [..., N] of x [..., K]: any device, slow."""
-    return torch.nn.functional.linear(x, weight.dequantised(x.dtype), bias)
+def reference_linear(x: torch.Tensor, weight: Quantised, bias: torch.Tensor | None) -> torch.Tensor:
+    """x @ weight.T + bias with activations in FP8 too: [M, N] of x [M, K]. Any device, slow."""
+    out = Quantised.of(x).dequantised() @ weight.dequantised().T
+    return (out if bias is None else out + bias).to(x.dtype)
