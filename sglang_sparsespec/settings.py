@@ -211,8 +211,8 @@ class Settings:
     )
     draft_weights: str = _setting(
         AUTO,
-        "Weights that draft steps multiply with: 'model' the model's own; 'fp8' an FP8 copy of its linear layers, half their "
-        "size, which verification never uses; 'auto' is fp8 on GPUs that have it, for models of 16 bits.",
+        "Weights that draft steps multiply with: 'model' the model's own; 'fp8' an FP8 copy of its linear layers, of half "
+        "their size, which verification never uses; 'auto' is fp8 on GPUs that have it, for models of 16 bits.",
         choices=DRAFT_WEIGHTS,
     )
     prefill_beside_decoding: bool = False

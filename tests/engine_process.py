@@ -84,6 +84,11 @@ class EngineProcess:
 
         assert self._call("set_state", sparsespec_speculate=SPECULATE.index(value)) == [True]
 
+    def update_weights(self, folder: Path) -> None:
+        """Load the weights of the checkpoint in ``folder``."""
+        success, message, *_ = self._call("update_weights", model_path=str(folder))
+        assert success, message
+
     def _call(self, name: str, **kwargs: Any) -> Any:
         assert self._child.stdin is not None and self._child.stdout is not None
         try:
@@ -149,7 +154,8 @@ def main() -> None:
         request = SetInternalStateReq(server_args=server_args)
         return engine.loop.run_until_complete(engine.tokenizer_manager.set_internal_state(request))
 
-    calls = {"generate": engine.generate, "state": state, "set_state": set_state}
+    update_weights = engine.update_weights_from_disk
+    calls = {"generate": engine.generate, "state": state, "set_state": set_state, "update_weights": update_weights}
     try:
         for line in sys.stdin:
             name, kwargs = json.loads(line)

@@ -14,8 +14,6 @@ from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
 
 logger = logging.getLogger(__name__)
 
-#: Layers with fewer output channels keep the model's weights: they are small, and a router's choice of experts is delicate.
-LEAST_CHANNELS = 512
 #: Largest row that one program of a fused kernel holds.
 LARGEST_ROW = 32768
 #: A copy must be that much faster than the model's weights.
@@ -175,7 +173,7 @@ def _seconds(product: Callable[[torch.nn.Module], None], layers: Sequence[torch.
 
 def copied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     """The layers that are copied: plain linear layers of 16 bits (on CPU of 32 too), and the head."""
-    from sglang.srt.layers.linear import LinearBase
+    from sglang.srt.layers.linear import LinearBase, ReplicatedLinear
     from sglang.srt.layers.quantization.unquant import UnquantizedEmbeddingMethod, UnquantizedLinearMethod
     from sglang.srt.layers.vocab_parallel_embedding import VocabParallelEmbedding
     from sglang.srt.utils import use_intel_amx_backend
@@ -183,14 +181,16 @@ def copied_layers(model: torch.nn.Module) -> Iterator[torch.nn.Module]:
     head = getattr(model, "lm_head", None)
     for layer in model.modules():
         method = getattr(layer, "quant_method", None)
-        is_plain = (isinstance(layer, LinearBase) and type(method) is UnquantizedLinearMethod) or (
+        # Replicated layers are routers: small, and their choice of experts is delicate.
+        is_linear = isinstance(layer, LinearBase) and not isinstance(layer, ReplicatedLinear)
+        is_plain = (is_linear and type(method) is UnquantizedLinearMethod) or (
             layer is head and isinstance(layer, VocabParallelEmbedding) and type(method) is UnquantizedEmbeddingMethod
         )
         if not is_plain or use_intel_amx_backend(layer):
             continue
         weight = layer.weight
         types = (torch.bfloat16, torch.float16) if weight.is_cuda else (torch.bfloat16, torch.float16, torch.float32)
-        if weight.dtype in types and len(weight) >= LEAST_CHANNELS and all(size % 16 == 0 for size in weight.shape):
+        if weight.dtype in types and all(size % 16 == 0 for size in weight.shape):  # as fp8_scaled_mm wants it
             yield layer
 
 

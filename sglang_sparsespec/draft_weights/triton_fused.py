@@ -1,6 +1,6 @@
 """What a draft step does between two products; the kernel quantises the next one's input (Triton).
 
-A kernel of its own for the quantisation costs more than the bytes it moves: a draft step of 36 layers would have 144 of them.
+A kernel of its own for the quantisation costs more than the bytes it moves, and a step of 36 layers would have 144 of them.
 """
 
 from __future__ import annotations
