@@ -13,6 +13,7 @@ from statistics import median
 
 import torch
 from sglang.srt.distributed import get_tp_group
+from sglang.srt.utils import DynamicGradMode
 
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.decode_steps import DecodeSteps
@@ -32,6 +33,8 @@ GPU_SECONDS, GPU_REPEATS = 5.0, 4
 CPU_SECONDS, CPU_REPEATS = 1.0, 1
 #: Keys that the pool is filled with, again and again.
 BLOCK = 1024
+#: Clock cycles of the device, some 5 ms, in which the host launches what is timed after them.
+PAUSE_CYCLES = 10_000_000
 
 
 def grid(
@@ -65,7 +68,7 @@ def measure_rounds(context: RoundContext, draft: DecodeSteps, plain: DecodeSteps
 
     The KV pool must be empty, and have its final size.
     """
-    with torch.no_grad():
+    with DynamicGradMode():  # as SGLang's event loops run rounds
         return Measurement(context, draft, plain).run()
 
 
@@ -149,9 +152,9 @@ class Measurement:
             numbers = torch.randn((BLOCK, *keys.shape[1:]), generator=self._generator, device=keys.device)
             # As bytes: not every operation takes 8-bit floats.
             block, target = numbers.to(keys.dtype).view(torch.uint8), keys[1 : used + 1].view(torch.uint8)
-            whole = used // BLOCK * BLOCK
-            target[:whole].view(-1, *block.shape).copy_(block)
-            target[whole:].copy_(block[: used - whole])
+            blocks, rest = divmod(used, BLOCK)
+            target[: used - rest].view(blocks, *block.shape).copy_(block)
+            target[used - rest :].copy_(block[:rest])
 
     def _kv_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [slots, Hkv, D] of each layer."""
@@ -202,6 +205,9 @@ class Measurement:
     def _seconds(self, run: Callable[[], None]) -> float:
         """Median time of one of several runs, launched without waiting, after one that does not count."""
         run()
+        if self._context.capture:
+            # Behind a pause replays follow each other on the device, as they do in a round, however slow the host is.
+            torch.cuda._sleep(PAUSE_CYCLES)
         marks = [self._timer.now()]
         for _ in range(self._repeats):
             run()
