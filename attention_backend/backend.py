@@ -117,7 +117,9 @@ class SparseSpecAttnBackend(AttentionBackend):
                 self.table.positions.shape[0], self.num_rows, self.window, shape.num_q_heads, self.device
             )
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
-        self._all_drafted = torch.full((self.num_rows,), self.window - 1, dtype=torch.int64, device=self.device)
+        #: Drafts in each window of the next lock-step verification; captured verifications read it.
+        self._num_drafted = self.window - 1
+        self._all_drafted = torch.full((self.num_rows,), self._num_drafted, dtype=torch.int64, device=self.device)
         self._plan: ForwardPlan = Prefill()
         self._draft_weights = draft_weights_of(model_runner)
         logger.info(
@@ -188,6 +190,12 @@ class SparseSpecAttnBackend(AttentionBackend):
         if not self.policy.facts.num_proposals:  # rounds with proposals account their queries themselves
             self._count_round(rows, lengths)
         self.begin(self.plan_verify(rows, lengths, self._all_drafted[: len(rows)]))
+
+    def begin_lockstep_round(self, num_drafted: int) -> None:
+        """The verifications that SGLang launches after this are of ``num_drafted`` drafts per request."""
+        if num_drafted != self._num_drafted:
+            self._num_drafted = num_drafted
+            self._all_drafted.fill_(num_drafted)
 
     def _plan_prefill(self, forward_batch: ForwardBatch) -> Prefill:
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
@@ -289,10 +297,10 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.kv_read[1] += full
 
     def _count_round(self, rows: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Account the k draft steps before a lock-step verification: step j (1-based) saw length + j tokens."""
-        steps = self.window - 1
+        """Account the draft steps before a lock-step verification: step j (1-based) saw length + j tokens."""
+        steps = self._all_drafted[: len(rows)]
         live = (lengths > 0).to(torch.float64)
-        full = (lengths * steps + steps * (steps + 1) / 2) * live
+        full = (lengths * steps + steps * (steps + 1) // 2) * live
         skipped = (self.table.tail_start[rows] - self.table.num_selected[rows]) * steps * live
         self.kv_read[0] += (full - skipped).sum()
         self.kv_read[1] += full.sum()

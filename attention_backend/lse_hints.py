@@ -26,6 +26,11 @@ class LseHints:
         self._hints = torch.zeros((num_layers, num_rows, window, num_q_heads), dtype=torch.float32, device=device)
         self._offsets = torch.arange(window, device=device)
 
+    def clear(self) -> None:
+        """Forget all hints."""
+        self.last_step.zero_()
+        self._hints.zero_()
+
     def keep(self, rows: torch.Tensor, offsets: torch.Tensor, live: torch.Tensor) -> None:
         """Keep the last step's values for the verification.
 

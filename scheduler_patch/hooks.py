@@ -1,4 +1,4 @@
-"""What SGLang assumes of a speculative algorithm and SPARSESPEC does not share: draft pool, verify inputs, penalties."""
+"""What SGLang assumes of a speculative algorithm and SPARSESPEC does not share: draft pool, start, inputs, penalties."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
+from sglang_sparsespec.worker import SparseSpecWorker
 
 #: Request parameters whose effect on a token depends on the tokens just before it, with the
 #: value that turns them off.
@@ -67,6 +68,16 @@ def verify_graph_spec_info(result: Any, runner: Any, *args: Any, **kwargs: Any) 
     return SparseSpecVerifyInput.for_capture(runner.captured_req_width)
 
 
+def time_rounds(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
+    """``Scheduler.init_model_worker``: SGLang may give the KV pool its final size after its workers have captured.
+
+    Only then are there slots to time rounds in, and SGLang tells the workers nothing.
+    """
+    worker = scheduler.draft_worker
+    if isinstance(worker, SparseSpecWorker):
+        worker.measure_rounds()
+
+
 def refuse_inexact_request(result: Any, tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """``TokenizerManager._validate_one_request``: SGLang approximates penalties under speculation.
 
@@ -106,6 +117,7 @@ def register_hooks() -> None:
         verify_graph_spec_info,
         "after",
     )
+    add_hook("sglang.srt.managers.scheduler.Scheduler.init_model_worker", time_rounds, "after")
     add_hook(
         "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", refuse_inexact_request, "after"
     )

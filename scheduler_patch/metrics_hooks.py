@@ -33,8 +33,7 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)
     accepted = [count for req, count in drafts if not (req.is_retracted or req.finished())]
     worker.metrics.note_verifications(accepted, outcome.drafted)
-    if outcome.is_typical:
-        worker.planner.note_acceptance(accepted)
+    worker.planner.note_acceptance(accepted, outcome.drafted)
 
 
 def _count_plain_steps(processor: Any, batch: Any, steps: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,8 +33,9 @@ class Metric:
 
 DRAFT_METRICS = (
     Metric("accept_length", "value", "Mean accepted drafts + 1 bonus token per verification."),
-    Metric("accept_histogram", "value", "Entry n: verifications that accepted n of the k drafts."),
+    Metric("accept_histogram", "value", "Entry n: verifications that accepted n drafts."),
     Metric("draft_length", "value", "Mean drafts per verification."),
+    Metric("draft_length_histogram", "value", "Entry n: rounds that drafted n tokens per request; 0: plain rounds."),
     Metric("kv_tokens_read", "value", "KV tokens that draft queries attended to."),
     Metric("kv_tokens_full", "value", "KV tokens that full attention would have read for them."),
     Metric("kv_read_share", "gauge", "KV tokens read while drafting, relative to full attention."),
@@ -51,6 +52,8 @@ DRAFT_METRICS = (
 )
 #: Prometheus only, with the label ``count``: its values are those of ``accept_histogram``.
 ACCEPTED_DRAFTS = Metric("accepted_drafts", "counter", 'Verifications by the number of drafts accepted (`count="n"`).')
+#: Prometheus only, with the label ``count``: its values are those of ``draft_length_histogram``.
+DRAFT_LENGTHS = Metric("draft_lengths", "counter", 'Rounds by the number of drafts per request (`count="n"`; 0: plain).')
 KV_METRICS = (
     Metric("kv_utilisation", "gauge", "Share of the device's KV pool that requests on the device hold, now."),
     Metric("kv_requests_offloaded", "counter", "Requests moved to the host."),
@@ -70,7 +73,8 @@ KV_METRICS = (
 
 def describe() -> list[tuple[str, str, str]]:
     """Name, kind and meaning of every metric, for the documentation."""
-    return [(metric.name, metric.kind, metric.meaning) for metric in (*DRAFT_METRICS, ACCEPTED_DRAFTS, *KV_METRICS)]
+    metrics = (*DRAFT_METRICS, ACCEPTED_DRAFTS, DRAFT_LENGTHS, *KV_METRICS)
+    return [(metric.name, metric.kind, metric.meaning) for metric in metrics]
 
 
 class Exporter:
@@ -108,6 +112,26 @@ class Exporter:
                 self._exported[name] = value
 
 
+class HistogramExporter:
+    """Exports a histogram to Prometheus, as a counter with the label ``count``."""
+
+    def __init__(self, metric: Metric, entries: int) -> None:
+        self._metric = metric
+        self._exported = [0] * entries
+        self._registered: Any = None
+
+    def export(self, labels: dict[str, str], histogram: Sequence[int]) -> None:
+        """Update the counter with SGLang's ``labels``."""
+        from prometheus_client import Counter
+
+        if self._registered is None:
+            name = f"sparsespec:{self._metric.name}"
+            self._registered = Counter(name, self._metric.meaning, labelnames=[*labels, "count"])
+        for n, total in enumerate(histogram):
+            self._registered.labels(**labels, count=str(n)).inc(total - self._exported[n])
+            self._exported[n] = total
+
+
 class DraftMetrics:
     """Counters of one worker.
 
@@ -115,17 +139,18 @@ class DraftMetrics:
         kv_read: float64 [2] on the device; KV tokens that draft queries attended to, and those of full attention.
 
     Attributes:
-        histogram: entry n counts the verifications that accepted n of the k drafts.
+        histogram: entry n counts the verifications that accepted n drafts.
+        draft_lengths: entry n counts the rounds that drafted n tokens per request, 0 the plain ones.
         drafted: drafts made, summed over verifications. (Where requests of a round differ, the most that one of them
             could have.)
     """
 
     def __init__(self, num_steps: int, kv_read: torch.Tensor) -> None:
         self.histogram = [0] * (num_steps + 1)
+        self.draft_lengths = [0] * (num_steps + 1)
         self.drafted = 0
         self._lockstep_rounds = 0
         self._interleaved_rounds = 0
-        self._plain_rounds = 0
         self._forwards = 0
         self._tokens = 0
         self._squares = 0
@@ -133,8 +158,8 @@ class DraftMetrics:
         self._kv_read = kv_read
         self._kv_read_cpu = torch.zeros(2, dtype=kv_read.dtype, pin_memory=kv_read.is_cuda)
         self._exporter = Exporter(DRAFT_METRICS)
-        self._accepted_counter: Any = None
-        self._exported_histogram = [0] * (num_steps + 1)
+        self._histogram_exporter = HistogramExporter(ACCEPTED_DRAFTS, num_steps + 1)
+        self._draft_lengths_exporter = HistogramExporter(DRAFT_LENGTHS, num_steps + 1)
 
     # ------------------------------------------------------------------------ events
 
@@ -160,9 +185,9 @@ class DraftMetrics:
         """A decode round ran between prefill batches."""
         self._interleaved_rounds += 1
 
-    def note_plain_round(self) -> None:
-        """A round decoded plainly."""
-        self._plain_rounds += 1
+    def note_round(self, drafts: int) -> None:
+        """A decode round has been launched, with so many drafts per request."""
+        self.draft_lengths[drafts] += 1
 
     # ------------------------------------------------------------------------ values
 
@@ -188,6 +213,7 @@ class DraftMetrics:
             "accept_length": 1 + accepted / verifications if verifications else 0.0,
             "accept_histogram": list(self.histogram),
             "draft_length": self.drafted / verifications if verifications else 0.0,
+            "draft_length_histogram": list(self.draft_lengths),
             "kv_tokens_read": int(self._kv_read_cpu[0]),
             "kv_tokens_full": int(self._kv_read_cpu[1]),
             "kv_read_share": self.kv_read_share,
@@ -196,7 +222,7 @@ class DraftMetrics:
             "verify_share": self._verify_tokens / self._tokens if self._tokens else 0.0,
             "lockstep_rounds": self._lockstep_rounds,
             "interleaved_rounds": self._interleaved_rounds,
-            "plain_rounds": self._plain_rounds,
+            "plain_rounds": self.draft_lengths[0],
         }
         return {f"sparsespec_{name}": value for name, value in values.items()}
 
@@ -205,27 +231,20 @@ class DraftMetrics:
         values = self.as_dict()
         logger.info(
             "SPARSESPEC draft: accepted histogram (0 to k): %s, KV read: %.2f%%, tokens per forward: %.1f "
-            "(variation %.0f%%, verifying %.0f%%), plain rounds: %d",
+            "(variation %.0f%%, verifying %.0f%%), rounds by drafts (0: plain): %s",
             self.histogram,
             100 * self.kv_read_share,
             values["sparsespec_forward_tokens"],
             100 * values["sparsespec_forward_tokens_variation"],
             100 * values["sparsespec_verify_share"],
-            self._plain_rounds,
+            self.draft_lengths,
         )
 
     def export(self, labels: dict[str, str]) -> None:
         """Update the Prometheus metrics, with SGLang's labels."""
         self._exporter.export(labels, self.as_dict())
-        if self._accepted_counter is None:
-            from prometheus_client import Counter
-
-            self._accepted_counter = Counter(
-                f"sparsespec:{ACCEPTED_DRAFTS.name}", ACCEPTED_DRAFTS.meaning, labelnames=[*labels, "count"]
-            )
-        for n, total in enumerate(self.histogram):
-            self._accepted_counter.labels(**labels, count=str(n)).inc(total - self._exported_histogram[n])
-            self._exported_histogram[n] = total
+        self._histogram_exporter.export(labels, self.histogram)
+        self._draft_lengths_exporter.export(labels, self.draft_lengths)
 
 
 @dataclass

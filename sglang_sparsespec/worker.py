@@ -7,7 +7,6 @@ draft from are relayed on the device, and the scheduler reads what was accepted 
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -23,6 +22,7 @@ from sglang_sparsespec.metrics import DraftMetrics
 from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome, SparseSpecResult
 from sglang_sparsespec.rounds.graphs import StepGraphs, capture_prefill_selection, decode_batch_sizes
 from sglang_sparsespec.rounds.lockstep import LockstepRounds, SparseDrafter
+from sglang_sparsespec.rounds.measurement import measure_rounds
 from sglang_sparsespec.rounds.ngram import NgramDrafter
 from sglang_sparsespec.rounds.plain import PlainRounds
 from sglang_sparsespec.rounds.planner import Planner
@@ -96,7 +96,9 @@ class SparseSpecWorker(BaseSpecWorker):
         """The target's backend exists now; its counters become the worker's metrics."""
         steps = self.speculative_num_steps
         self.metrics = DraftMetrics(steps, self.attn_backend.kv_read)
-        self.planner = Planner(settings_of(self.server_args), steps, on_gpu=self.device == "cuda")
+        settings = settings_of(self.server_args)
+        any_number = settings.schedule != "unified" and not self.attn_backend.policy.facts.num_proposals
+        self.planner = Planner(settings, steps, on_gpu=self.device == "cuda", any_number=any_number)
 
     def init_cuda_graphs(self) -> None:
         """Make the rounds, which capture their steps; SGLang has captured the verify graphs before."""
@@ -133,6 +135,14 @@ class SparseSpecWorker(BaseSpecWorker):
         for name, captured in graphs.items():
             if captured is not None:
                 self._additional_graph_memory_usage[name] = captured.memory_usage_gb
+
+    def measure_rounds(self) -> None:
+        """Give the planner its table of times, once the KV pool has its final size, and before any request."""
+        assert self._lockstep is not None and self._plain is not None
+        drafter = self._lockstep.drafter
+        # With policies for study every round speculates, so nothing is ever compared.
+        if isinstance(drafter, SparseDrafter) and not self.attn_backend.policy.facts.for_study:
+            self.planner.times = measure_rounds(self._lockstep.context, drafter.steps, self._plain.steps)
 
     def _captures_steps(self) -> bool:
         from sglang.srt.model_executor.cuda_graph_config import Backend
@@ -207,7 +217,9 @@ class SparseSpecWorker(BaseSpecWorker):
         if not batch.forward_mode.is_decode():
             return self._prefill(batch, publish)
         outcome = self._run_round(batch, publish)
-        return SparseSpecResult.of(dataclasses.replace(outcome, is_typical=self.planner.note_launch()))
+        self.planner.note_launch()
+        self.metrics.note_round(outcome.drafted)
+        return SparseSpecResult.of(outcome)
 
     def _prefill(self, batch: ScheduleBatch, publish: Publish) -> GenerationBatchResult:
         if self._unified is not None:
@@ -225,17 +237,17 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _run_round(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
         assert self._lockstep is not None and self._plain is not None
-        plain_steps = self.planner.plain_steps(batch)
+        choice = self.planner.next_round(batch)
         reason = self._unified.lockstep_reason(batch) if self._unified is not None else None
-        if self._unified is not None and not plain_steps and reason is None:
+        if self._unified is not None and choice.drafts and reason is None:
             return self._unified.run(batch, publish)
         # Rounds of the other kinds begin new windows.
         self.lose_drafts(batch.reqs)
-        if plain_steps:
-            return self._plain.run(batch, plain_steps, publish)
+        if not choice.drafts:
+            return self._plain.run(batch, choice.plain_steps, publish)
         if reason is not None:
             self._note_lockstep(reason)
-        return self._lockstep.run(batch, publish)
+        return self._lockstep.run(batch, publish, choice.drafts)
 
     def _note_lockstep(self, reason: str) -> None:
         self.metrics.note_lockstep_round()

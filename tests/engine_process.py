@@ -113,13 +113,17 @@ class EngineProcess:
 
 PLAIN_ROUNDS = """
 def register():
-    from sglang_sparsespec.rounds.planner import Planner
+    from sglang_sparsespec.rounds.planner import Planner, RoundChoice
 
-    def plain_steps(self, batch):
+    def next_round(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
-        return 1 + self.rounds % self._most_steps if self.rounds % EVERY == 0 else 0
+        number, k = self.rounds // EVERY, self._num_steps
+        if self.rounds % EVERY == 0:
+            return RoundChoice(0, 1 + number % k)
+        # Every other one drafts as many as it can.
+        return RoundChoice(1 + number // 2 % k if number % 2 else k)
 
-    Planner.plain_steps = plain_steps
+    Planner.next_round = next_round
 """
 
 
@@ -135,7 +139,7 @@ def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
 
 
 def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
-    """A plugin that makes every so many rounds plain ones, of various lengths; the environment that loads it."""
+    """A plugin that makes every so many rounds plain ones, and drafts of various lengths; the environment that loads it."""
     return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS.replace("EVERY", str(every)))
 
 

@@ -42,7 +42,6 @@ class RoundOutcome:
         used_graph: whether CUDA graphs were replayed.
         drafted: drafts per request, 0 for a plain round; where requests differ, the most that one could have.
         plain_steps: steps of a plain round, else 0.
-        is_typical: whether the planner is to learn from the round.
     """
 
     kind: str
@@ -54,7 +53,6 @@ class RoundOutcome:
     used_graph: bool
     drafted: int = 0
     plain_steps: int = 0
-    is_typical: bool = False
 
 
 @dataclass

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft, Plain
-from sglang_sparsespec.rounds.base import RoundContext
+from sglang_sparsespec.rounds.base import RoundContext, pad_window
 from sglang_sparsespec.rounds.forward_batch import decode_forward_batch
 from sglang_sparsespec.rounds.graphs import StepGraphs, decode_batch_sizes, shared_logits_buffer
 from sglang_sparsespec.sampling.sampler import Sampler
@@ -46,6 +46,14 @@ class DecodeSteps:
             self._captured = CapturedDecodeStep(context, sizes[-1], plain)
             name = "plain" if plain else "draft"
             self.graphs = StepGraphs(name, self._captured, sizes, context.model_runner, context.backend)
+
+    def synthetic(self, tokens: torch.Tensor, rows: torch.Tensor, seq_lens: torch.Tensor) -> SyntheticSteps:
+        """Steps of made-up requests (int64 [batch] each), see :class:`SyntheticSteps`."""
+        graph_size = self.graphs.size_for(len(rows)) if self.graphs is not None else None
+        if self.graphs is None or self._captured is None or graph_size is None:
+            return EagerSyntheticSteps(self._context, self._plain, tokens, rows, seq_lens)
+        self._captured.load(tokens, rows, seq_lens, graph_size)
+        return ReplayedSyntheticSteps(self._captured, self.graphs, graph_size, len(rows))
 
     def run(self, batch: ScheduleBatch, steps: int) -> tuple[torch.Tensor, bool]:
         """Run ``steps`` steps, at most k.
@@ -118,6 +126,72 @@ def run_step(
     else:
         plan = backend.plan_draft(rows, seq_lens)
     return context.forward(plan, forward_batch)
+
+
+class SyntheticSteps(Protocol):
+    """Greedy steps of made-up requests, to be timed: no metric counts them, and no sampler is told.
+
+    Log-sum-exp hints are kept as for real drafts.
+    """
+
+    def step(self) -> None:
+        """Run a step, at the position after the last one's. There may be more than k."""
+        ...
+
+    def window(self) -> torch.Tensor:
+        """int64 [batch, W], the tokens that the steps were fed and gave so far."""
+        ...
+
+    def end(self) -> None:
+        """Leave nothing of the requests behind in what is captured."""
+        ...
+
+
+class EagerSyntheticSteps:
+    """:class:`SyntheticSteps` without graphs."""
+
+    def __init__(
+        self, context: RoundContext, plain: bool, tokens: torch.Tensor, rows: torch.Tensor, seq_lens: torch.Tensor
+    ) -> None:
+        self._context, self._plain = context, plain
+        self._tokens, self._rows, self._seq_lens = [tokens], rows, seq_lens
+
+    def step(self) -> None:
+        """See :meth:`SyntheticSteps.step`."""
+        number, hints = len(self._tokens) - 1, self._context.backend.hints
+        positions = self._seq_lens + number
+        logits = run_step(self._context, self._plain, self._tokens[-1], self._rows, positions)
+        self._tokens.append(logits.argmax(dim=-1))
+        if hints is not None and not self._plain:
+            offsets = torch.full_like(self._rows, min(number, self._context.window - 2))
+            hints.keep(self._rows, offsets, positions >= 0)
+
+    def window(self) -> torch.Tensor:
+        """See :meth:`SyntheticSteps.window`."""
+        window = self._context.window
+        return pad_window(torch.stack(self._tokens[:window], dim=1), window)
+
+    def end(self) -> None:
+        """Nothing is captured."""
+
+
+class ReplayedSyntheticSteps:
+    """:class:`SyntheticSteps` that replay graphs; the captured step has been loaded with the requests."""
+
+    def __init__(self, captured: CapturedDecodeStep, graphs: StepGraphs, graph_size: int, size: int) -> None:
+        self._captured, self._graphs, self._graph_size, self._size = captured, graphs, graph_size, size
+
+    def step(self) -> None:
+        """See :meth:`SyntheticSteps.step`."""
+        self._graphs.replay(self._graph_size)
+
+    def window(self) -> torch.Tensor:
+        """See :meth:`SyntheticSteps.window`."""
+        return self._captured.tokens[: self._size].clone()
+
+    def end(self) -> None:
+        """See :meth:`SyntheticSteps.end`."""
+        self._captured.prepare(self._graph_size)
 
 
 class CapturedDecodeStep:

@@ -1,4 +1,8 @@
-"""Rounds in lock-step: all requests draft k tokens, then all verify (arXiv 2512.01278, section 4.1)."""
+"""Rounds in lock-step: all requests draft up to k tokens, then all verify (arXiv 2512.01278, section 4.1).
+
+A verification always takes W = k + 1 tokens per request, the width of SGLang's captured graph. With fewer drafts the rest
+of a window is padding, which is never accepted.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +17,7 @@ from sglang.srt.speculative.spec_utils import (
     record_stream_for_v2_verify,
 )
 
-from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome
+from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome, pad_window
 from sglang_sparsespec.rounds.decode_steps import DecodeSteps
 from sglang_sparsespec.sampling.sampler import Sampler
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
@@ -33,8 +37,11 @@ class Drafter(Protocol):
     kind: str
     sampler: Sampler
 
-    def draft(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def draft(self, batch: ScheduleBatch, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft for a batch.
+
+        Args:
+            num_drafts: tokens to draft per request, 1 to k.
 
         Returns:
             candidates int64 [batch, W], the last committed tokens and the drafts; and how many drafts were made, int64
@@ -44,19 +51,22 @@ class Drafter(Protocol):
 
 
 class SparseDrafter:
-    """Drafts k tokens with the policy's sparse attention, one forward each."""
+    """Drafts with the policy's sparse attention, one forward for each token."""
 
     kind = "lockstep"
 
     def __init__(self, context: RoundContext) -> None:
         self.sampler = Sampler(context.window - 1, context.logits_dtype, context.device, context.use_triton)
         self.steps = DecodeSteps(context, self.sampler, plain=False)
-        self._num_steps = context.window - 1
+        self._window = context.window
 
-    def draft(self, batch: ScheduleBatch) -> tuple[torch.Tensor, None]:
+    def draft(self, batch: ScheduleBatch, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """See :meth:`Drafter.draft`."""
-        candidates, _ = self.steps.run(batch, self._num_steps)
-        return candidates, None
+        candidates, _ = self.steps.run(batch, num_drafts)
+        num_drafted = None
+        if num_drafts < self._window - 1:
+            num_drafted = torch.full((len(candidates),), num_drafts, dtype=torch.int64, device=candidates.device)
+        return pad_window(candidates, self._window), num_drafted
 
 
 class LockstepRounds:
@@ -67,16 +77,17 @@ class LockstepRounds:
         self.drafter = drafter
         self._window_offsets = torch.arange(context.window, device=context.device)
 
-    def run(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
-        """Run one round of ``batch``."""
+    def run(self, batch: ScheduleBatch, publish: Publish, num_drafts: int) -> RoundOutcome:
+        """Run one round of ``batch`` with so many drafts per request, 1 to k."""
         context = self.context
         record_stream_for_v2_verify(batch, None, context.stream)
         seq_lens = batch.seq_lens
         positions = seq_lens.unsqueeze(1) + self._window_offsets
-        candidates, num_drafted = self.drafter.draft(batch)
+        candidates, num_drafted = self.drafter.draft(batch, num_drafts)
         record_stream_each((positions, candidates), context.stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
+        context.backend.begin_lockstep_round(num_drafts)
         logits_output, used_graph = self._verify(batch, candidates, positions)
         logits = logits_output.next_token_logits
         apply_bias_and_grammar(batch, logits, grammar_tree, context.window)
@@ -93,7 +104,7 @@ class LockstepRounds:
             bonus_tokens=tokens.gather(1, (accept_lens - 1).long().unsqueeze(1)).squeeze(1),
             logits_output=logits_output,
             used_graph=used_graph,
-            drafted=context.window - 1,
+            drafted=num_drafts,
         )
 
     def _verify(self, batch: ScheduleBatch, candidates: torch.Tensor, positions: torch.Tensor) -> tuple[Any, bool]:
@@ -126,7 +137,7 @@ class LockstepRounds:
         """tokens int64 [batch, W] and accept_lens int32 [batch]."""
         context = self.context
         if context.simulated is not None:
-            accepted = context.simulated.accept(candidates)
+            accepted = context.simulated.accept(candidates, num_drafted)
         else:
             accepted = self.drafter.sampler.accept(candidates, logits, positions.flatten(), num_drafted=num_drafted)
         tokens, accept_lens = context.from_first_rank(batch.sampling_info.is_all_greedy, *accepted)

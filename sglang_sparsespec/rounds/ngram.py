@@ -98,8 +98,8 @@ class NgramDrafter:
         """Take over the tokens of a prefill batch."""
         self.history.note_prompts([req.req_pool_idx for req in batch.reqs], [req.get_fill_ids() for req in batch.reqs])
 
-    def draft(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Draft up to k tokens per request; see :meth:`lockstep.Drafter.draft`."""
+    def draft(self, batch: ScheduleBatch, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Draft up to k tokens per request, whatever ``num_drafts`` says; see :meth:`lockstep.Drafter.draft`."""
         context = self.context
         rows, lengths = batch.req_pool_indices.long(), batch.seq_lens.long()
         self.sampler.begin_round(

@@ -42,7 +42,6 @@ class PlainRounds:
         new_seq_lens = batch.seq_lens + steps
         publish(new_seq_lens)
         context.backend.end_plain_round(batch.req_pool_indices, new_seq_lens)
-        context.metrics.note_plain_round()
         return RoundOutcome(
             kind=self.kind,
             tokens=pad_window(tokens[:, 1:], context.window),

@@ -1,21 +1,24 @@
-"""The planner: which rounds speculate, and how many steps the plain ones have.
+"""The planner: how many tokens the next round drafts, from none (a plain round) to k.
 
-Where contexts are short or batches large, k sparse drafts and a verification can take longer than decoding the accepted
-tokens plainly. How long depends on the GPU, the model, the batch and the contexts, so it is measured as the server runs.
-Both kinds of round give the target's output, whichever runs.
+Where contexts are short or batches large, sparse drafts and a verification can take longer than decoding the accepted
+tokens plainly; and where drafts are seldom accepted, few of them are worth their time. Both are known before a round: what
+its forwards take (:mod:`round_times`, measured at start-up), and how many tokens it is likely to yield
+(:mod:`acceptance`). The planner takes the number of drafts with the most tokens per second, and runs no round to find
+something out. Every kind of round gives the target's output, whichever runs.
 """
 
 from __future__ import annotations
 
 import math
-import time
-from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-import torch
 from sglang.srt.distributed import get_tp_group
 
+from sglang_sparsespec.rounds.acceptance import AcceptanceBelief
+from sglang_sparsespec.rounds.round_timer import RoundTimer
+from sglang_sparsespec.rounds.round_times import Load, RoundTimes
 from sglang_sparsespec.settings import ALWAYS, NEVER, Settings, check_speculate
 
 if TYPE_CHECKING:
@@ -23,198 +26,86 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Load:
-    """What the time of a round depends on: requests, and committed tokens of all of them."""
-
-    requests: int
-    tokens: int
-
-    @classmethod
-    def of(cls, batch: ScheduleBatch) -> Load:
-        """As far as the host knows: the tokens of the round in flight are missing."""
-        return cls(len(batch.reqs), sum(len(req.origin_input_ids) + len(req.output_ids) for req in batch.reqs))
-
-    def ratio(self, other: Load) -> float:
-        """How far two loads are apart: the product of the ratios, larger by smaller (1: the same)."""
-        return 1 / (self.least_share_of(other) * other.least_share_of(self))
-
-    def least_share_of(self, other: Load) -> float:
-        """A round of this load takes at least this share of the time of one of ``other``: 0 to 1.
-
-        This is a lower bound: time shrinks at most linearly with load.
-        """
-        share = 1.0
-        for ours, theirs in ((self.requests, other.requests), (self.tokens, other.tokens)):
-            share *= min(1.0, max(ours, 1) / max(theirs, 1))
-        return share
-
-
-@dataclass
-class _Measured:
-    """Time of the last rounds of one kind: at which load, of how many rounds since it began to run, up to which."""
-
-    seconds: float
-    load: Load
-    rounds: int
-    round: float
-
-
 class RoundChoice:
-    """Chooses between rounds that speculate and plain ones.
+    """What the next round is.
 
-    The kind that runs is timed all along. The other one is tried now and then: at first, after
-    :attr:`STALE` rounds, and when it could be the faster one by now, that is, if it took no longer than when it
-    was measured, or in proportion less where the load has shrunk since (:meth:`Load.least_share_of`). A kind that
-    is tried runs until its time is known, a few rounds.
-
-    Args:
-        plain_tokens: tokens that a plain round yields per request.
+    Attributes:
+        drafts: per request; 0 for a plain round.
+        plain_steps: of a plain round, else 0.
     """
 
-    #: Weight of what was known, when a round's time (of a kind that has run for a while) or acceptance comes in.
-    KEEP = 0.7
-    #: Rounds that must have been timed before a kind that is tried is judged.
-    LEAST = 3
-    #: Rounds of the same load share their time.
-    NEAR = 1.25
-    #: Rounds after which the kind that does not run is tried again. Here and below a plain round counts by its steps: as
-    #: a part of one that takes them all.
-    STALE = 1000
-    #: Rounds before it is tried again, or that share of them which is left of the load: some six rounds are spent in a
-    #: try, and near the crossover growing contexts, or requests that come and go, would have it tried all the time.
-    RETRY = 200
-    #: The other kind must be that much faster: it costs a round of the first sort to return.
-    MARGIN = 1.03
-
-    def __init__(self, plain_tokens: int) -> None:
-        self._plain_tokens = plain_tokens
-        self._measured: dict[bool, _Measured] = {}
-        self._accept_length: float | None = None
-        #: Of the round just chosen: steps by ``plain_tokens``, for a plain one.
-        self.length = 1.0
-        self._round = 0.0
-        #: The kind of the last round, and the round that its run began in.
-        self._plain, self._since = False, 0.0
-        #: Whether the kind that runs has been found the faster one since.
-        self._settled = False
-
-    def next_is_plain(self, load: Load) -> bool:
-        """The kind of the next round, which has ``load``: whether it is a plain one."""
-        self._round += self.length
-        self.length = 1.0
-        if self._wants_other(load):
-            self._plain, self._since, self._settled = not self._plain, self._round, False
-        return self._plain
-
-    @property
-    def is_typical(self) -> bool:
-        """Whether the round just chosen is one to learn from: not the first of its kind after the other.
-
-        The first to speculate drafts with an old selection and a long tail, since plain rounds select nothing. And the
-        GPU may wait in the first round of either kind for the CPU, which launches something new.
-        """
-        return self._round > self._since
-
-    def note_time(self, plain: bool, load: Load, seconds: float) -> None:
-        """A typical round of ``load`` took so long."""
-        known, rounds = self._measured.get(plain), 1
-        # Times of the other kind are still coming in after a change: they belong to its last run.
-        is_of_earlier_run = known is not None and plain == self._plain and known.round < self._since
-        if known is not None and not is_of_earlier_run and load.ratio(known.load) < self.NEAR:
-            rounds = known.rounds + 1
-            keep = min(self.KEEP, known.rounds / rounds)
-            seconds = keep * known.seconds + (1 - keep) * seconds
-        self._measured[plain] = _Measured(seconds, load, rounds, self._round)
-
-    @property
-    def plain_step_seconds(self) -> float | None:
-        """Time of a step of the last plain rounds, None before any was timed."""
-        measured = self._measured.get(True)
-        return measured.seconds / self._plain_tokens if measured else None
-
-    def note_acceptance(self, accept_length: float) -> None:
-        """A typical round that speculated yielded so many tokens per request."""
-        if self._accept_length is not None:
-            accept_length = self.KEEP * self._accept_length + (1 - self.KEEP) * accept_length
-        self._accept_length = accept_length
-
-    def _wants_other(self, load: Load) -> bool:
-        current, other = self._measured.get(self._plain), self._measured.get(not self._plain)
-        if self._accept_length is None or current is None or current.round < self._since:
-            return False  # the kind that runs is not known yet
-        if not self._settled and current.rounds < self.LEAST:
-            return False  # nor well enough
-        if other is None or self._round - other.round > self.STALE:
-            return True
-        share = load.least_share_of(other.load)
-        changed = share * self.NEAR < 1
-        rate = self._tokens(self._plain) / current.seconds
-        best_of_other = self._tokens(not self._plain) / (other.seconds * (share if changed else 1))
-        is_too_soon = self._settled and self._round - other.round < self.RETRY * (share if changed else 1)
-        self._settled = True
-        return best_of_other > rate * self.MARGIN and not is_too_soon
-
-    def _tokens(self, plain: bool) -> float:
-        """Tokens that a round of the kind yields per request."""
-        assert self._accept_length is not None
-        return self._plain_tokens if plain else self._accept_length
+    drafts: int
+    plain_steps: int = 0
 
 
-class RoundTimer:
-    """Times rounds by the device's clock, without waiting for them: launches are not what is timed.
+class TimeCorrection:
+    """What rounds of each kind really take, relative to the table: it lacks sampling and the like, which vary slowly.
 
-    Args:
-        on_gpu: whether to record CUDA events on the current stream; else the host's clock is the device's.
+    Of a kind that has not run it is not known whether what slows the other one slows it too: it is given one half of the
+    other's deviation. Whatever was measured of it comes to that as well while the other one runs, since a wrong correction
+    of a kind that is not chosen because of it must not stay.
     """
 
-    def __init__(self, on_gpu: bool) -> None:
-        self._on_gpu = on_gpu
-        self._rounds: deque[tuple[Any, Any, Any]] = deque()
+    #: How far a round moves its kind's correction to its own ratio, and the other kind's to what a kind that has not run
+    #: is given.
+    OWN, OTHER = 1 / 16, 1 / 500
+    LEAST, MOST = 0.7, 1.5
 
-    def now(self) -> Any:
-        """The place in the device's work that has been launched so far."""
-        if not self._on_gpu:
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+    def __init__(self) -> None:
+        self._ratios: dict[bool, float] = {}
 
-    def add(self, begin: Any, end: Any, label: Any) -> None:
-        """A round was launched between two :meth:`now`."""
-        self._rounds.append((begin, end, label))
+    def of(self, plain: bool) -> float:
+        """The factor of a kind's times."""
+        return self._ratios.get(plain, (1 + self._ratios.get(not plain, 1.0)) / 2)
 
-    def finished(self) -> list[tuple[float, Any]]:
-        """Seconds and labels of the rounds that the device has finished since the last call."""
-        done = []
-        while self._rounds and (not self._on_gpu or self._rounds[0][1].query()):
-            begin, end, label = self._rounds.popleft()
-            done.append((begin.elapsed_time(end) / 1000 if self._on_gpu else end - begin, label))
-        return done
+    def note(self, plain: bool, ratio: float) -> None:
+        """A round took ``ratio`` times what the table says."""
+        ratio = min(max(ratio, self.LEAST), self.MOST)
+        own = self.of(plain)
+        own += self.OWN * (ratio - own)
+        self._ratios[plain] = own
+        if (not plain) in self._ratios:
+            self._ratios[not plain] += self.OTHER * ((1 + own) / 2 - self._ratios[not plain])
 
 
 class Planner:
-    """Decides for each round of a worker whether it speculates, and how long it is if not.
+    """Decides for each round of a worker how many tokens it drafts, and how many steps it has if none.
 
     Args:
-        most_steps: of a plain round.
+        num_steps: k, the most drafts of a round, and the most steps of a plain one.
+        any_number: whether a round may draft fewer than k tokens.
 
     Attributes:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
+        times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
+            ``speculate`` is "never".
     """
 
-    #: Seconds that a plain round should last on a GPU, and more for each request: twice what the scheduler does in one
-    #: iteration (2 ms and 50 us a request, profiled). With longer rounds new requests wait; with shorter ones the GPU does.
+    #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
+    HOST_S, HOST_REQUEST_S = 0.002, 50e-6
+    #: Seconds that a plain round should last on a GPU, and more for each request. With longer rounds new requests wait;
+    #: with shorter ones the GPU does.
     ROUND_S, REQUEST_S = 0.006, 100e-6
+    #: The other kind of round must be that much faster, so that noise does not have the two take turns.
+    MARGIN = 1.02
 
-    def __init__(self, settings: Settings, most_steps: int, on_gpu: bool) -> None:
+    def __init__(self, settings: Settings, num_steps: int, on_gpu: bool, any_number: bool = True) -> None:
         self._settings = settings
         self.speculate = settings.speculate
-        self._most_steps = most_steps
+        self.times: RoundTimes | None = None
+        self._num_steps = num_steps
         self._on_gpu = on_gpu
-        # Plain rounds are timed as if all of them had that many steps.
-        self._choice = RoundChoice(most_steps)
+        self._counts = tuple(range(1, num_steps + 1)) if any_number else (num_steps,)
+        self._belief = AcceptanceBelief(num_steps)
+        self._correction = TimeCorrection()
+        self._is_plain = False
         self._timer = RoundTimer(on_gpu)
-        self._timed: tuple[Any, tuple[int, Load]] | None = None
+        self._timed: tuple[Any, tuple[bool, float]] | None = None
+
+    @property
+    def acceptance_rates(self) -> list[float]:
+        """By position, the share of drafts expected to be accepted of those whose predecessors are."""
+        return self._belief.rates
 
     def set_speculate(self, value: str) -> None:
         """Change :attr:`speculate` from the next round on.
@@ -226,49 +117,75 @@ class Planner:
         settings.check()
         check_speculate(settings)
         self.speculate = value
-        self._choice = RoundChoice(self._most_steps)
-        self._timer = RoundTimer(self._on_gpu)
 
-    def plain_steps(self, batch: ScheduleBatch) -> int:
-        """Steps of the round that is about to be launched if it is a plain one, else 0. The same on all ranks."""
-        if self.speculate == ALWAYS or needs_verification(batch):
-            return 0
+    def next_round(self, batch: ScheduleBatch) -> RoundChoice:
+        """The round that is about to be launched; the same on all ranks."""
         group = get_tp_group()
-        steps = self._choose(batch) if group.rank_in_group == 0 else 0
-        # Clocks differ between ranks.
-        return steps if group.world_size == 1 else group.broadcast_object(steps, src=0)
+        choice = RoundChoice(self._num_steps)
+        if group.rank_in_group == 0:
+            choice = self._choose(Load.of(batch), needs_verification(batch))
+        if group.world_size == 1 or self.speculate == ALWAYS:
+            return choice
+        # Clocks, and what was learned from them, differ between ranks.
+        return group.broadcast_object(choice, src=0)
 
-    def note_launch(self) -> bool:
-        """The round has been launched. Returns whether its acceptance is to be told to :meth:`note_acceptance`."""
-        if self._timed is None:
-            return False
-        begin, label = self._timed
-        self._timer.add(begin, self._timer.now(), label)
-        self._timed = None
-        return True
+    def note_launch(self) -> None:
+        """The round has been launched."""
+        if self._timed is not None:
+            begin, label = self._timed
+            self._timer.add(begin, self._timer.now(), label)
+            self._timed = None
 
-    def note_acceptance(self, accepted: list[int]) -> None:
-        """The accepted drafts of each request, of a typical round that speculated."""
-        if accepted:
-            self._choice.note_acceptance(1 + sum(accepted) / len(accepted))
+    def note_acceptance(self, accepted: Sequence[int], drafted: int) -> None:
+        """A round's verifications have accepted so many of ``drafted`` drafts, one number for each request."""
+        self._belief.note_round(accepted, drafted)
 
-    def _choose(self, batch: ScheduleBatch) -> int:
-        for seconds, (steps, load) in self._timer.finished():
-            self._choice.note_time(steps > 0, load, seconds * self._most_steps / steps if steps else seconds)
-        load = Load.of(batch)
-        plain = self.speculate == NEVER or self._choice.next_is_plain(load)
-        steps = self._plain_steps(load) if plain else 0
-        self._choice.length = steps / self._most_steps if plain else 1.0
-        if self.speculate == NEVER or self._choice.is_typical:
-            self._timed = (self._timer.now(), (steps, load))
-        return steps
+    def _choose(self, load: Load, must_verify: bool) -> RoundChoice:
+        for seconds, (plain, expected) in self._timer.finished():
+            self._correction.note(plain, seconds / expected)
+        choice = self._choice(load, must_verify)
+        if choice.plain_steps:
+            self._belief.note_plain_steps(choice.plain_steps)
+        if self.times is not None:
+            self._timed = (self._timer.now(), (choice.drafts == 0, self._table_seconds(load, choice)))
+        return choice
+
+    def _choice(self, load: Load, must_verify: bool) -> RoundChoice:
+        if self.speculate == ALWAYS or (self.times is None and (must_verify or self.speculate != NEVER)):
+            return RoundChoice(self._num_steps)
+        plain = RoundChoice(0, self._plain_steps(load))
+        if self.speculate == NEVER and not must_verify:
+            return plain
+        tokens = self._belief.tokens()
+        speeds = {drafts: tokens[drafts] / self._seconds(load, RoundChoice(drafts)) for drafts in self._counts}
+        best = max(self._counts, key=speeds.__getitem__)
+        if must_verify:
+            return RoundChoice(best)
+        plain_speed = plain.plain_steps / self._seconds(load, plain)
+        if self._is_plain:
+            self._is_plain = speeds[best] <= plain_speed * self.MARGIN
+        else:
+            self._is_plain = plain_speed > speeds[best] * self.MARGIN
+        return plain if self._is_plain else RoundChoice(best)
+
+    def _table_seconds(self, load: Load, choice: RoundChoice) -> float:
+        """What the forwards of a round take by the table."""
+        assert self.times is not None
+        if choice.drafts == 0:
+            return choice.plain_steps * self.times.plain(load)
+        return choice.drafts * self.times.draft(load) + self.times.verify(load)
+
+    def _seconds(self, load: Load, choice: RoundChoice) -> float:
+        """What a round is expected to take."""
+        seconds = self._table_seconds(load, choice) * self._correction.of(plain=choice.drafts == 0)
+        return max(seconds, self.HOST_S + self.HOST_REQUEST_S * load.requests) if self._on_gpu else seconds
 
     def _plain_steps(self, load: Load) -> int:
         """As few as last long enough; all of them where the scheduler's work is not hidden behind the device's."""
-        step = self._choice.plain_step_seconds
-        if step is None or not self._on_gpu:
-            return self._most_steps
-        return min(self._most_steps, math.ceil((self.ROUND_S + self.REQUEST_S * load.requests) / step))
+        if self.times is None or not self._on_gpu:
+            return self._num_steps
+        step = self.times.plain(load) * self._correction.of(plain=True)
+        return min(self._num_steps, math.ceil((self.ROUND_S + self.REQUEST_S * load.requests) / step))
 
 
 def needs_verification(batch: ScheduleBatch) -> bool:

@@ -168,8 +168,7 @@ class Windows:
         simulated = self.context.simulated
         if simulated is None:
             return None
-        tokens, accept_lens = simulated.accept(candidates)
-        return tokens, torch.minimum(accept_lens, work.num_drafted.to(torch.int32) + 1)
+        return simulated.accept(candidates, work.num_drafted)
 
 
 class CapturedForward:

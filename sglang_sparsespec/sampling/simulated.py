@@ -48,11 +48,14 @@ class SimulatedAcceptance:
         accept_length = float(envs.SGLANG_SIMULATE_ACC_LEN.get())
         return cls(accept_length, window) if accept_length > 0 else None
 
-    def accept(self, candidates: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accept a random number of drafts, binomial with the wanted mean.
+    def accept(
+        self, candidates: torch.Tensor, num_drafted: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Accept a random number of drafts, binomial with the wanted mean, but no more than were made.
 
         Args:
             candidates: int64 [batch, W].
+            num_drafted: int [batch], how many drafts were made; None: all k.
 
         Returns:
             as ``reference.accept_matching``; the bonus token is the first candidate again.
@@ -60,4 +63,6 @@ class SimulatedAcceptance:
         batch, width = candidates.shape
         coins = torch.rand((batch, width - 1), device=candidates.device)
         accept_lens = (coins < self.rate).sum(dim=1, dtype=torch.int32) + 1
+        if num_drafted is not None:
+            accept_lens = torch.minimum(accept_lens, num_drafted.to(torch.int32) + 1)
         return torch.cat([candidates[:, 1:], candidates[:, :1]], dim=1), accept_lens

@@ -30,7 +30,7 @@ import os
 def register():
     """Serve with the policy that a file names; or with pillar, every other round being plain."""
     from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
-    from sglang_sparsespec.rounds.planner import Planner
+    from sglang_sparsespec.rounds.planner import Planner, RoundChoice
     from sglang_sparsespec.settings import attach_settings, settings_of
     from sglang_sparsespec.worker import SparseSpecWorker
 
@@ -39,9 +39,10 @@ def register():
     def asked():
         return open(os.environ["{POLICY_ENV}"]).read()
 
-    def plain_steps(self, batch):
-        self.rounds = getattr(self, "rounds", 0) + 1
-        return self._most_steps if asked() == "{PLAIN}" and self.rounds % 2 == 0 else 0
+    def next_round(self, batch):
+        self.rounds, k = getattr(self, "rounds", 0) + 1, self._num_steps
+        is_plain = asked() == "{PLAIN}" and self.rounds % 2 == 0
+        return RoundChoice(0, k) if is_plain else RoundChoice(k)
 
     def prefill(self, batch, publish):
         name, settings = asked().replace("{PLAIN}", "pillar"), settings_of(self.server_args)
@@ -55,7 +56,7 @@ def register():
         return original(self, batch, publish)
 
     SparseSpecWorker._prefill = prefill
-    Planner.plain_steps = plain_steps
+    Planner.next_round = next_round
 '''
 #: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
 ROUNDS = 8

@@ -116,7 +116,7 @@ def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, expected: 
         assert_drafted(engine.state())
 
 
-def test_tokens_of_plain_rounds_between_others_are_plain_sglangs(
+def test_tokens_of_plain_rounds_between_ones_of_all_lengths_are_plain_sglangs(
     model_path: str, expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
     with EngineProcess(plain_rounds_plugin(tmp_path, every=2), model_path=model_path, **LOCKSTEP) as engine:
@@ -124,6 +124,7 @@ def test_tokens_of_plain_rounds_between_others_are_plain_sglangs(
         state = engine.state()
         assert_drafted(state)
         assert state["sparsespec_plain_rounds"] > 10
+        assert sum(rounds > 0 for rounds in state["sparsespec_draft_length_histogram"][1:8]) >= 3
 
 
 def test_tokens_of_requests_that_are_moved_to_the_host_are_plain_sglangs(

@@ -24,6 +24,8 @@ pytestmark = pytest.mark.slow
 BROKEN = 1e-12
 RULE_ENV = "SPARSESPEC_TEST_RULE_FILE"
 
+#: A rule that is not broken: rounds draft 1 to k tokens in turn, and what follows in their windows is padding.
+FEWER_DRAFTS = "fewer drafts"
 #: A plugin that wraps the acceptance rule; the file named by the variable says how to break it.
 BROKEN_RULE_PLUGIN = f'''
 import os
@@ -32,12 +34,26 @@ import torch
 
 
 def register():
+    from sglang_sparsespec.rounds.planner import Planner, RoundChoice
     from sglang_sparsespec.sampling import reference
 
-    original = reference.accept_by_rejection
+    original, original_windows, original_round = reference.accept_by_rejection, reference.accept, Planner.next_round
+
+    def asked():
+        return open(os.environ["{RULE_ENV}"]).read()
+
+    def next_round(self, batch):
+        self.rounds = getattr(self, "rounds", 0) + 1
+        choice = original_round(self, batch)
+        return RoundChoice(1 + self.rounds % self._num_steps) if "{FEWER_DRAFTS}" in asked() else choice
+
+    def accept_windows(*args):
+        if asked() == "{FEWER_DRAFTS}, accept their padding":
+            args = (*args[:-1], None)
+        return original_windows(*args)
 
     def accept(candidates, target_probs, draft_probs, coins, final_coins):
-        rule = open(os.environ["{RULE_ENV}"]).read()
+        rule = asked()
         if rule == "accept every draft":
             coins = torch.zeros_like(coins)
             possible = target_probs[:, :-1].clamp(min=1e-30)
@@ -54,6 +70,8 @@ def register():
         return tokens, accept_lens
 
     reference.accept_by_rejection = accept
+    reference.accept = accept_windows
+    Planner.next_round = next_round
 '''
 
 
@@ -196,8 +214,33 @@ def test_served_tokens_have_the_targets_own_probabilities(
         torch.testing.assert_close(served, expected, rtol=0, atol=1e-4)
 
 
+def test_sequences_of_rounds_with_fewer_drafts_follow_the_target(
+    engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
+) -> None:
+    sampler, kinds = engines["no overlap"], {"temperature 1": 2000, "all filters": 1500, "greedy": 50}
+    assert sampler.rule_file is not None
+    before = sampler.engine.state()["sparsespec_draft_length_histogram"]
+    sampler.rule_file.write_text(FEWER_DRAFTS)
+    try:
+        found = sampler.sample(kinds)
+    finally:
+        sampler.rule_file.write_text("as it is")
+    after = sampler.engine.state()["sparsespec_draft_length_histogram"]
+    rounds = [now - then for now, then in zip(after, before, strict=True)]
+    assert rounds[0] == 0 and min(rounds[1:]) > 0.2 * sum(rounds)
+    (best,) = exact["greedy"]
+    assert found["greedy"] == {best: kinds["greedy"]}
+    assert all(p_value(found[kind], exact[kind]) >= BOUND for kind in kinds if kind != "greedy")
+
+
 @pytest.mark.parametrize(
-    "rule", ["accept every draft", "sample the target after a rejection", "accept by argmax"]
+    "rule",
+    [
+        "accept every draft",
+        "sample the target after a rejection",
+        "accept by argmax",
+        f"{FEWER_DRAFTS}, accept their padding",
+    ],
 )
 def test_a_broken_acceptance_rule_is_found(
     rule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]

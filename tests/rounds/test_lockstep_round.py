@@ -12,7 +12,8 @@ from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
 from sglang_sparsespec import ALGORITHM
-from sglang_sparsespec.rounds import base
+from sglang_sparsespec.rounds import base, planner
+from sglang_sparsespec.rounds.planner import RoundChoice
 from sglang_sparsespec.settings import Settings, attach_settings
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 from sglang_sparsespec.worker import SparseSpecWorker
@@ -35,6 +36,10 @@ class ToyBackend:
         self.num_rows = 3
         self.kv_read = torch.zeros(2, dtype=torch.int64)
         self.policy = SimpleNamespace(facts=SimpleNamespace(num_proposals=0))
+        self.told: list[int] = []
+
+    def begin_lockstep_round(self, num_drafted: int) -> None:
+        self.told.append(num_drafted)
 
     def warm_up(self) -> None:
         pass
@@ -102,10 +107,10 @@ class ToyRunner:
         return SimpleNamespace(logits_output=logits, can_run_cuda_graph=False)
 
 
-@pytest.fixture
-def toy_round(monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3) -> Any:
     """One greedy round of two requests: k = 3, committed 10 and 7 tokens, last tokens 1 and 3."""
-    monkeypatch.setattr(base, "get_tp_group", lambda: SimpleNamespace(world_size=1))
+    for module in (base, planner):
+        monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(world_size=1, rank_in_group=0))
     runner = ToyRunner()
     target: Any = SimpleNamespace(model_runner=runner, forward_batch_generation=runner.verify)
     args: Any = SimpleNamespace(device="cpu", speculative_num_steps=3, speculative_num_draft_tokens=4)
@@ -114,6 +119,8 @@ def toy_round(monkeypatch: pytest.MonkeyPatch) -> Any:
     worker.alloc_memory_pool(req_to_token_pool=runner.attn_backend.req_to_token_pool)
     worker.init_attention_backends()
     worker.init_cuda_graphs()
+    if drafts != 3:
+        worker.planner.next_round = lambda batch: RoundChoice(drafts)  # type: ignore[method-assign]
     lengths = torch.tensor([10, 7])
     batch: Any = SimpleNamespace(
         forward_mode=ForwardMode.DECODE,
@@ -126,6 +133,7 @@ def toy_round(monkeypatch: pytest.MonkeyPatch) -> Any:
         spec_info=SparseSpecDraftInput(torch.tensor([1, 3]), lengths),
         has_grammar=False,
         return_logprob=False,
+        return_hidden_states=False,
         sampling_info=SimpleNamespace(
             is_all_greedy=True,
             logit_bias=None,
@@ -141,7 +149,13 @@ def toy_round(monkeypatch: pytest.MonkeyPatch) -> Any:
     )
     published: list[list[int]] = []
     result = worker.forward_batch_generation(batch, on_publish=lambda lens: published.append(lens.tolist()))
-    return SimpleNamespace(runner=runner, result=result, published=published)
+    return SimpleNamespace(runner=runner, result=result, published=published, metrics=worker.metrics)
+
+
+@pytest.fixture
+def toy_round(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A round that drafts k tokens."""
+    return run_round(monkeypatch)
 
 
 def test_draft_steps_count_their_own_token(toy_round: Any) -> None:
@@ -188,3 +202,42 @@ def test_the_next_round_begins_after_the_accepted_tokens(toy_round: Any) -> None
 def test_the_outcome_is_kept_for_the_metrics(toy_round: Any) -> None:
     outcome = toy_round.result.outcome
     assert (outcome.kind, outcome.drafted, outcome.plain_steps) == ("lockstep", 3, 0)
+    assert toy_round.metrics.draft_lengths == [0, 0, 0, 1]
+
+
+# ------------------------------------------------------------------------- fewer drafts than k
+
+
+@pytest.mark.parametrize("drafts", [1, 2])
+def test_a_round_of_fewer_drafts_runs_as_many_steps_and_accepts_no_padding(
+    drafts: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Request 0 would accept 2, 3 and 4; its windows end with the target's own token."""
+    found = run_round(monkeypatch, drafts)
+    assert [step["lengths"] for step in found.runner.drafts] == [[11 + i, 8 + i] for i in range(drafts)]
+    (verified,) = found.runner.verified
+    assert verified["width"] == 4, "the window of SGLang's captured verification"
+    assert verified["tokens"] == {1: [1, 2, 2, 2, 3, 4, 4, 4], 2: [1, 2, 3, 3, 3, 4, 5, 5]}[drafts]
+    assert found.runner.attn_backend.told == [drafts]
+    assert found.result.accept_lens.tolist() == [drafts + 1, 2]
+    tokens = found.result.next_token_ids.view(2, 4)
+    assert tokens[0, : drafts + 1].tolist() == [2, 3, 4][: drafts + 1]
+    assert tokens[1, :2].tolist() == [4, TARGET_BRANCH]
+    assert found.published == [[11 + drafts, 9]]
+    assert found.result.outcome.drafted == drafts
+    assert found.metrics.draft_lengths[drafts] == 1
+
+
+def test_padding_is_not_accepted_where_the_target_would_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The padding repeats the last draft. Here the target continues 2 with 2, as if the padding had been drafted."""
+    monkeypatch.setattr(
+        ToyRunner, "_logits", staticmethod(lambda tokens: torch.nn.functional.one_hot(tokens.clamp(max=2), VOCAB).float())
+    )
+    assert run_round(monkeypatch, 1).result.accept_lens.tolist()[0] == 2
+    assert run_round(monkeypatch, 3).result.accept_lens.tolist()[0] == 4
+
+
+def test_simulated_acceptance_accepts_no_more_drafts_than_were_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "4")  # all of k = 3
+    assert run_round(monkeypatch, 3).result.accept_lens.tolist() == [4, 4]
+    assert run_round(monkeypatch, 2).result.accept_lens.tolist() == [3, 3]

@@ -107,7 +107,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Any:
         spec_algorithm=None, spec_info=SimpleNamespace(bonus_tokens=torch.tensor([10, 4])),
     )  # fmt: skip
     drafter.note_prompts(batch)
-    candidates, made = drafter.draft(batch)
+    candidates, made = drafter.draft(batch, WINDOW - 1)
     return SimpleNamespace(candidates=candidates, made=made, model=model, counted=counted)
 
 

@@ -213,6 +213,7 @@ def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:
     assert 0 < state["sparsespec_kv_read_share"] <= 1
     metrics = requests.get(f"{client.url}/metrics", timeout=60).text
     assert "sparsespec:accepted_drafts_total{" in metrics
+    assert "sparsespec:draft_lengths_total{" in metrics
     assert "sparsespec:kv_read_share{" in metrics
     assert "sglang:spec_accept_length" in metrics
 

@@ -95,6 +95,31 @@ def test_kv_read_counts_what_draft_steps_attend_to() -> None:
     assert server.backend.kv_read.tolist() == [read, full]
 
 
+def test_kv_read_counts_no_more_draft_steps_than_there_were() -> None:
+    counted = []
+    for drafts in (1, WINDOW - 1):
+        server = SmallServer()
+        server.prefill([1], [40], [40])
+        skipped = 40 - WINDOW - len(server.selected(1))
+        server.backend.begin_lockstep_round(drafts)
+        server.verify([1], [40])
+        full = sum(40 + step for step in range(1, drafts + 1))
+        assert server.backend.kv_read.tolist() == [full - drafts * skipped, full]
+        counted.append(full)
+    assert counted[0] < counted[1]
+
+
+def test_the_last_draft_of_a_short_window_stands_in_for_the_rest() -> None:
+    """Hints of tokens that were never draft queries."""
+    server = SmallServer()
+    drafted = []
+    server.backend.hints = SimpleNamespace(of=lambda rows, num_drafted: drafted.append(num_drafted.tolist()))  # type: ignore[assignment]
+    for drafts in (1, 2):
+        server.backend.begin_lockstep_round(drafts)
+        server.backend.plan_verify(torch.tensor([1, 2]), torch.tensor([5, 6]), server.backend._all_drafted[:2])
+    assert drafted == [[1, 1], [2, 2]]
+
+
 @pytest.mark.parametrize("policy", ["pillar", "window"])
 def test_a_mixed_forward_does_what_a_draft_step_and_a_verification_do(policy: str) -> None:
     """Requests 1 and 4 draft, request 2 verifies: outputs, KV, selections and counters are those of two forwards."""

@@ -6,6 +6,7 @@ have become unnecessary or wrong.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache import kv_cache_builder
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
@@ -25,7 +27,13 @@ from sglang_parts import draft_batch, verify_graph_runner
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
-from sglang_sparsespec.scheduler_patch.hooks import no_kv_move_kernel, refuse_inexact_request, verify_graph_spec_info
+from sglang_sparsespec.scheduler_patch import hooks
+from sglang_sparsespec.scheduler_patch.hooks import (
+    no_kv_move_kernel,
+    refuse_inexact_request,
+    time_rounds,
+    verify_graph_spec_info,
+)
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -72,6 +80,31 @@ def test_the_algorithm_passes_for_no_other(algorithm: Any) -> None:
 
 def test_the_algorithm_relays_only_tokens_and_lengths(algorithm: Any) -> None:
     assert not algorithm.need_topk() and not algorithm.carries_draft_hidden_states()
+
+
+# ------------------------------------------------------------------------------ start-up
+
+
+def test_sglang_sizes_the_kv_pool_after_capture_and_tells_no_worker() -> None:
+    """``SGLANG_ENABLE_POST_CAPTURE_KV_SIZING``: when workers capture, slots have no memory behind them yet."""
+    source = inspect.getsource(inspect.unwrap(Scheduler.init_model_worker))
+    capture, resize = source.index("self.init_all_cuda_graphs()"), source.index("post_capture_resize_kv_pool()")
+    assert capture < resize and "self.draft_worker." not in source[resize:]
+
+
+def test_rounds_are_timed_when_the_workers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Worker:
+        measured = 0
+
+        def measure_rounds(self) -> None:
+            self.measured += 1
+
+    monkeypatch.setattr(hooks, "SparseSpecWorker", Worker)
+    worker = Worker()
+    time_rounds(None, SimpleNamespace(draft_worker=worker))
+    time_rounds(None, SimpleNamespace(draft_worker=None))
+    time_rounds(None, SimpleNamespace(draft_worker=SimpleNamespace()))
+    assert worker.measured == 1
 
 
 # ------------------------------------------------------------ no draft worker, no draft pool

@@ -32,7 +32,9 @@ class Worker:
     """Stands in for ``SparseSpecWorker``."""
 
     def __init__(self) -> None:
-        self.planner = SimpleNamespace(speculate="auto", set_speculate=self.set_speculate)
+        self.planner = SimpleNamespace(
+            speculate="auto", set_speculate=self.set_speculate, acceptance_rates=[0.91234, 2 / 3]
+        )
         self.metrics = SimpleNamespace(refresh=lambda wait: None, as_dict=lambda: {"sparsespec_accept_length": 3.5})
 
     def set_speculate(self, value: str) -> None:
@@ -66,6 +68,7 @@ def test_metrics_setting_and_pool_are_shown(worker: Worker) -> None:
         "last_gen_throughput": 1.0,
         "sparsespec_accept_length": 3.5,
         "sparsespec_speculate": "never",
+        "sparsespec_acceptance_rates": [0.912, 0.667],
         "kv_tokens_free": 90,
         "kv_tokens_total": 100,
     }

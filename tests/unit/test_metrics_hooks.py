@@ -22,7 +22,9 @@ class Worker:
             log=lambda: self.told.append("log"),
             export=lambda labels: self.told.append("export"),
         )
-        self.planner = SimpleNamespace(note_acceptance=lambda accepted: self.told.append(("planner", accepted)))
+        self.planner = SimpleNamespace(
+            note_acceptance=lambda accepted, drafted: self.told.append(("planner", accepted, drafted))
+        )
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ class Req:
 
 def settle(worker: Any, reqs: list[Req], accepted: list[int], **outcome: Any) -> SimpleNamespace:
     """SGLang settles a round of ``reqs``; the metrics reporter."""
-    values = {"plain_steps": 0, "drafted": 8, "is_typical": True, **outcome}
+    values = {"plain_steps": 0, "drafted": 8, **outcome}
     result = SimpleNamespace(outcome=SimpleNamespace(**values), num_correct_drafts_per_req_cpu=accepted)
     reporter = SimpleNamespace(spec_num_forward_ct=10)
     processor = SimpleNamespace(model_worker=worker, metrics_reporter=reporter)
@@ -53,17 +55,17 @@ def settle(worker: Any, reqs: list[Req], accepted: list[int], **outcome: Any) ->
 
 def test_a_round_is_told_to_metrics_and_planner(worker: Worker) -> None:
     settle(worker, [Req(), Req()], [3, 8])
-    assert worker.told == [("metrics", [3, 8], 8), ("planner", [3, 8])]
+    assert worker.told == [("metrics", [3, 8], 8), ("planner", [3, 8], 8)]
 
 
 def test_requests_that_have_ended_or_left_are_not_counted(worker: Worker) -> None:
     settle(worker, [Req(ended=True), Req(), Req(is_retracted=True)], [1, 2, 3])
-    assert worker.told == [("metrics", [2], 8), ("planner", [2])]
+    assert worker.told == [("metrics", [2], 8), ("planner", [2], 8)]
 
 
-def test_the_planner_learns_from_typical_rounds_only(worker: Worker) -> None:
-    settle(worker, [Req()], [3], is_typical=False)
-    assert worker.told == [("metrics", [3], 8)]
+def test_a_round_of_fewer_drafts_is_told_as_such(worker: Worker) -> None:
+    settle(worker, [Req(), Req()], [0, 3], drafted=3)
+    assert worker.told == [("metrics", [0, 3], 3), ("planner", [0, 3], 3)]
 
 
 def test_plain_rounds_count_as_forwards_of_one_token(worker: Worker) -> None:
