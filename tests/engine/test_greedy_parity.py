@@ -110,7 +110,7 @@ def test_tokens_stay_the_same_when_a_running_engine_stops_speculating(
 
 
 def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, expected: dict[str, list[int]]) -> None:
-    settings = {**LOCKSTEP, "sparsespec_schedule": "unified"}
+    settings = {**LOCKSTEP, "sparsespec_schedule": "unified", "speculative_num_steps": 5}
     with EngineProcess(model_path=model_path, **settings) as engine:
         assert_equal(engine, PROMPTS, expected)
         assert_drafted(engine.state())
@@ -121,7 +121,8 @@ def test_tokens_of_moved_requests_and_of_plain_rounds_are_plain_sglangs(
 ) -> None:
     """Every other round is plain, and in every third a request goes to the host."""
     env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3", **plain_rounds_plugin(tmp_path, every=2)}
-    with EngineProcess(env, model_path=model_path, **{**LOCKSTEP, "sparsespec_host_kv_gb": 0.5}) as engine:
+    own = {"sparsespec_host_kv_gb": 0.5, "speculative_num_steps": 5}
+    with EngineProcess(env, model_path=model_path, **{**LOCKSTEP, **own}) as engine:
         assert_equal(engine, PROMPTS, expected)
         state = engine.state()
         assert_drafted(state)
