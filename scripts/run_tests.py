@@ -6,7 +6,7 @@ skipped where there is none. The exit status is 0 only if everything passed.
 
 Left out by default, and run by --all:
   nightly   slower repeats of what other tests check. --all also starts each engine in new interpreters,
-            where the default forks them from one process that has imported SGLang.
+            where the default forks them from a process that has imported SGLang.
   contract  tests of SGLang alone, which can only change with requirements.lock. They run by default, too,
             if that file is not the one that they last passed with (tests/contract/requirements.lock.sha256,
             written when a run without further arguments passes).
@@ -103,6 +103,8 @@ def run_pytest(python: Path, model: Path, arguments: Sequence[str], everything: 
     say("pytest ...")
     threads = max(1, len(os.sched_getaffinity(0)) // WORKERS)
     env = {"OMP_NUM_THREADS": str(threads), **child_environment(), MODEL_VARIABLE: os.fspath(model)}
+    # uv installs sources only. If each process had to compile them, that would be half of the time of importing SGLang.
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
     command = [os.fspath(python), "-m", "pytest", "-v", "--durations=10"]
     if everything:
         command.append("--all")

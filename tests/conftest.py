@@ -11,13 +11,38 @@ from pathlib import Path
 import pytest
 from environment import SetupError
 from fetch_model import ensure_model
-from preloaded import FOLDER_ENV
+from preloaded import FOLDER_ENV, INTERPRET_ENV
 from run_tests import MODEL_VARIABLE, contract_is_verified
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Threads that wait actively keep other processes of a small machine from their work.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+if os.environ.get(INTERPRET_ENV) == "1":
+    import fast_interpreter
+
+    fast_interpreter.install()
+
+#: Files of more than about ten seconds, the longest first. Taken in this order, they end on all pytest workers alike.
+LONGEST_FIRST = (
+    "engine/test_greedy_parity.py",
+    "server/test_robustness.py",
+    "engine/test_sampling_distribution.py",
+    "engine/test_draft_policies.py",
+    "engine/test_prefill_interleave.py",
+    "kernels/test_triton_sampling.py",
+    "engine/test_unified.py",
+    "server/test_openai_api.py",
+    "kernels/test_triton_kernels.py",
+    "engine/test_triton_kernels.py",
+    "engine/test_kv_manager.py",
+    "rounds/test_unified_rounds.py",
+    "tools/test_scripts.py",
+    "unit/test_internal_state.py",
+    "kernels/test_triton_sampling_sm90.py",
+    "kernels/test_triton_sm90.py",
+    "unit/test_import_direction.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +57,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what only ``--all`` runs, and put slow files first, so that no pytest worker ends long after the other."""
+    """Leave out what only ``--all`` runs, and put long files first."""
     left_out = set()
     asked = " ".join([config.getoption("markexpr", ""), *config.args])
     if not config.getoption("--all"):
@@ -42,8 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if dropped:
         config.hook.pytest_deselected(items=dropped)
     items[:] = [item for item in items if item not in set(dropped)]
-    slow = {item.path for item in items if item.get_closest_marker("slow")}
-    items.sort(key=lambda item: item.path not in slow)
+    place = {Path(__file__).parent / name: number for number, name in enumerate(LONGEST_FIRST)}
+    items.sort(key=lambda item: place.get(item.path, len(place)))
 
 
 @pytest.fixture(scope="session")

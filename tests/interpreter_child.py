@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+from preloaded import run_to_end
 
 
 def assert_passes_in_the_interpreter(
@@ -32,7 +33,7 @@ def assert_passes_in_the_interpreter(
     env = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": "", "PYTEST_ADDOPTS": ""}
     for name in [name for name in env if name.startswith("PYTEST_XDIST")]:
         del env[name]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=900)
+    done = run_to_end(command, env=env, timeout=900)
     assert done.returncode == 0, done.stdout[-4000:]
     # Of a whole file the one that calls this is skipped.
     passed = re.search(r"(\d+) passed" + ("" if only else ", 1 skipped"), done.stdout)

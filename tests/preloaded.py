@@ -2,9 +2,10 @@
 
 Importing SGLang takes each process some 10 s of processor time, and an engine has three processes. Here one, the parent,
 imports it once for the whole test run; engines and servers are forked from it, and their own processes from them. From
-there on they do what they do otherwise: load plugins, read arguments and the environment, start.
+there on they do what they do otherwise: load plugins, read arguments and the environment, start. Programs that run in
+Triton's interpreter have a parent of their own, because it replaces functions as Triton is imported.
 
-The parent runs no thread of Python or OpenMP, so a child finds no lock held and no thread missing. With a GPU, and with
+A parent runs no thread of Python or OpenMP, so a child finds no lock held and no thread missing. With a GPU, and with
 ``SPARSESPEC_TEST_FRESH=1``, every program is a new interpreter (CUDA does not survive a fork).
 
 Run as a program: ``preloaded.py ADDRESS PID`` is the parent; it listens at ADDRESS until the process PID has ended.
@@ -24,6 +25,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import traceback
@@ -34,6 +36,7 @@ from typing import IO, Any
 #: Folder of this test run, the same for all pytest workers; conftest.py sets it.
 FOLDER_ENV = "SPARSESPEC_TEST_FOLDER"
 FRESH_ENV = "SPARSESPEC_TEST_FRESH"
+INTERPRET_ENV = "TRITON_INTERPRET"
 PR_SET_PDEATHSIG = 1
 LONGEST_REQUEST = 1 << 20
 
@@ -183,11 +186,11 @@ def forks_programs() -> bool:
 
 
 @functools.cache
-def address_of_parent() -> str:
-    """Where the parent listens; the first of the pytest workers that asks starts it."""
+def address_of_parent(interpret: str) -> str:
+    """Where the parent with ``TRITON_INTERPRET=interpret`` listens; the first of the pytest workers that asks starts it."""
     folder = Path(os.environ[FOLDER_ENV])
-    address = folder / "preloaded"
-    with (folder / "preloaded.lock").open("w") as lock, (folder / "preloaded.log").open("a") as log:
+    address = folder / f"preloaded-{interpret}"
+    with address.with_suffix(".lock").open("w") as lock, address.with_suffix(".log").open("a") as log:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not address.exists():
             one_thread = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
@@ -197,7 +200,7 @@ def address_of_parent() -> str:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env={**os.environ, **one_thread},
+                env={**os.environ, **one_thread, INTERPRET_ENV: interpret},
                 start_new_session=True,
             )
             while not address.exists():
@@ -246,7 +249,7 @@ class ForkedProcess:
             "start_new_session": start_new_session,
         }
         self._connection = socket.socket(socket.AF_UNIX)
-        self._connection.connect(address_of_parent())
+        self._connection.connect(address_of_parent(request["env"].get(INTERPRET_ENV, "0")))
         socket.send_fds(self._connection, [json.dumps(request).encode()], streams)
         for fd in to_close:
             os.close(fd)
@@ -284,13 +287,23 @@ class ForkedProcess:
 
 
 def start_program(command: Sequence[str], **popen: Any) -> subprocess.Popen[str]:
-    """A Python program: forked, or a new interpreter; ``popen`` are arguments of ``subprocess.Popen``.
-
-    Triton's interpreter replaces functions as Triton is imported, so it needs a new one.
-    """
-    if forks_programs() and (popen.get("env") or os.environ).get("TRITON_INTERPRET") != "1":
+    """A Python program: forked, or a new interpreter; ``popen`` are arguments of ``subprocess.Popen``."""
+    if forks_programs():
         return ForkedProcess(command, **popen)  # type: ignore[return-value]
     return subprocess.Popen(command, text=True, **popen)
+
+
+def run_to_end(command: Sequence[str], timeout: float, **popen: Any) -> subprocess.CompletedProcess[str]:
+    """What ``subprocess.run`` does with captured text: run a Python program, which is killed after ``timeout`` seconds."""
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        process = start_program(command, stdin=subprocess.DEVNULL, stdout=output, stderr=errors, **popen)
+        try:
+            status = process.wait(timeout)
+        finally:
+            process.kill()
+        for file in (output, errors):
+            file.seek(0)
+        return subprocess.CompletedProcess(list(command), status, output.read(), errors.read())
 
 
 if __name__ == "__main__":

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from preloaded import run_to_end
 
 #: Shared memory of an H100's multiprocessor, and what each program reserves beside its own.
 SHARED_BYTES, RESERVED_BYTES = 228 << 10, 1 << 10
@@ -24,10 +25,11 @@ Compiled = dict[str, tuple[str, int]]
 def compile_in_child(file: str, what: str, cache: Path) -> Compiled:
     """Run the test file ``file`` as a script with the arguments ``what`` and ``cache``, and return what it reports."""
     # In a process of its own: it replaces Triton's driver.
-    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": os.fspath(Path(__file__).parent)}
+    path = os.pathsep.join(filter(None, [os.fspath(Path(__file__).parent), os.environ.get("PYTHONPATH")]))
+    env = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": path}
     env.pop("TRITON_INTERPRET", None)
     command = [sys.executable, os.path.abspath(file), what, os.fspath(cache)]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+    done = run_to_end(command, env=env, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
     return json.loads(done.stdout.splitlines()[-1])
 

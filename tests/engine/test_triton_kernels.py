@@ -26,9 +26,13 @@ def register():
     import os
     import pathlib
 
+    import fast_interpreter
+
     from sglang_sparsespec.attention_backend import backend
     from sglang_sparsespec.attention_backend.kernels import triton_draft, triton_prefill_scores, triton_verify
     from sglang_sparsespec.attention_backend.kernels.triton_kernels import TritonKernels
+
+    fast_interpreter.install()
 
     def make_kernels(name, shape, table, req_to_token, early_start=True):
         pathlib.Path(os.environ["TRITON_KERNELS_USED"]).touch()

@@ -10,6 +10,7 @@ import math
 import os
 from pathlib import Path
 
+import fast_interpreter
 import pytest
 import torch
 import triton
@@ -87,6 +88,16 @@ def test_noise_is_uniform_and_differs_by_seed_row_and_stream() -> None:
         found.append(out)
     correlations = torch.corrcoef(torch.stack(found)).cpu() - torch.eye(len(found))
     assert correlations.abs().max() < 0.08  # 5 standard deviations
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="the child process runs it")
+def test_the_interpreters_noise_is_tritons_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = torch.tensor([2**63 - 12345]), 7
+    fast, own = torch.empty(64), torch.empty(64)
+    noise_kernel[(1,)](*given, fast, 2, 64)
+    monkeypatch.setattr(tl.random, "philox_impl", fast_interpreter.PHILOX)
+    noise_kernel[(1,)](*given, own, 2, 64)
+    assert torch.equal(fast, own)
 
 
 # ---------------------------------------------------------------------------- drafting

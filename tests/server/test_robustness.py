@@ -157,8 +157,9 @@ def test_requests_that_fill_the_context_leave_their_neighbours_alone(client: Cli
 
 @in_lockstep_only
 def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client) -> None:
-    prompts = [f"Story number {i}. {PROMPT}" for i in range(6)]
-    calls = [{"prompt": prompt, "max_new_tokens": 256} for prompt in prompts]
+    # Prompts fill the pool faster than outputs do.
+    prompts = [[1000 + (37 * i + 11 * j * j) % 9000 for j in range(180)] for i in range(6)]
+    calls = [{"prompt": prompt, "max_new_tokens": 96} for prompt in prompts]
     before = retractions(client)
     apart = client.generate_all(calls[:3]) + client.generate_all(calls[3:])
     assert retractions(client) == before
@@ -167,12 +168,12 @@ def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client
         first = pool.submit(client.generate_all, calls[:3])
         # SGLang counts the whole output of a request that comes, but little of those that run. All at once, it would
         # let in only as many as fit.
-        while client.state()["kv_tokens_free"] > KV_TOKENS - 100:
+        while client.state()["kv_tokens_free"] > KV_TOKENS - 3 * 180:
             time.sleep(0.1)
         together = client.generate_all(calls[3:])
         together = first.result() + together
     assert [answer["output_ids"] for answer in together] == [answer["output_ids"] for answer in apart]
-    # Three requests of 30 + 256 tokens fit in the pool together, six do not.
+    # Three requests of 180 + 96 tokens fit in the pool together, six do not.
     assert retractions(client) > before
 
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from preloaded import run_to_end
 
 REPO = Path(__file__).resolve().parents[2]
 sys.path.append(str(REPO / "benchmarks"))
@@ -129,7 +129,7 @@ def test_the_interpreter_checks_kernels_and_goes_on_behind_one_that_crashed(tmp_
     command = [sys.executable, str(REPO / "benchmarks" / "kernel_table.py"), "--interpret", "--shapes", "tiny-g6"]
     command += ["--layouts", "ragged", "--what", "draft", "select", "--results", str(results)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
+    done = run_to_end(command, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [record for record in read_records(results) if record["kind"] == "row"]
     assert [(r["what"], r["name"], r["wrong"]) for r in rows] == [("draft", "triton", False), ("select", "triton", False)]
