@@ -94,7 +94,7 @@ class DraftWeights:
             return made[1]
         from sgl_kernel import sgl_per_token_quant_fp8
 
-        quantised = Quantised.empty(*flat.shape, flat.device)
+        quantised = Quantised.empty(flat.shape[0], flat.shape[1], flat.device)
         sgl_per_token_quant_fp8(flat.contiguous(), quantised.values, quantised.scales)
         return quantised
 

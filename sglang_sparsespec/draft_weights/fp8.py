@@ -35,7 +35,7 @@ class Quantised:
     @classmethod
     def of(cls, matrix: torch.Tensor) -> Quantised:
         """``matrix`` [R, K] in FP8."""
-        made = cls.empty(*matrix.shape, matrix.device)
+        made = cls.empty(matrix.shape[0], matrix.shape[1], matrix.device)
         made.take(matrix)
         return made
 

@@ -29,6 +29,7 @@ OTHER_VALUES: dict[str, Any] = {
     "schedule": "unified",
     "host_kv_gb": 0.5,
     "speculate": "always",
+    "draft_weights": "model",
 }
 
 

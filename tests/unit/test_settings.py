@@ -90,7 +90,7 @@ def test_a_value_at_the_end_of_the_range_is_accepted(name: str) -> None:
 
 
 def test_policies_have_defaults_of_their_own() -> None:
-    assert make_settings() == Settings() == Settings(0.05, 128, "pillar", 4, None, "auto", "lockstep", 0.0, "auto", False)
+    assert make_settings() == Settings() == Settings(0.05, 128, "pillar", 4, None, "auto", "lockstep", 0.0, "auto", "auto")
     vegas = make_settings(draft_policy="vegas")
     assert (vegas.budget_ratio, vegas.speculate) == (0.07, AUTO)
     assert make_settings(draft_policy="vegas", budget_ratio=0.05).budget_ratio == 0.05

@@ -140,7 +140,7 @@ def test_defaults(resolve: Callable[..., Any]) -> None:
         9,
         1,
     )
-    assert settings_of(args) == Settings(0.05, 128, "pillar", 4, "torch_native", "auto")
+    assert settings_of(args) == Settings(0.05, 128, "pillar", 4, "torch_native", draft_weights="model")
     assert args.attention_backend == ATTENTION_BACKEND
     assert args.disable_overlap_schedule is False
     assert args.page_size == 1
@@ -148,6 +148,25 @@ def test_defaults(resolve: Callable[..., Any]) -> None:
 
 def test_prefill_runs_on_triton_on_cuda(resolve: Callable[..., Any]) -> None:
     assert settings_of(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "triton"
+
+
+@pytest.mark.parametrize(
+    ("given", "has_fp8", "weights"),
+    [
+        ({"device": "cuda"}, True, "fp8"),
+        ({"device": "cuda"}, False, "model"),
+        ({"device": "cuda", "sparsespec_draft_weights": "model"}, True, "model"),
+        ({"device": "cuda", "sparsespec_schedule": "unified"}, True, "model"),
+        ({"device": "cuda", "sparsespec_draft_policy": "full"}, True, "model"),
+        ({"device": "cpu"}, True, "model"),
+        ({"device": "cpu", "sparsespec_draft_weights": "fp8"}, False, "fp8"),
+    ],
+)
+def test_drafts_use_fp8_weights_where_that_is_faster(
+    given: dict[str, Any], has_fp8: bool, weights: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang_sparsespec.support.has_fp8", lambda: has_fp8)
+    assert settings_of(resolve(mem_fraction_static=0.8, **given)).draft_weights == weights
 
 
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
@@ -210,6 +229,16 @@ def test_rounds_between_chunks_travel_to_another_process(resolve: Callable[..., 
 
 #: Arguments ("LLAMA" stands for a model folder), and what the message must name: flag and remedy.
 REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
+    "FP8 drafts in unified batches": (
+        {"sparsespec_draft_weights": "fp8", "sparsespec_schedule": "unified"},
+        "--sparsespec-draft-weights fp8 together with --sparsespec-schedule unified",
+        "--sparsespec-draft-weights model",
+    ),
+    "FP8 drafts on an old GPU": (
+        {"sparsespec_draft_weights": "fp8", "device": "cuda", "mem_fraction_static": 0.8},
+        "--sparsespec-draft-weights fp8 is not supported",
+        "--sparsespec-draft-weights model",
+    ),
     "seeded sampling on CPU": (
         {"enable_deterministic_inference": True},
         "--enable-deterministic-inference",
