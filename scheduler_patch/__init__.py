@@ -7,6 +7,7 @@ server without SPARSESPEC every hook leaves SGLang as it is.
 from __future__ import annotations
 
 from sglang_sparsespec.scheduler_patch import (
+    accepted_run,
     cpu,
     draft_weights,
     hooks,
@@ -21,6 +22,7 @@ from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hoo
 def register_all_hooks() -> None:
     """Register the hooks of all modules; SGLang applies them when its plugins are loaded."""
     hooks.register_hooks()
+    accepted_run.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
     draft_weights.register_hooks()

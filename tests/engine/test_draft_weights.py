@@ -18,36 +18,36 @@ pytestmark = pytest.mark.slow
 NEW_TOKENS = 40
 PROMPTS = [[(3 * i + j) % VOCAB for j in range(length)] for i, length in enumerate((3, 17, 40, 5))]
 
-#: Turns every copy into noise, as it is made and when it is made anew, if ``SPOIL`` is set. With ``EVERYWHERE`` all forwards
-#: use the copies, which they must not.
+#: The file named by the variable says what becomes of the copies when the weights are updated: "noise", "stale" or else what
+#: they ought to be; with "everywhere" they are noise and all forwards use them, which they must not.
+MODE_ENV = "SPARSESPEC_TEST_COPIES"
 PLUGIN = """
 import os
+from pathlib import Path
 
 def register():
     import torch
     from sglang_sparsespec.draft_weights.copies import DraftWeights
     from sglang_sparsespec.scheduler_patch import draft_weights as hooks
 
-    requantise, made = DraftWeights.requantise, DraftWeights.__init__
+    requantise, in_use = DraftWeights.requantise, hooks.weights_in_use
     weights = []
 
-    def spoil(self):
-        for copy in self._copies.values():
-            values = torch.randn(copy.values.shape, generator=torch.Generator().manual_seed(1))
-            copy.values.copy_(values.to(copy.values.dtype))
+    def mode():
+        return Path(os.environ["MODE_ENV"]).read_text()
 
-    def init(self, model):
-        made(self, model)
+    def change(self):
         weights.append(self)
-        if os.environ.get("SPOIL"):
-            spoil(self)
+        if mode() != "stale":
+            requantise(self)
+        if mode() in ("noise", "everywhere"):
+            for copy in self._copies.values():
+                values = torch.randn(copy.values.shape, generator=torch.Generator().manual_seed(1))
+                copy.values.copy_(values.to(copy.values.dtype))
 
-    DraftWeights.__init__ = init
-    if os.environ.get("EVERYWHERE"):
-        hooks.weights_in_use = lambda: weights[0] if weights else None
-    if os.environ.get("STALE"):
-        DraftWeights.requantise = lambda self: None
-"""
+    DraftWeights.requantise = change
+    hooks.weights_in_use = lambda: weights[0] if weights and mode() == "everywhere" else in_use()
+""".replace("MODE_ENV", MODE_ENV)
 
 
 def engine_args(checkpoint: Path) -> dict[str, Any]:
@@ -72,59 +72,69 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [write_tiny_llama(folder / str(seed), seed) for seed in (0, 1)]
 
 
-@pytest.fixture(scope="module")
-def site(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return install_plugin(tmp_path_factory.mktemp("site"), "zz_spoiled_copies", PLUGIN)
-
-
 def expected(checkpoint: Path) -> list[list[int]]:
     return [greedy_continuation(checkpoint, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
-def generate(engine: EngineProcess) -> list[list[int]]:
-    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-    return [output["output_ids"] for output in engine.generate(input_ids=PROMPTS, sampling_params=sampling)]
+class Server:
+    """An engine whose copies can be spoilt."""
 
+    def __init__(self, engine: EngineProcess, mode_file: Path) -> None:
+        self.engine = engine
+        self._mode_file = mode_file
 
-def accept_length(engine: EngineProcess, before: dict[str, Any] | None = None) -> float:
-    """Mean tokens of a verification, of those since ``before``."""
-    histogram = engine.state()["sparsespec_accept_histogram"]
-    if before is not None:
-        histogram = [now - then for now, then in zip(histogram, before["sparsespec_accept_histogram"], strict=True)]
-    return 1 + sum(n * count for n, count in enumerate(histogram)) / sum(histogram)
+    def load(self, checkpoint: Path, mode: str = "") -> None:
+        """Update the weights, and do with the copies what ``mode`` says."""
+        self._mode_file.write_text(mode)
+        self.engine.update_weights(checkpoint)
+
+    def generate(self) -> tuple[list[list[int]], float]:
+        """Greedy outputs, and the accept length of their verifications."""
+        sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        before = self.engine.state()["sparsespec_accept_histogram"]
+        outputs = self.engine.generate(input_ids=PROMPTS, sampling_params=sampling)
+        after = self.engine.state()["sparsespec_accept_histogram"]
+        histogram = [now - then for now, then in zip(after, before, strict=True)]
+        accept_length = 1 + sum(n * count for n, count in enumerate(histogram)) / sum(histogram)
+        return [output["output_ids"] for output in outputs], accept_length
 
 
 @pytest.fixture(scope="module")
-def healthy(checkpoints: list[Path]) -> Iterator[EngineProcess]:
-    with EngineProcess(**engine_args(checkpoints[0])) as engine:
-        yield engine
+def server(checkpoints: list[Path], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    mode_file = tmp_path_factory.mktemp("mode") / "mode"
+    mode_file.write_text("")
+    site = tmp_path_factory.mktemp("site")
+    env = {MODE_ENV: str(mode_file), **install_plugin(site, "zz_spoilt_copies", PLUGIN)}
+    with EngineProcess(env, **engine_args(checkpoints[0])) as engine:
+        yield Server(engine, mode_file)
 
 
-def test_copies_draft_well_and_change_no_token(healthy: EngineProcess, checkpoints: list[Path]) -> None:
-    assert generate(healthy) == expected(checkpoints[0])
-    assert accept_length(healthy) > 5
-    assert "FP8 draft weights: 9 linear layers" in healthy.log()  # 2 layers of 4, and the head
+def test_copies_draft_well_and_change_no_token(server: Server, checkpoints: list[Path]) -> None:
+    outputs, accept_length = server.generate()
+    assert outputs == expected(checkpoints[0])
+    assert accept_length > 5
+    assert "FP8 draft weights: 9 linear layers" in server.engine.log()  # 2 layers of 4, and the head
 
 
-def test_copies_are_made_anew_when_weights_are_updated(
-    healthy: EngineProcess, checkpoints: list[Path], site: dict[str, str]
-) -> None:
-    before = healthy.state()
-    healthy.update_weights(checkpoints[1])
-    assert generate(healthy) == expected(checkpoints[1])
-    recovered = accept_length(healthy, before)
-    with EngineProcess({**site, "STALE": "1"}, **engine_args(checkpoints[0])) as stale:
-        stale.update_weights(checkpoints[1])
-        assert generate(stale) == expected(checkpoints[1])
-        assert recovered > 1.5 * accept_length(stale)
+def test_copies_are_made_anew_when_weights_are_updated(server: Server, checkpoints: list[Path]) -> None:
+    server.load(checkpoints[0])
+    server.load(checkpoints[1], "stale")
+    outputs, of_old_copies = server.generate()
+    assert outputs == expected(checkpoints[1])
+    server.load(checkpoints[1])
+    outputs, recovered = server.generate()
+    assert outputs == expected(checkpoints[1])
+    assert recovered > 1.5 * of_old_copies
 
 
-def test_no_token_depends_on_the_copies(checkpoints: list[Path], site: dict[str, str]) -> None:
-    with EngineProcess({**site, "SPOIL": "1"}, **engine_args(checkpoints[0])) as engine:
-        assert generate(engine) == expected(checkpoints[0])
-        assert accept_length(engine) < 3, "drafts do not use the copies"
+def test_no_token_depends_on_the_copies(server: Server, checkpoints: list[Path]) -> None:
+    server.load(checkpoints[0], "noise")
+    outputs, accept_length = server.generate()
+    assert outputs == expected(checkpoints[0])
+    assert accept_length < 3, "drafts do not use the copies"
 
 
-def test_a_verification_that_used_the_copies_would_be_found(checkpoints: list[Path], site: dict[str, str]) -> None:
-    with EngineProcess({**site, "SPOIL": "1", "EVERYWHERE": "1"}, **engine_args(checkpoints[0])) as engine:
-        assert generate(engine) != expected(checkpoints[0])
+def test_a_verification_that_used_the_copies_would_be_found(server: Server, checkpoints: list[Path]) -> None:
+    server.load(checkpoints[0], "everywhere")
+    outputs, _ = server.generate()
+    assert outputs != expected(checkpoints[0])
