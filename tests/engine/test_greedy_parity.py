@@ -26,7 +26,7 @@ pytestmark = pytest.mark.slow
 
 DATA = BENCHMARKS / "data"
 PROBLEM_CHARACTERS = 240
-NEW_TOKENS = 24
+NEW_TOKENS = 18  # two whole windows of 9
 COMMON: dict[str, Any] = {
     "device": "cpu",
     "dtype": "float32",
@@ -105,12 +105,12 @@ def reference(model_path: str) -> Reference:
     with EngineProcess(PLAIN_ENV, model_path=model_path, max_running_requests=16, **COMMON, **PLAIN) as engine:
         sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
         outputs = engine.generate(prompt=PROMPTS, sampling_params=sampling)
-        ends = {prompt: early_end(i, output) for i, (prompt, output) in enumerate(zip(PROMPTS[:56], outputs, strict=False))}
+        ends = {PROMPTS[i]: early_end(i // 2, outputs[i]) for i in range(0, 56, 2)}
         ended = answers(engine, ends)
     tokens = {prompt: output["output_ids"] for prompt, output in zip(PROMPTS, outputs, strict=True)}
     assert len(tokens) == 60 and all(len(output) == NEW_TOKENS for output in tokens.values())
     kinds = [answer["finish_reason"]["type"] for answer in ended.values()]
-    assert kinds.count("stop") > 20 and kinds.count("length") > 5
+    assert kinds.count("stop") > 10 and kinds.count("length") > 2
     return Reference(tokens, {prompt: (ends[prompt], ended[prompt]) for prompt in ends})
 
 
