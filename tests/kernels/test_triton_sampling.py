@@ -32,8 +32,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 kernels_run_here = pytest.mark.skipif(
     DEVICE == "cpu" and not INTERPRETED, reason="no CUDA GPU: test_every_case_in_the_interpreter runs it in a child process"
 )
-#: On a CPU float16 is left to the nightly run: the interpreter casts it as it does bfloat16.
-DTYPES = [torch.float32, torch.bfloat16, pytest.param(torch.float16, marks=[] if DEVICE == "cuda" else pytest.mark.nightly)]
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 VOCAB, BLOCK = 11, 8  # a full block and a part of one
 DRAWS = 200_000 if DEVICE == "cuda" else 120  # a multiple of 10
 INF = float("inf")
@@ -486,4 +485,4 @@ def test_sglangs_kernel_gives_no_impossible_token() -> None:
 def test_every_case_in_the_interpreter() -> None:
     """One child process runs the filters' cases, too."""
     filters = Path(__file__).with_name("test_triton_filters.py")
-    assert_passes_in_the_interpreter(__file__, at_least=47, together_with=[filters])
+    assert_passes_in_the_interpreter(__file__, at_least=51, together_with=[filters])
