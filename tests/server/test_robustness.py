@@ -35,7 +35,6 @@ def client(
     flags = ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
     flags += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
     flags += ["--decode-log-interval", "5"]  # metrics are exported at this interval
-    flags += ["--grammar-backend", "llguidance"]  # SGLang's default pins host memory, which needs a GPU
     # Admit as if outputs were short, so that a full pool retracts requests.
     flags += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", request.param]
     with serving(model_path, log, *flags) as (server, client):
