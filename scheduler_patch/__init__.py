@@ -9,10 +9,12 @@ from __future__ import annotations
 from sglang_sparsespec.scheduler_patch import (
     cpu,
     draft_weights,
+    grammars,
     hooks,
     internal_state,
     metrics_hooks,
     prefill_interleave,
+    request_checks,
     slots,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
@@ -28,3 +30,5 @@ def register_all_hooks() -> None:
     prefill_interleave.register_hooks()
     metrics_hooks.register_hooks()
     internal_state.register_hooks()
+    request_checks.register_hooks()
+    grammars.register_hooks()

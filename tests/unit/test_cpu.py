@@ -258,6 +258,15 @@ def test_a_grammar_masks_every_position_of_a_window_on_cpu(grammar: Any) -> None
 
 
 @pytest.mark.usefixtures("serving")
+def test_a_row_that_allows_nothing_is_left_unmasked(grammar: Any) -> None:
+    mask = torch.tensor([[0], [1 << 3]], dtype=torch.int32)
+    for apply in (grammar.apply_vocab_mask, xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask):
+        logits = torch.zeros(2, len(TOKENS))
+        apply(logits=logits, vocab_mask=mask.clone())
+        assert logits.isfinite().tolist() == [ANY, [token == 3 for token in range(12)]]
+
+
+@pytest.mark.usefixtures("serving")
 def test_grammars_behind_reasoning_are_applied_on_cpu(grammar: Any) -> None:
     """``ReasonerGrammarObject`` calls the backend's function."""
     mask = grammar.allocate_vocab_mask(vocab_size=len(TOKENS), batch_size=1, device="cpu")
