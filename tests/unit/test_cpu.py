@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -225,9 +226,9 @@ ANY = [True] * 12
 @pytest.mark.usefixtures("serving")
 def test_sglang_pins_grammar_masks_everywhere(grammar: Any) -> None:
     with pytest.raises(RuntimeError):
-        xgrammar_backend._allocate_token_bitmask.__wrapped__(len(TOKENS), 1)  # type: ignore[attr-defined]
+        inspect.unwrap(xgrammar_backend._allocate_token_bitmask)(len(TOKENS), 1)
     with pytest.raises(RuntimeError, match="Unsupported device"):
-        type(grammar).apply_vocab_mask.__wrapped__(grammar, torch.zeros(1, 12), torch.zeros(1, 1, dtype=torch.int32))
+        inspect.unwrap(type(grammar).apply_vocab_mask)(grammar, torch.zeros(1, 12), torch.zeros(1, 1, dtype=torch.int32))
 
 
 @pytest.mark.usefixtures("serving")
