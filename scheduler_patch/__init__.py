@@ -10,10 +10,12 @@ from sglang_sparsespec.scheduler_patch import (
     accepted_run,
     cpu,
     draft_weights,
+    grammars,
     hooks,
     internal_state,
     metrics_hooks,
     prefill_interleave,
+    request_checks,
     slots,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
@@ -30,3 +32,5 @@ def register_all_hooks() -> None:
     prefill_interleave.register_hooks()
     metrics_hooks.register_hooks()
     internal_state.register_hooks()
+    request_checks.register_hooks()
+    grammars.register_hooks()

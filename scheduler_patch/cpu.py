@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import xgrammar
 from sglang.srt.mem_cache.pool_host import base
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.runtime_context import get_server_args
@@ -150,6 +151,35 @@ def relay_on_cpu(original: Callable[..., None], relay: Any, batch: Any) -> None:
     return None
 
 
+# ----------------------------------------------------------------------------- grammars
+
+
+def grammar_mask_on_cpu(original: Callable[..., torch.Tensor], vocab_size: int, batch_size: int) -> torch.Tensor:
+    """``xgrammar_backend._allocate_token_bitmask``: SGLang allocates every mask in pinned memory, which needs CUDA.
+
+    The mask is int32 [batch, words of 32 tokens] with all bits set: every token is allowed.
+    """
+    if not serving_sparsespec_on_cpu():
+        return original(vocab_size, batch_size)
+    return torch.full(xgrammar.get_bitmask_shape(batch_size, vocab_size), -1, dtype=xgrammar.bitmask_dtype)
+
+
+def apply_grammar_on_cpu(
+    original: Callable[..., None], grammar: Any, logits: torch.Tensor, vocab_mask: torch.Tensor
+) -> None:
+    """``XGrammarGrammar.apply_vocab_mask``: SGLang has kernels for GPUs only. XGrammar has one for CPUs."""
+    if not serving_sparsespec_on_cpu():
+        return original(grammar, logits, vocab_mask)
+    return xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
+
+
+def apply_backend_grammar_on_cpu(original: Callable[..., None], logits: torch.Tensor, vocab_mask: torch.Tensor) -> None:
+    """``XGrammarGrammarBackend.apply_vocab_mask``: as :func:`apply_grammar_on_cpu`, for grammars behind reasoning."""
+    if not serving_sparsespec_on_cpu():
+        return original(logits, vocab_mask)
+    return xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
+
+
 # -------------------------------------------------------------------------- host KV tier
 
 
@@ -200,4 +230,8 @@ def register_hooks() -> None:
     add_hook("sglang.srt.utils.common.support_triton", no_triton_on_cpu, "after")
     add_hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots_on_cpu, "around")
     add_hook("sglang.srt.managers.overlap_utils.FutureMap._resolve_spec_extras", relay_on_cpu, "around")
+    grammars = "sglang.srt.constrained.xgrammar_backend."
+    add_hook(grammars + "_allocate_token_bitmask", grammar_mask_on_cpu, "around")
+    add_hook(grammars + "XGrammarGrammar.apply_vocab_mask", apply_grammar_on_cpu, "around")
+    add_hook(grammars + "XGrammarGrammarBackend.apply_vocab_mask", apply_backend_grammar_on_cpu, "around")
     add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

@@ -6,9 +6,12 @@ with that model.
 
 from __future__ import annotations
 
+import json
 import os
+import re
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import openai
 import pytest
@@ -74,6 +77,54 @@ def test_log_probabilities_come_for_every_token(client: openai.OpenAI) -> None:
     # Greedy: each token is the best of its alternatives.
     for value, best in zip(logprobs.token_logprobs, logprobs.top_logprobs, strict=True):
         assert value == pytest.approx(max(best.values()), abs=1e-3)
+
+
+PERSON = {
+    "type": "object",
+    "properties": {"name": {"type": "string", "maxLength": 12}, "age": {"type": "integer", "minimum": 1, "maximum": 99}},
+    "required": ["name", "age"],
+    "additionalProperties": False,
+}
+
+
+def assert_person(value: Any) -> None:
+    assert set(value) == {"name", "age"}
+    assert isinstance(value["name"], str) and 1 <= value["age"] <= 99
+
+
+@pytest.mark.parametrize("temperature", [0, 0.8])
+def test_a_json_schema_shapes_the_answer(client: openai.OpenAI, temperature: float) -> None:
+    answer = client.chat.completions.create(
+        model="model",
+        messages=QUESTION,
+        temperature=temperature,
+        max_tokens=200,
+        response_format={"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}},
+    )
+    assert answer.choices[0].finish_reason == "stop"
+    assert_person(json.loads(answer.choices[0].message.content or ""))
+
+
+def test_a_required_tool_is_called(client: openai.OpenAI) -> None:
+    tool: Any = {"type": "function", "function": {"name": "greet", "parameters": PERSON}}
+    answer = client.chat.completions.create(
+        model="model", messages=QUESTION, temperature=0, max_tokens=200, tools=[tool], tool_choice="required"
+    )
+    # A server without a parser of tool calls gives them as text.
+    calls = json.loads(answer.choices[0].message.content or "")
+    assert calls and all(call["name"] == "greet" for call in calls)
+    for call in calls:
+        assert_person(call["parameters"])
+
+
+@pytest.mark.parametrize(
+    ("grammar", "pattern"),
+    [({"regex": r"\d{4}-\d\d-\d\d"}, r"\d{4}-\d\d-\d\d"), ({"ebnf": 'root ::= "yes" | "no"'}, "yes|no")],
+    ids=["regex", "ebnf"],
+)
+def test_a_grammar_shapes_the_answer(client: openai.OpenAI, grammar: dict[str, str], pattern: str) -> None:
+    answer = client.completions.create(model="model", prompt="A date:", temperature=0.8, max_tokens=32, extra_body=grammar)
+    assert re.fullmatch(pattern, answer.choices[0].text)
 
 
 def test_a_frontend_program_generates_and_selects(port: int) -> None:

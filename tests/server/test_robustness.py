@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import requests
+from bad_requests import BAD_PARAMS, BAD_REQUESTS
 from server_client import GREEDY, Client, assert_healthy, serving
 
 pytestmark = pytest.mark.slow
@@ -35,7 +36,6 @@ def client(
     flags = ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]
     flags += ["--max-running-requests", "8", "--enable-metrics", "--sparsespec-min-budget", "32"]
     flags += ["--decode-log-interval", "5"]  # metrics are exported at this interval
-    flags += ["--grammar-backend", "llguidance"]  # SGLang's default pins host memory, which needs a GPU
     # Admit as if outputs were short, so that a full pool retracts requests.
     flags += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", request.param]
     with serving(model_path, log, *flags) as (server, client):
@@ -204,6 +204,50 @@ def test_requests_that_cannot_be_exact_are_refused(client: Client) -> None:
     response = requests.post(f"{client.url}/generate", json=body, timeout=60)
     assert response.status_code == 400
     assert "frequency_penalty" in response.text
+
+
+@in_lockstep_only
+def test_no_value_of_a_request_ends_the_server(client: Client) -> None:
+    prompt = {"text": PROMPT}
+    bodies = [{**prompt, "sampling_params": {"max_new_tokens": 4, name: value}} for name, value in BAD_PARAMS]
+    bodies += [{**prompt, **request} for _, request in BAD_REQUESTS]
+    bodies += [{"input_ids": ids} for ids in ([-1], [10**8], [], [[]], [[1], []], [1.5], ["a"], [2**70])]
+    bodies += [{"text": text} for text in ("", [], ["a", ""], 5, [["a"]])]
+    bodies += [{**prompt, "sampling_params": params} for params in ("x", [], ["x"], 5)]
+    for body in bodies:
+        assert_refused(client, "generate", body)
+    fields: list[dict[str, Any]] = [{"logit_bias": {"5": 1e300}}, {"temperature": 1e300}, {"n": 10**9}, {"top_k": 2**31}]
+    fields += [{"seed": 2**70}, {"stop_regex": "("}, {"skip_special_tokens": "maybe"}, {"max_tokens": "x"}]
+    for field in [*fields, {"top_logprobs": 10**6, "logprobs": True}]:
+        for stream in (False, True):
+            messages = [{"role": "user", "content": "Hi"}]
+            assert_refused(client, "v1/chat/completions", {"model": "m", "messages": messages, "stream": stream, **field})
+    for field in [*fields, {"logprobs": 10**6}, {"prompt": [10**8]}, {"prompt": [-1]}]:
+        for stream in (False, True):
+            assert_refused(client, "v1/completions", {"model": "m", "prompt": "Hi", "stream": stream, **field})
+    # SGLang streams what is wrong with a request of its own route.
+    body = {**prompt, "stream": True, "sampling_params": {"logit_bias": {"5": 1e300}}}
+    with requests.post(f"{client.url}/generate", json=body, stream=True, timeout=60) as response:
+        events = [line[6:] for line in response.iter_lines() if line.startswith(b"data: ")]
+    assert json.loads(events[0])["error"]["code"] == 400 and events[1:] == [b"[DONE]"]
+    assert client.generate(PROMPT, max_new_tokens=8)["meta_info"]["completion_tokens"] == 8
+
+
+def assert_refused(client: Client, route: str, body: dict[str, Any]) -> None:
+    response = requests.post(f"{client.url}/{route}", json=body, timeout=60)
+    assert response.status_code == 400, (route, body, response.status_code, response.text[:500])
+
+
+@in_lockstep_only
+@pytest.mark.parametrize("grammar", ["root ::= root", 'root ::= "ab" end\nend ::= end'])
+def test_a_grammar_that_allows_no_token_ends_its_request_alone(client: Client, grammar: str) -> None:
+    """After the prompt, and in a verification."""
+    alone = client.generate(PROMPT, max_new_tokens=12)
+    calls = [{"prompt": PROMPT, "max_new_tokens": 12}]
+    calls += [{**calls[0], "ebnf": grammar, "temperature": temperature} for temperature in (0, 0.8)]
+    first, *dead = client.generate_all(calls)
+    assert first["output_ids"] == alone["output_ids"]
+    assert [answer["meta_info"]["finish_reason"]["type"] for answer in dead] == ["abort", "abort"]
 
 
 def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:

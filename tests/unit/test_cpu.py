@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import sys
 import types
 from collections.abc import Callable
@@ -11,12 +12,16 @@ from typing import Any
 
 import pytest
 import torch
+import xgrammar
+from sglang.srt.constrained import xgrammar_backend
+from sglang.srt.constrained.base_grammar_backend import GrammarMask
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.layers.rotary_embedding.rope_variant import Llama3RotaryEmbedding
 from sglang.srt.managers.overlap_utils import FutureMap
 from sglang.srt.mem_cache import allocation
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from sglang.srt.utils import common
 from sglang_parts import relay_a_round
 
@@ -24,7 +29,10 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.scheduler_patch.cpu import (
     CPU_BRIDGE_ENV,
     CpuHostPool,
+    apply_backend_grammar_on_cpu,
+    apply_grammar_on_cpu,
     assign_slots_on_cpu,
+    grammar_mask_on_cpu,
     host_pool_on_cpu,
     relay_on_cpu,
     rotary_embedding,
@@ -191,6 +199,92 @@ def test_other_algorithms_relay_as_before() -> None:
     relay, batch = object(), object()
     relay_on_cpu(lambda *args: calls.append(args), relay, batch)
     assert calls == [(relay, batch)]
+
+
+# ----------------------------------------------------------------------------- grammars
+
+#: Tokens 0 to 9 are digits, then come a letter and the end of the text; the rest of the mask's words is padding.
+TOKENS = [*map(str, range(10)), "a", "</s>"]
+
+
+@pytest.fixture
+def grammar() -> Any:
+    """SGLang's grammar of one to three digits over ``TOKENS``."""
+    info = xgrammar.TokenizerInfo(TOKENS, stop_token_ids=[len(TOKENS) - 1])
+    compiled = xgrammar.GrammarCompiler(info).compile_regex("[0-9]{1,3}")
+    matcher = xgrammar.GrammarMatcher(compiled, max_rollback_tokens=xgrammar_backend.MAX_ROLLBACK_TOKENS)
+    return xgrammar_backend.XGrammarGrammar(matcher, len(TOKENS), compiled, None)
+
+
+DIGITS = [True] * 10 + [False, False]
+DIGITS_OR_END = [True] * 10 + [False, True]
+END = [False] * 11 + [True]
+ANY = [True] * 12
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had")
+@pytest.mark.usefixtures("serving")
+def test_sglang_pins_grammar_masks_everywhere(grammar: Any) -> None:
+    with pytest.raises(RuntimeError):
+        inspect.unwrap(xgrammar_backend._allocate_token_bitmask)(len(TOKENS), 1)
+    with pytest.raises(RuntimeError, match="Unsupported device"):
+        inspect.unwrap(type(grammar).apply_vocab_mask)(grammar, torch.zeros(1, 12), torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_grammar_masks_the_tokens_after_a_prompt_on_cpu(grammar: Any) -> None:
+    mask = grammar.allocate_vocab_mask(vocab_size=len(TOKENS), batch_size=2, device="cpu")
+    grammar.fill_vocab_mask(mask, 0)
+    logits = torch.zeros(2, len(TOKENS))
+    GrammarMask(grammar, grammar.move_vocab_mask(mask, "cpu")).apply(logits)
+    assert logits.isfinite().tolist() == [DIGITS, ANY]
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_grammar_masks_every_position_of_a_window_on_cpu(grammar: Any) -> None:
+    """A position is masked by the drafts before it, if the grammar accepts them."""
+    grammar.accept_token(1)
+    tree = GrammarTree.from_linear_chain(torch.tensor([[1, 2, 3, 11], [7, 7, 7, 7], [1, 10, 3, 4]]))
+    reqs: Any = [SimpleNamespace(grammar=grammar), SimpleNamespace(grammar=None), SimpleNamespace(grammar=grammar.copy())]
+    reqs[2].grammar.accept_token(1)
+    info: Any = SimpleNamespace(vocab_size=len(TOKENS), grammar_mask=None)
+    mask = build_grammar_vocab_mask(reqs=reqs, tree=tree, sampling_info=info, device="cpu", barrier=None)
+    assert mask is not None
+    logits = torch.zeros(12, len(TOKENS))
+    mask.apply(logits)
+    first, second, third = logits.isfinite().view(3, 4, -1).tolist()
+    assert first[:3] == [DIGITS_OR_END, DIGITS_OR_END, END]
+    assert second == [ANY] * 4
+    assert third[0] == DIGITS_OR_END
+
+
+@pytest.mark.usefixtures("serving")
+def test_a_row_that_allows_nothing_is_left_unmasked(grammar: Any) -> None:
+    mask = torch.tensor([[0], [1 << 3]], dtype=torch.int32)
+    for apply in (grammar.apply_vocab_mask, xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask):
+        logits = torch.zeros(2, len(TOKENS))
+        apply(logits=logits, vocab_mask=mask.clone())
+        assert logits.isfinite().tolist() == [ANY, [token == 3 for token in range(12)]]
+
+
+@pytest.mark.usefixtures("serving")
+def test_grammars_behind_reasoning_are_applied_on_cpu(grammar: Any) -> None:
+    """``ReasonerGrammarObject`` calls the backend's function."""
+    mask = grammar.allocate_vocab_mask(vocab_size=len(TOKENS), batch_size=1, device="cpu")
+    grammar.fill_vocab_mask(mask, 0)
+    logits = torch.zeros(1, len(TOKENS))
+    xgrammar_backend.XGrammarGrammarBackend.apply_vocab_mask(logits, mask)
+    assert logits.isfinite().tolist() == [DIGITS]
+
+
+@pytest.mark.usefixtures("serving_plain")
+def test_other_servers_apply_grammars_as_before() -> None:
+    calls: list[tuple[object, ...]] = []
+    logits, mask = torch.zeros(1, 12), torch.zeros(1, 1, dtype=torch.int32)
+    grammar_mask_on_cpu(lambda *args: calls.append(args), 12, 1)  # type: ignore[arg-type, func-returns-value]
+    apply_grammar_on_cpu(lambda *args: calls.append(args), "grammar", logits, mask)
+    apply_backend_grammar_on_cpu(lambda *args: calls.append(args), logits, mask)
+    assert [call[0] for call in calls] == [12, "grammar", logits]
 
 
 # ------------------------------------------------------------------------------ host pool
