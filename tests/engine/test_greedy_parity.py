@@ -50,9 +50,9 @@ def read(name: str, key: str) -> list[str]:
 
 
 def make_prompts() -> list[str]:
-    """20 one-liners, the beginnings of 38 problems, and two prompts of some 900 tokens."""
+    """20 one-liners, the beginnings of 38 problems, and two prompts of some 600 tokens."""
     aime, olympiad = read("aime24.jsonl", "problem"), read("olympiadbench.jsonl", "question")
-    long = ["\n\n".join(olympiad[first : first + 8])[:2600] + "\n\nSolution:" for first in (10, 30)]
+    long = ["\n\n".join(olympiad[first : first + 8])[:1700] + "\n\nSolution:" for first in (10, 30)]
     return [*SHORT, *(text[:PROBLEM_CHARACTERS] for text in (aime + olympiad)[:38]), *long]
 
 
@@ -201,6 +201,6 @@ def test_tokens_of_requests_one_by_one_are_plain_sglangs(model_path: str, expect
         "disable_overlap_schedule": True,
     }
     with EngineProcess(model_path=model_path, **{**LOCKSTEP, **own}) as engine:
-        for prompt in PROMPTS[::20]:
+        for prompt in PROMPTS[::30]:
             assert_equal(engine, [prompt], expected)
         assert_drafted(engine.state())

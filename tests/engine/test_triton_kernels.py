@@ -99,7 +99,7 @@ def expected(checkpoint: str) -> list[list[int]]:
     return [greedy_continuation(checkpoint, prompt, NEW_TOKENS) for prompt in PROMPTS]
 
 
-@pytest.mark.parametrize("schedule", ["lockstep", "unified"])
+@pytest.mark.parametrize("schedule", ["lockstep", pytest.param("unified", marks=pytest.mark.nightly)])
 def test_triton_kernels_serve_the_targets_greedy_tokens(
     schedule: str, checkpoint: str, expected: list[list[int]], tmp_path: Path
 ) -> None:
