@@ -172,8 +172,9 @@ class SparseSpecWorker(BaseSpecWorker):
         if weights is None or self.device != "cuda":
             return
         found = weights.choose(most_rows=decode_batch_sizes(self.model_runner)[-1])
-        per_token = self.model_runner.token_to_kv_pool.get_kv_size_bytes()
-        tokens = self.model_runner.max_total_num_tokens * weights.nbytes // sum(per_token)
+        # A pool that is sized after the capture of graphs has no memory yet.
+        pool_bytes = max(1, sum(self.model_runner.token_to_kv_pool.get_kv_size_bytes()))
+        tokens = self.model_runner.max_total_num_tokens * weights.nbytes // pool_bytes
         logger.info("FP8 draft weights: %s; they take the memory of %d KV tokens.", found, tokens)
 
     def lose_drafts(self, reqs: list[Req]) -> None:
