@@ -117,7 +117,7 @@ class SparseSpecAttnBackend(AttentionBackend):
                 self.table.positions.shape[0], self.num_rows, self.window, shape.num_q_heads, self.device
             )
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
-        #: Drafts in each window of the next lock-step verification; captured verifications read it.
+        # Drafts in each window of the next lock-step verification; captured verifications read it.
         self._num_drafted = self.window - 1
         self._all_drafted = torch.full((self.num_rows,), self._num_drafted, dtype=torch.int64, device=self.device)
         self._plan: ForwardPlan = Prefill()

@@ -49,8 +49,7 @@ def use_copy(
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``UnquantizedLinearMethod.apply``: SGLang multiplies with the model's weights; a draft step may use their copy."""
-    weights = weights_in_use()
-    out = weights.linear(layer, x, bias) if weights is not None else None
+    out = _product_of_copy(layer, x, bias)
     return original(method, layer, x, bias) if out is None else out
 
 
@@ -62,9 +61,14 @@ def use_copy_of_head(
     embedding_bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """``LogitsProcessor._compute_lm_head``: SGLang multiplies with the head's weight itself, without a linear method."""
-    weights = weights_in_use()
-    out = weights.linear(lm_head, hidden_states, None) if weights is not None else None
+    out = _product_of_copy(lm_head, hidden_states, None)
     return original(processor, hidden_states, lm_head, embedding_bias) if out is None else out
+
+
+def _product_of_copy(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
+    """The product with ``layer``'s copy; None if the model's own weight is to be used."""
+    weights = weights_in_use()
+    return None if weights is None else weights.linear(layer, x, bias)
 
 
 def quantise_norm(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -11,8 +10,6 @@ import torch
 
 from sglang_sparsespec.draft_weights import triton_fused
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
-
-logger = logging.getLogger(__name__)
 
 #: Largest row that one program of a fused kernel holds.
 LARGEST_ROW = 32768
@@ -126,7 +123,9 @@ class DraftWeights:
 
     def _is_faster(self, layers: Sequence[torch.nn.Module], rows: int) -> bool:
         weight = layers[0].weight.data
-        x = torch.randn((rows, weight.shape[1]), dtype=weight.dtype, device=weight.device)
+        # Requests' seeds are to be the same with and without the copies, so the global generator is left alone.
+        generator = torch.Generator(weight.device).manual_seed(0)
+        x = torch.randn((rows, weight.shape[1]), generator=generator, dtype=weight.dtype, device=weight.device)
         quantised = Quantised.of(x)
 
         def own(layer: torch.nn.Module) -> None:
