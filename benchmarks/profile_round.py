@@ -7,7 +7,7 @@ Prompts are prefilled, then sent again together; once all of them decode, ``--ro
 SGLang's profiler, and one before them that is dropped: starting the profiler stops the GPU. A step is a round of drafts and
 a verification for SPARSESPEC, one token for plain decoding. Kernels may overlap (programmatic dependent launch begins one
 before the one before it has ended): each is counted for what it adds to the time that earlier ones cover, so that the shares
-and the idle time add up to the whole.
+and the idle time add up to the whole. A draft step's kernels are listed by themselves too.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ from _common import (
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
 #: Gaps up to this length (us) are the GPU's own, between dependent kernels of a CUDA graph; in longer ones it waits.
 LAUNCH_GAP_US = 5.0
+#: Parts of the names of this project's attention kernels.
+DRAFT_ATTENTION, VERIFY_ATTENTION = "_draft_kernel", "_verify_kernel"
 #: Groups of kernels, by names; what matches none is "other".
 GROUPS = {
     "attention": r"attention|attn|flash_?fwd|fmha|_draft_|_verify_|_select|_scores|window_lse|BatchDecode|BatchPrefill"
@@ -125,6 +127,25 @@ def breakdown(events: Sequence[GpuEvent], steps: int, top: int = 30) -> dict[str
     }
 
 
+def draft_step(events: Sequence[GpuEvent], layers: int, top: int = 30) -> dict[str, Any] | None:
+    """The :func:`breakdown` of one draft step, of all the steps that end within ``events`` (by start); None if none does.
+
+    A step of a model of ``layers`` layers is what lies between the draft attention of a layer and that of the same layer one
+    step later, where no verification lies between them.
+    """
+    starts = [index for index, event in enumerate(events) if DRAFT_ATTENTION in event.name]
+    verified = [index for index, event in enumerate(events) if VERIFY_ATTENTION in event.name]
+    steps = []
+    for first, last in zip(starts[::layers], starts[layers::layers], strict=False):
+        if not any(first < index < last for index in verified):
+            steps.append(events[first:last])
+    if not steps:
+        return None
+    found = [breakdown(step, 1, top) for step in steps]
+    middle = sorted(found, key=lambda step: step["ms_per_step"])[len(found) // 2]
+    return {"ms": middle["ms_per_step"], "shares": middle["shares"], "launches": len(steps[0]), "kernels": middle["kernels"]}
+
+
 def write_small_trace(events: Sequence[GpuEvent], path: Path) -> None:
     """``events`` as a gzipped Chrome trace that holds nothing else, for https://ui.perfetto.dev."""
     common = {"ph": "X", "cat": "kernel", "pid": 0, "tid": 0}
@@ -135,6 +156,11 @@ def write_small_trace(events: Sequence[GpuEvent], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     with gzip.open(path, "wt") as file:
         json.dump({"traceEvents": rows}, file, separators=(",", ":"))
+
+
+def num_layers(model_path: str) -> int:
+    """Layers of the model at ``model_path``."""
+    return int(json.loads((Path(model_path) / "config.json").read_text())["num_hidden_layers"])
 
 
 async def decode_while_recording(engine: Any, prompts: list[list[int]], folder: str, args: argparse.Namespace) -> None:
@@ -173,6 +199,8 @@ def profile(spec: EngineSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
                 write_small_trace([event for event in events if event.start < end], args.traces / f"{name}.json.gz")
             case = {"dataset": str(dataset), "context": dataset.context, "batch": batch, "temperature": args.temperature}
             figures = breakdown(events, args.rounds)
+            if spec.kind == "sparsespec":
+                figures["draft_step"] = draft_step(events, num_layers(args.model_path))
             records.append({**stamp(), **describe(spec, args), **backends, **case, "steps": args.rounds, **figures})
             write_record(args.results, records[-1])
     finally:
@@ -224,6 +252,10 @@ def main() -> int:
     print(table(records))
     for record in records:
         print(f"\n{record['engine']}, {record['batch']} x {record['dataset']}:\n\n{markdown(record['kernels'][:12])}")
+        if step := record.get("draft_step"):
+            print(
+                f"\nOne draft step of it, {step['ms']:.3f} ms, {step['launches']} launches:\n\n{markdown(step['kernels'])}"
+            )
     return 0
 
 

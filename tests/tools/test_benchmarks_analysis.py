@@ -191,6 +191,25 @@ def test_an_event_inside_another_does_not_shorten_it() -> None:
     assert breakdown([GpuEvent("long", 0, 100), GpuEvent("short", 10, 1), GpuEvent("next", 100, 1)], 1)["gpu_idle"] == 0
 
 
+def test_the_kernels_of_a_draft_step_are_told_from_those_of_a_verification() -> None:
+    def layers(name: str, at: float) -> list[GpuEvent]:
+        return [event for i in range(2) for event in (GpuEvent(name, at + 10 * i, 4), GpuEvent("gemm", at + 10 * i + 4, 6))]
+
+    steps = [
+        ("_draft_kernel", 0),
+        ("_draft_kernel", 20),
+        ("_verify_kernel", 40),
+        ("_draft_kernel", 100),
+        ("_draft_kernel", 120),
+    ]
+    events = [event for name, at in steps for event in layers(name, at)]
+    found = profile_round.draft_step(events, layers=2)
+    assert found is not None
+    assert found["launches"] == 4 and found["ms"] == pytest.approx(0.02)
+    assert found["kernels"][0] == {"kernel": "gemm", "launches": 2.0, "ms": pytest.approx(0.012)}
+    assert profile_round.draft_step(layers("_verify_kernel", 0), layers=2) is None
+
+
 def test_a_written_trace_reads_back_sorted_and_without_host_events(tmp_path: Path) -> None:
     source = tmp_path / "full.json"
     event = {"ph": "X", "ts": 30, "dur": 2, "name": "later", "cat": "kernel"}
