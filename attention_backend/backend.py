@@ -13,15 +13,19 @@ SGLang plans prefill and verification through ``init_forward_metadata``; rounds 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
+from sglang.srt.model_executor.forward_context import get_forward_context, has_forward_context
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft, ForwardPlan, Mixed, Plain, Prefill, PromptChunks, Verify
-from sglang_sparsespec.attention_backend.kernels import make_kernels
+from sglang_sparsespec.attention_backend.kernels import make_kernels, reference, triton_inputs
 from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, PillarKernels, score_row
 from sglang_sparsespec.attention_backend.layers import attention_layers, kv_descales, refuse_sinks
 from sglang_sparsespec.attention_backend.lse_hints import LseHints
@@ -33,6 +37,7 @@ from sglang_sparsespec.draft_weights.copies import DraftWeights, draft_weights_o
 from sglang_sparsespec.settings import settings_of
 
 if TYPE_CHECKING:
+    from sglang.srt.layers.layernorm import RMSNorm
     from sglang.srt.layers.radix_attention import RadixAttention
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -113,15 +118,17 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.hints: LseHints | None = None
         # With several queries of a request in one step, the step's values would not be those of the window's tokens.
         if self.kernels.uses_lse_hints and not self.policy.facts.num_proposals:
-            self.hints = LseHints(
-                self.table.positions.shape[0], self.num_rows, self.window, shape.num_q_heads, self.device
-            )
+            self.hints = LseHints(self.table.positions.shape[0], self.num_rows, self.window, shape.num_q_heads, self.device)
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
         # Drafts in each window of the next lock-step verification; captured verifications read it.
         self._num_drafted = self.window - 1
         self._all_drafted = torch.full((self.num_rows,), self._num_drafted, dtype=torch.int64, device=self.device)
         self._plan: ForwardPlan = Prefill()
         self._draft_weights = draft_weights_of(model_runner)
+        self._attention_inputs: Callable[..., torch.Tensor] = reference.attention_inputs
+        if self.device.type == "cuda":
+            pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
+            self._attention_inputs = partial(triton_inputs.attention_inputs, pdl=pdl)
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page table %.2f GB.",
             self.window - 1,
@@ -360,8 +367,57 @@ class SparseSpecAttnBackend(AttentionBackend):
     ) -> torch.Tensor:
         if save_kv_cache:
             self._save_kv(k, v, layer, forward_batch)
-        q = self._heads(q, layer)
-        out = torch.empty_like(q)
+        return self._attention(plan, self._heads(q, layer), layer)
+
+    def takes_products(self, rotary: torch.nn.Module, layer: RadixAttention) -> bool:
+        """Whether the forward that runs is a draft step whose attention can begin at the QKV product.
+
+        Args:
+            rotary: the rotary embedding of the layer's queries and keys.
+        """
+        return (
+            isinstance(self._plan, Draft)
+            and isinstance(rotary, RotaryEmbedding)
+            and type(rotary).forward_cuda is RotaryEmbedding.forward_cuda
+            and type(rotary).forward_native is RotaryEmbedding.forward_native
+            and rotary.is_neox_style
+            and rotary.rotary_dim == layer.head_dim
+            and self.token_to_kv_pool.get_key_buffer(layer.layer_id).dtype == self.dtype
+        )
+
+    def attend_to_product(
+        self,
+        qkv: torch.Tensor,
+        positions: torch.Tensor,
+        rotary: RotaryEmbedding,
+        norms: tuple[RMSNorm, RMSNorm] | None,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+    ) -> torch.Tensor:
+        """The attention of a draft step from a layer's QKV product on, if :meth:`takes_products`.
+
+        Args:
+            qkv: [tokens, (Hq + 2 Hkv) * D], overwritten.
+            positions: int64 [tokens].
+            norms: of query and key heads; None for a model without them.
+
+        Returns:
+            [tokens, Hq * D].
+        """
+        q = self._attention_inputs(
+            qkv=qkv,
+            positions=positions,
+            cos_sin=rotary.cos_sin_cache,
+            norms=(norms[0].weight, norms[1].weight) if norms is not None else None,
+            eps=norms[0].variance_epsilon if norms is not None else 0.0,
+            kv=self._kv_of(layer),
+            slots=forward_batch.out_cache_loc,
+        )
+        return self._attention(self._plan, q, layer)
+
+    def _attention(self, plan: ForwardPlan, q: torch.Tensor, layer: RadixAttention) -> torch.Tensor:
+        """[tokens, Hq * D] of q [tokens, Hq, D]."""
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
         self._attend(plan, q, self._kv_of(layer), out)
         _, v_descale = kv_descales(layer)
         if v_descale != 1.0:
@@ -439,3 +495,11 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return self.base.support_triton()
+
+
+def backend_in_use() -> SparseSpecAttnBackend | None:
+    """The backend of the forward that runs; None outside of forwards, and in those of other backends."""
+    if not has_forward_context():
+        return None
+    backend = get_forward_context().attn_backend
+    return backend if isinstance(backend, SparseSpecAttnBackend) else None

@@ -9,6 +9,7 @@ from __future__ import annotations
 from sglang_sparsespec.scheduler_patch import (
     accepted_run,
     cpu,
+    draft_attention,
     draft_weights,
     grammars,
     hooks,
@@ -27,6 +28,7 @@ def register_all_hooks() -> None:
     accepted_run.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
+    draft_attention.register_hooks()
     draft_weights.register_hooks()
     kv_manager_hooks.register_hooks()
     prefill_interleave.register_hooks()

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
-from sglang.srt.model_executor.forward_context import get_forward_context, has_forward_context
 
-from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+from sglang_sparsespec.attention_backend.backend import backend_in_use
 from sglang_sparsespec.draft_weights.copies import DraftWeights, attach_draft_weights, draft_weights_of
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import FP8_WEIGHTS, is_sparsespec, settings_of
@@ -93,10 +92,8 @@ def quantise_activation(original: Callable[..., torch.Tensor], activation: Any, 
 
 def weights_in_use() -> DraftWeights | None:
     """The copies that the forward that runs multiplies with, by its plan; None: the model's own weights."""
-    if not has_forward_context():
-        return None
-    backend = get_forward_context().attn_backend
-    return backend.weights_in_use if isinstance(backend, SparseSpecAttnBackend) else None
+    backend = backend_in_use()
+    return backend.weights_in_use if backend is not None else None
 
 
 def requantise(result: Any, updater: Any, *args: Any, **kwargs: Any) -> None:

@@ -14,6 +14,37 @@ from sglang_sparsespec.attention_backend.kernels.interface import LayerKV
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 
 
+def attention_inputs(
+    *,
+    qkv: torch.Tensor,
+    positions: torch.Tensor,
+    cos_sin: torch.Tensor,
+    norms: tuple[torch.Tensor, torch.Tensor] | None,
+    eps: float,
+    kv: LayerKV,
+    slots: torch.Tensor,
+) -> torch.Tensor:
+    """What ``triton_inputs.attention_inputs`` does, of which it has the arguments."""
+    heads = qkv.unflatten(1, (-1, kv.k.shape[2]))
+    num_kv_heads = kv.k.shape[1]
+    v = heads[:, -num_kv_heads:]
+    rotated = []
+    for part, weight in zip(
+        heads[:, :-num_kv_heads].float().split((heads.shape[1] - 2 * num_kv_heads, num_kv_heads), 1),
+        norms or (None, None),
+        strict=True,
+    ):
+        if weight is not None:
+            part = torch.nn.functional.rms_norm(part, part.shape[-1:], weight.float(), eps)
+        cos, sin = cos_sin[positions].float().unsqueeze(1).chunk(2, dim=-1)
+        low, high = part.chunk(2, dim=-1)
+        rotated.append(torch.cat((low * cos - high * sin, high * cos + low * sin), dim=-1))
+    q, k = rotated
+    kv.k[slots], kv.v[slots] = k.to(kv.k.dtype), v.to(kv.v.dtype)
+    heads[:, : q.shape[1]] = q.to(qkv.dtype)
+    return heads[:, : q.shape[1]]
+
+
 def softmax_probabilities(
     q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,8 +258,6 @@ class ReferenceKernels:
         """See :meth:`interface.PillarKernels.plan_prefill_scores`."""
         return ReferencePrefillScores(self.req_to_token, rows, seq_lens, starts, extend_lens, window)
 
-    def plan_selection(
-        self, rows: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor
-    ) -> ReferenceSelection:
+    def plan_selection(self, rows: torch.Tensor, lengths: torch.Tensor, counts: torch.Tensor) -> ReferenceSelection:
         """See :meth:`interface.PillarKernels.plan_selection`."""
         return ReferenceSelection(self.table, rows, lengths, counts)

@@ -40,9 +40,7 @@ from sglang_sparsespec.attention_backend.page_table import SelectionTable
 
 
 @triton.jit
-def draft_lengths(
-    num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK: tl.constexpr
-):
+def draft_lengths(num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK: tl.constexpr):
     """Row, selected count, tail start, attended count and chunk per split of batch entry ``b``."""
     row = tl.load(req_ptr + b).to(tl.int64)
     seq = tl.load(seq_lens_ptr + b).to(tl.int32)

@@ -36,9 +36,7 @@ def compile_for_h100(shape_name: str, cache: str) -> Compiled:
     found = pretend_h100(cache)
     num_q_heads, num_kv_heads = SHAPES[shape_name]
     bf16 = torch.bfloat16
-    shape = KernelShape(
-        BATCH, num_q_heads, num_kv_heads, HEAD_DIM, WINDOW, CAPACITY + 2 * WINDOW, dtype=bf16, kv_dtype=bf16
-    )
+    shape = KernelShape(BATCH, num_q_heads, num_kv_heads, HEAD_DIM, WINDOW, CAPACITY + 2 * WINDOW, dtype=bf16, kv_dtype=bf16)
     table = SelectionTable(1, 65, num_kv_heads, CAPACITY, "cpu")
     req_to_token = torch.empty(65, CONTEXT, dtype=torch.int32)
     kernels = TritonKernels(shape, table, req_to_token)
@@ -102,9 +100,7 @@ def compile_flashinfer(
         kernels.plan_draft(rows, rows).run(q, kv, q.clone(), lse)
 
 
-def prefill_any_number(
-    warm_up: Any, kernels: TritonKernels, queries: torch.Tensor, kv: LayerKV, found: Compiled
-) -> None:
+def prefill_any_number(warm_up: Any, kernels: TritonKernels, queries: torch.Tensor, kv: LayerKV, found: Compiled) -> None:
     """Warm the prefill kernels up, then let prefill batches of many sizes come; keeps count of what is compiled."""
     kernels_of_prefill = (
         triton_prefill_scores._window_lse_kernel,
