@@ -101,6 +101,7 @@ def _draft_kernel(
     G: tl.constexpr,
     D: tl.constexpr,
     SPLITS_POW2: tl.constexpr,
+    MERGED: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -181,20 +182,32 @@ def _draft_kernel(
         before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if before == used - 1:
             tl.store(counter, 0)  # for the next launch
+            # Several heads at once, because the loads of one would wait for the result of the one before.
             offs_s = tl.arange(0, SPLITS_POW2)
-            live = offs_s < used
-            for g in tl.static_range(G):
-                out_row = (b * HKV + h).to(tl.int64) * G + g
-                place = out_row * splits + offs_s
-                lse2_s = tl.load(part_lse_ptr + place, mask=live, other=float("-inf"))
-                o = tl.load(part_o_ptr + place[:, None] * D + offs_d[None, :], mask=live[:, None], other=0.0)
-                m = tl.max(lse2_s, 0)
-                w = tl.exp2(lse2_s - m)
-                total_w = tl.sum(w, 0)
-                res = tl.sum(o * w[:, None], 0) / total_w
-                tl.store(out_ptr + out_row * D + offs_d, res.to(out_ptr.dtype.element_ty))
+            live = (offs_s < used)[None, :]
+            for first in tl.static_range(0, G, MERGED):
+                g = first + tl.arange(0, MERGED)
+                mask_g = g < G
+                out_rows = (b * HKV + h).to(tl.int64) * G + g
+                place = out_rows[:, None] * splits + offs_s[None, :]
+                mask = live & mask_g[:, None]
+                lse2_s = tl.load(part_lse_ptr + place, mask=mask, other=float("-inf"))
+                o = tl.load(part_o_ptr + place[:, :, None] * D + offs_d[None, None, :], mask=mask[:, :, None], other=0.0)
+                m = tl.where(mask_g, tl.max(lse2_s, 1), 0.0)
+                w = tl.exp2(lse2_s - m[:, None])
+                total_w = tl.where(mask_g, tl.sum(w, 1), 1.0)
+                res = tl.sum(o * w[:, :, None], 1) / total_w[:, None]
+                tl.store(
+                    out_ptr + out_rows[:, None] * D + offs_d[None, :],
+                    res.to(out_ptr.dtype.element_ty),
+                    mask=mask_g[:, None],
+                )
                 if HAS_LSE:
-                    tl.store(lse_ptr + out_row, (m + tl.log2(total_w)) * LN2)
+                    tl.store(lse_ptr + out_rows, (m + tl.log2(total_w)) * LN2, mask=mask_g)
+
+
+#: Partial outputs that a thread merges at a time: they must fit its registers.
+MERGED_OF_THREAD = 64
 
 
 @dataclass
@@ -262,6 +275,8 @@ def draft_attention(
     if batch == 0:
         return
     positions = table.positions[kv.index]
+    group, splits_pow2 = num_q_heads // num_kv_heads, triton.next_power_of_2(splits)
+    merged = MERGED_OF_THREAD * 32 * config.num_warps // (splits_pow2 * head_dim)
     _draft_kernel[(num_kv_heads, splits, batch)](
         q_ptr=q,
         k_ptr=kv.k,
@@ -289,10 +304,11 @@ def draft_attention(
         stride_pos_head=positions.stride(1),
         stride_r2t=req_to_token.stride(0),
         HKV=num_kv_heads,
-        G=num_q_heads // num_kv_heads,
+        G=group,
         D=head_dim,
-        SPLITS_POW2=triton.next_power_of_2(splits),
-        BLOCK_M=max(16, triton.next_power_of_2(num_q_heads // num_kv_heads)),
+        SPLITS_POW2=splits_pow2,
+        MERGED=min(triton.next_power_of_2(group), max(1, merged)),
+        BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=config.block_n,
         MIN_CHUNK=config.min_chunk,
         STAGES=config.stages,
