@@ -100,8 +100,9 @@ def _draft_kernel(
     HKV: tl.constexpr,
     G: tl.constexpr,
     D: tl.constexpr,
-    SPLITS_POW2: tl.constexpr,
-    MERGED: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    MERGED_PARTS: tl.constexpr,
+    MERGED_HEADS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
@@ -118,7 +119,7 @@ def _draft_kernel(
         num_selected_ptr, tail_start_ptr, req_ptr, seq_lens_ptr, b, cap, splits, MIN_CHUNK
     )
     # A list that is not split begins at a known place.
-    start = 0 if SPLITS_POW2 == 1 else split * chunk
+    start = split * chunk if IS_SPLIT else 0
     end = tl.minimum(start + chunk, total)
 
     offs_m = tl.arange(0, BLOCK_M)
@@ -166,7 +167,7 @@ def _draft_kernel(
 
     acc = acc / l_i[:, None]
     lse2 = m_i + tl.log2(l_i)
-    if SPLITS_POW2 == 1:
+    if not IS_SPLIT:
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], out, mask=mask_m[:, None])
         if HAS_LSE:
@@ -182,32 +183,39 @@ def _draft_kernel(
         before = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu")
         if before == used - 1:
             tl.store(counter, 0)  # for the next launch
-            # Several heads at once, because the loads of one would wait for the result of the one before.
-            offs_s = tl.arange(0, SPLITS_POW2)
-            live = (offs_s < used)[None, :]
-            for first in tl.static_range(0, G, MERGED):
-                g = first + tl.arange(0, MERGED)
+            # Several heads and parts at once, because each load of a loop waits for the one before.
+            for first in tl.static_range(0, G, MERGED_HEADS):
+                g = first + tl.arange(0, MERGED_HEADS)
                 mask_g = g < G
                 out_rows = (b * HKV + h).to(tl.int64) * G + g
-                place = out_rows[:, None] * splits + offs_s[None, :]
-                mask = live & mask_g[:, None]
-                lse2_s = tl.load(part_lse_ptr + place, mask=mask, other=float("-inf"))
-                o = tl.load(part_o_ptr + place[:, :, None] * D + offs_d[None, None, :], mask=mask[:, :, None], other=0.0)
-                m = tl.where(mask_g, tl.max(lse2_s, 1), 0.0)
-                w = tl.exp2(lse2_s - m[:, None])
-                total_w = tl.where(mask_g, tl.sum(w, 1), 1.0)
-                res = tl.sum(o * w[:, :, None], 1) / total_w[:, None]
+                m = tl.full([MERGED_HEADS], -1e30, tl.float32)
+                total_w = tl.zeros([MERGED_HEADS], tl.float32)
+                res = tl.zeros([MERGED_HEADS, D], tl.float32)
+                for s in tl.range(0, used, MERGED_PARTS, num_stages=1):
+                    offs_s = s + tl.arange(0, MERGED_PARTS)
+                    place = out_rows[:, None] * splits + offs_s[None, :]
+                    mask = mask_g[:, None] & (offs_s < used)[None, :]
+                    lse2_s = tl.load(part_lse_ptr + place, mask=mask, other=float("-inf"))
+                    o_at = part_o_ptr + place[:, :, None] * D + offs_d[None, None, :]
+                    o = tl.load(o_at, mask=mask[:, :, None], other=0.0)
+                    m_new = tl.maximum(m, tl.max(lse2_s, 1))
+                    alpha = tl.exp2(m - m_new)
+                    w = tl.exp2(lse2_s - m_new[:, None])
+                    total_w = total_w * alpha + tl.sum(w, 1)
+                    res = res * alpha[:, None] + tl.sum(o * w[:, :, None], 1)
+                    m = m_new
+                total_w = tl.where(mask_g, total_w, 1.0)
                 tl.store(
                     out_ptr + out_rows[:, None] * D + offs_d[None, :],
-                    res.to(out_ptr.dtype.element_ty),
+                    (res / total_w[:, None]).to(out_ptr.dtype.element_ty),
                     mask=mask_g[:, None],
                 )
                 if HAS_LSE:
                     tl.store(lse_ptr + out_rows, (m + tl.log2(total_w)) * LN2, mask=mask_g)
 
 
-#: Partial outputs that a thread merges at a time: they must fit its registers.
-MERGED_OF_THREAD = 64
+#: Parts of a list that are merged at a time, and partial outputs that a thread does: they must fit its registers.
+MERGED_PARTS, MERGED_OF_THREAD = 8, 64
 
 
 @dataclass
@@ -275,8 +283,8 @@ def draft_attention(
     if batch == 0:
         return
     positions = table.positions[kv.index]
-    group, splits_pow2 = num_q_heads // num_kv_heads, triton.next_power_of_2(splits)
-    merged = MERGED_OF_THREAD * 32 * config.num_warps // (splits_pow2 * head_dim)
+    group, parts = num_q_heads // num_kv_heads, min(MERGED_PARTS, triton.next_power_of_2(splits))
+    merged_heads = max(1, MERGED_OF_THREAD * 32 * config.num_warps // (parts * head_dim))
     _draft_kernel[(num_kv_heads, splits, batch)](
         q_ptr=q,
         k_ptr=kv.k,
@@ -306,8 +314,9 @@ def draft_attention(
         HKV=num_kv_heads,
         G=group,
         D=head_dim,
-        SPLITS_POW2=splits_pow2,
-        MERGED=min(triton.next_power_of_2(group), max(1, merged)),
+        IS_SPLIT=splits > 1,
+        MERGED_PARTS=parts,
+        MERGED_HEADS=min(triton.next_power_of_2(group), merged_heads),
         BLOCK_M=max(16, triton.next_power_of_2(group)),
         BLOCK_N=config.block_n,
         MIN_CHUNK=config.min_chunk,
