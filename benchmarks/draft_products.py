@@ -99,6 +99,28 @@ def products(shape: Shape, rows: int) -> Iterator[Job]:
         yield Job(f"product {what}", "model's", [lambda w=w, f=own: f(w) for w in weights], 2 * moved)
         yield Job(f"product {what}", "fp8_scaled_mm", [lambda c=c, f=sgl: f(c) for c in copies], moved)
         yield Job(f"product {what}", "torch._scaled_mm", [lambda c=c, f=by_torch: f(c) for c in copies], moved)
+        yield marlin_product(what, x, outputs, count)
+
+
+def marlin_product(what: str, x: torch.Tensor, outputs: int, count: int) -> Job:
+    """A product with 4-bit weights in groups of 128, and activations in 16 bits; the weights mean nothing."""
+    from sgl_kernel.scalar_type import scalar_types
+    from sglang.kernels.ops.quantization.gptq_marlin import gptq_marlin_gemm
+    from sglang.srt.layers.quantization.marlin_utils import marlin_make_workspace
+
+    rows, inputs = x.shape
+    workspace, none = marlin_make_workspace(x.device), torch.empty(0, dtype=torch.int32, device="cuda")
+    scales = torch.full((inputs // 128, outputs), 0.01, dtype=DTYPE, device="cuda")
+    packed = [torch.randint(2**31, (inputs // 16, 2 * outputs), dtype=torch.int32, device="cuda") for _ in range(count)]
+
+    def product(weight: torch.Tensor) -> torch.Tensor:
+        return gptq_marlin_gemm(
+            x, None, weight, scales, None, none, none, none, workspace, scalar_types.uint4b8, rows, outputs, inputs,
+            use_fp32_reduce=True,
+        )  # fmt: skip
+
+    moved = outputs * inputs // 2 + scales.nbytes
+    return Job(f"product {what}", "gptq_marlin_gemm, 4 bits", [lambda w=w: product(w) for w in packed], moved)
 
 
 def between(shape: Shape, rows: int) -> Iterator[Job]:
@@ -152,7 +174,7 @@ def main() -> int:
                     about = {"shape": name, "rows": tokens, "what": job.what, "kernel": job.name}
                     try:
                         found = {**time_calls(job.calls), "bytes": job.bytes}
-                    except RuntimeError as error:  # a kernel that refuses the shape costs its own row
+                    except Exception as error:  # noqa: BLE001 - a kernel that cannot run costs its own row
                         say(f"{about}: {error}")
                         continue
                     write_record(args.results, {**origin, **about, **found})
