@@ -19,7 +19,9 @@ class LseHints:
         last_step: float32 [layers, rows, Hq], what the last draft or plain step wrote, by place in its batch.
     """
 
-    def __init__(self, num_layers: int, num_rows: int, window: int, num_q_heads: int, device: torch.device | str) -> None:
+    def __init__(
+        self, num_layers: int, num_rows: int, window: int, num_q_heads: int, device: torch.device | str
+    ) -> None:
         self.last_step = torch.zeros((num_layers, num_rows, num_q_heads), dtype=torch.float32, device=device)
         self._hints = torch.zeros((num_layers, num_rows, window, num_q_heads), dtype=torch.float32, device=device)
         self._offsets = torch.arange(window, device=device)

@@ -68,7 +68,9 @@ class SelectionTable:
         self.tail_start[rows] = torch.maximum(self.tail_start[rows], earliest)
 
 
-def num_selected(lengths: torch.Tensor, budget_ratio: float, min_budget: int, window: int, capacity: int) -> torch.Tensor:
+def num_selected(
+    lengths: torch.Tensor, budget_ratio: float, min_budget: int, window: int, capacity: int
+) -> torch.Tensor:
     """How many positions of [0, length) to select (int32, shape of ``lengths``).
 
     The budget max(min_budget, ceil(ratio * length)) includes the tail, counted as one

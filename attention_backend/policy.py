@@ -53,14 +53,18 @@ class DraftPolicy:
         settings = self.settings
         return num_selected(lengths, settings.budget_ratio, settings.min_budget, self.window, capacity)
 
-    def write(self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    def write(
+        self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         """Write selections that do not depend on scores; arguments as in :func:`write_pattern`."""
 
 
 class Window(DraftPolicy):
     """The newest tokens: the control of the other policies, with the same budget."""
 
-    def write(self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    def write(
+        self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         write_pattern(lengths, counts, rows, 0, positions)
 
 
@@ -70,7 +74,9 @@ class Streaming(DraftPolicy):
     MagicDec keeps a window of fixed size; here it grows with the request, as every budget does.
     """
 
-    def write(self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor) -> None:
+    def write(
+        self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
+    ) -> None:
         write_pattern(lengths, counts, rows, self.settings.num_sinks, positions)
 
 

@@ -106,7 +106,9 @@ class PrefillSelection:
         prompts = PromptChunks(rows, seq_lens, self._starts[:batch_size], num_queries, lengths, counts)
         self._select(prompts, self._layers, list(self._queries[:, : batch_size * self._window]))
 
-    def _select(self, prompts: PromptChunks, layers: Sequence[RadixAttention], queries: Sequence[torch.Tensor]) -> None:
+    def _select(
+        self, prompts: PromptChunks, layers: Sequence[RadixAttention], queries: Sequence[torch.Tensor]
+    ) -> None:
         scores = self._kernels.plan_prefill_scores(
             prompts.rows, prompts.seq_lens, prompts.starts, prompts.extend_lens, self._window
         )

@@ -18,7 +18,7 @@ import torch
 from _common import device_name, markdown, say, significant, stamp, write_record
 from kernel_table import time_calls
 
-from sglang_sparsespec.draft_weights import triton_fused
+from sglang_sparsespec.draft_weights import triton_fused, triton_product
 from sglang_sparsespec.draft_weights.fp8 import Quantised
 
 #: A walk through weights covers this much memory.
@@ -99,6 +99,13 @@ def products(shape: Shape, rows: int) -> Iterator[Job]:
         yield Job(f"product {what}", "model's", [lambda w=w, f=own: f(w) for w in weights], 2 * moved)
         yield Job(f"product {what}", "fp8_scaled_mm", [lambda c=c, f=sgl: f(c) for c in copies], moved)
         yield Job(f"product {what}", "torch._scaled_mm", [lambda c=c, f=by_torch: f(c) for c in copies], moved)
+        for config in triton_product.configs_for(copies[0], rows):
+
+            def in_triton(copy: Quantised, q: Quantised = q, config: Any = config) -> torch.Tensor:
+                return triton_product.product(q, copy, DTYPE, None, config, pdl=True)
+
+            name = f"triton_product {config.block_n} x {config.block_k}"
+            yield Job(f"product {what}", name, [lambda c=c, f=in_triton: f(c) for c in copies], moved)
         yield marlin_product(what, x, outputs, count)
 
 
@@ -149,10 +156,12 @@ def between(shape: Shape, rows: int) -> Iterator[Job]:
     moved, moved_wide = 8 * x.numel(), 6 * out.numel()
     yield Job("norm", "SGLang", [norm] * 8, moved)
     yield Job("norm, quantised", "SGLang, two kernels", [norm_then_quantise] * 8, moved)
-    yield Job("norm, quantised", "fused", [lambda: triton_fused.add_norm(x, residual, weight, EPS)] * 8, moved)
+    yield Job("norm, quantised", "fused", [lambda: triton_fused.add_norm(x, residual, weight, EPS, pdl=True)] * 8, moved)
+    yield Job("quantisation", "SGLang", [lambda: quantise(x)] * 8, 3 * x.numel())
+    yield Job("quantisation", "own", [lambda: triton_fused.quantise(x, pdl=True)] * 8, 3 * x.numel())
     yield Job("activation", "SGLang", [activation] * 8, moved_wide)
     yield Job("activation, quantised", "SGLang, two kernels", [activation_then_quantise] * 8, moved_wide)
-    yield Job("activation, quantised", "fused", [lambda: triton_fused.silu_and_mul(wide)] * 8, moved_wide)
+    yield Job("activation, quantised", "fused", [lambda: triton_fused.silu_and_mul(wide, pdl=True)] * 8, moved_wide)
 
 
 def parse_arguments() -> argparse.Namespace:

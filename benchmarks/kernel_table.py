@@ -82,17 +82,14 @@ def time_calls(calls: Sequence[Callable[[], Any]]) -> dict[str, Any]:
         # A graph of one millisecond or more, and of whole walks.
         count = len(calls) * max(1, min(math.ceil(1 / walk_ms), 64 // len(calls)))
         turns = itertools.cycle(calls)
-        times, method = (
-            bench_gpu_time(
-                lambda: next(turns)(),
-                dry_run_time_ms=10,
-                repeat_time_ms=60,
-                use_cuda_graph=True,
-                num_iters_within_graph=count,
-                cold_l2_cache=False,  # the calls walk through more than the cache holds
-            ),
-            "graph",
-        )
+        times, method = bench_gpu_time(
+            lambda: next(turns)(),
+            dry_run_time_ms=10,
+            repeat_time_ms=60,
+            use_cuda_graph=True,
+            num_iters_within_graph=count,
+            cold_l2_cache=False,  # the calls walk through more than the cache holds
+        ), "graph"
     low, middle, high = numpy.percentile(times, [10, 50, 90])
     found = {"ms": float(middle), "low": float(low), "high": float(high)}
     return {**found, "repetitions": len(times), "calls": count, "method": method}

@@ -1,6 +1,6 @@
 """Draws README's plot from files of ``benchmarks/results``.
 
-python benchmarks/plot_results.py   # writes docs/plots/readme.png
+    python benchmarks/plot_results.py   # writes docs/plots/readme.png
 """
 
 from __future__ import annotations

@@ -83,7 +83,9 @@ def register_hooks() -> None:
     """Register the hooks of this module."""
     managers = "sglang.srt.managers."
     add_hook(managers + "schedule_batch.Req.update_finish_state", finish_token_by_token, "around")
-    add_hook(managers + "tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics", true_accept_length, "after")
+    add_hook(
+        managers + "tokenizer_manager.TokenizerManager._calculate_spec_decoding_metrics", true_accept_length, "after"
+    )
     add_hook(
         "sglang.srt.entrypoints.openai.serving_chat.OpenAIServingChat._process_logprobs_tokens",
         top_logprobs_of_each_token,

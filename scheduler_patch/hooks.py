@@ -108,7 +108,9 @@ def refuse_inexact_request(result: Any, tokenizer_manager: Any, obj: Any, *args:
 def register_hooks() -> None:
     """Register the hooks of this module."""
     add_hook("sglang.srt.mem_cache.kv_cache_builder.get_draft_kv_pool", no_draft_kv_pool, "around")
-    add_hook("sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup", no_kv_move_kernel, "around")
+    add_hook(
+        "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup", no_kv_move_kernel, "around"
+    )
     add_hook("sglang.srt.speculative.spec_info.create_dummy_verify_input", dummy_verify_input, "after")
     add_hook(
         "sglang.srt.model_executor.runner.decode_cuda_graph_runner.DecodeCudaGraphRunner.get_spec_info",
@@ -116,4 +118,6 @@ def register_hooks() -> None:
         "after",
     )
     add_hook("sglang.srt.managers.scheduler.Scheduler.init_model_worker", time_rounds, "after")
-    add_hook("sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", refuse_inexact_request, "after")
+    add_hook(
+        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", refuse_inexact_request, "after"
+    )

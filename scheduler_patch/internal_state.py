@@ -114,4 +114,6 @@ def register_hooks() -> None:
     scheduler = "sglang.srt.managers.scheduler.Scheduler."
     add_hook(scheduler + "get_internal_state", add_internal_state, "after")
     add_hook(scheduler + "set_internal_state", set_speculate, "around")
-    add_hook("sglang.srt.managers.io_struct.SetInternalStateReq.__get_pydantic_core_schema__", schema_with_names, "around")
+    add_hook(
+        "sglang.srt.managers.io_struct.SetInternalStateReq.__get_pydantic_core_schema__", schema_with_names, "around"
+    )

@@ -80,4 +80,6 @@ def register_hooks() -> None:
         count_verifications,
         "after",
     )
-    add_hook(components + "metrics_reporter.SchedulerMetricsReporter.report_decode_stats", report_draft_metrics, "after")
+    add_hook(
+        components + "metrics_reporter.SchedulerMetricsReporter.report_decode_stats", report_draft_metrics, "after"
+    )

@@ -55,9 +55,13 @@ def decode_between_prefills(
         if waits or scheduler.chunked_req is not None:
             scheduler.draft_worker.metrics.note_interleaved_round()
         return None, running_batch
-    return original(scheduler, prefill_delayer_single_pass=prefill_delayer_single_pass, running_batch=running_batch)
+    return original(
+        scheduler, prefill_delayer_single_pass=prefill_delayer_single_pass, running_batch=running_batch
+    )
 
 
 def register_hooks() -> None:
     """Register the hook of this module."""
-    add_hook("sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw", decode_between_prefills, "around")
+    add_hook(
+        "sglang.srt.managers.scheduler.Scheduler._get_new_batch_prefill_raw", decode_between_prefills, "around"
+    )

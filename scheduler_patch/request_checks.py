@@ -167,9 +167,8 @@ SAMPLING_RULES: dict[str, Rule] = {
     "min_new_tokens": COUNT,
     "stop": Rule(lambda value, _: _are_texts(value), "a string or a list of strings"),
     "stop_token_ids": Rule(
-        lambda value, _: (
-            isinstance(value, list | tuple | set | frozenset) and all(item is None or _is_integer(item) for item in value)
-        ),
+        lambda value, _: isinstance(value, list | tuple | set | frozenset)
+        and all(item is None or _is_integer(item) for item in value),
         "a list of token ids",
     ),
     "stop_regex": Rule(lambda value, _: _are_patterns(value), "a regular expression of Python, or a list of them"),

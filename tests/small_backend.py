@@ -96,7 +96,9 @@ class SmallServer:
         for layer in self.layers:
             queries = q if q is not None else self.random(tokens, NUM_Q_HEADS)
             k, v = self.random(tokens, NUM_KV_HEADS), self.random(tokens, NUM_KV_HEADS)
-            forward = self.backend.forward_decode if batch.forward_mode.is_decode() else self.backend.forward_extend
+            forward = (
+                self.backend.forward_decode if batch.forward_mode.is_decode() else self.backend.forward_extend
+            )
             output = forward(queries, k, v, layer, batch)
         return output
 
@@ -168,7 +170,9 @@ class SmallServer:
             self.req_to_token[verify_rows.unsqueeze(1), positions].flatten(),
         ]
         tokens = len(drafts) + WINDOW * len(windows)
-        batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, batch_size=tokens, out_cache_loc=torch.cat(slots).long())
+        batch = SimpleNamespace(
+            forward_mode=ForwardMode.DECODE, batch_size=tokens, out_cache_loc=torch.cat(slots).long()
+        )
         output = self._run(batch, tokens, q)
         self.backend.end()
         return output

@@ -97,7 +97,9 @@ def greedy_continuation(folder: str | Path, prompt: list[int], length: int) -> l
 
 
 @torch.no_grad()
-def sequence_probabilities(folder: Path, prompt: list[int], length: int, sampling: Sampling) -> dict[tuple[int, ...], float]:
+def sequence_probabilities(
+    folder: Path, prompt: list[int], length: int, sampling: Sampling
+) -> dict[tuple[int, ...], float]:
     """Probability of every sequence of ``length`` tokens that may follow ``prompt``.
 
     Computed by transformers from the same weights, with plain full attention; sequences

@@ -360,7 +360,9 @@ class FlashInferKernels(TritonKernels):
             wrapper.reset_workspace_buffer(self._float_workspace, plan_memory)
             wrapper.plan(**arguments)
             rows = size * shape.num_kv_heads
-            self.buckets[size] = _Bucket(size, wrapper, arguments["indptr"], indices, q[:rows], result[:rows], lse2[:rows])
+            self.buckets[size] = _Bucket(
+                size, wrapper, arguments["indptr"], indices, q[:rows], result[:rows], lse2[:rows]
+            )
         indptr.zero_()
         # What FlashInfer makes on its first run may not belong to a CUDA graph.
         cache = torch.zeros((1, shape.num_kv_heads, shape.head_dim), device=self.device).to(shape.kv_dtype)

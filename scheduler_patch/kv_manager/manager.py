@@ -299,7 +299,9 @@ class KVManager:
         if scheduler.enable_overlap:
             batch.spec_info.future_indices = batch.req_pool_indices
             scheduler.future_map.publish(batch.req_pool_indices, batch.seq_lens)
-            scheduler.future_map.stash(batch.req_pool_indices, RelayPayload.from_draft_input(batch.spec_info))
+            scheduler.future_map.stash(
+                batch.req_pool_indices, RelayPayload.from_draft_input(batch.spec_info)
+            )
         return batch
 
     # ------------------------------------------------------------------------ ending

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 
-from sglang_sparsespec.draft_weights import triton_fused
+from sglang_sparsespec.draft_weights import triton_fused, triton_product
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
 
 #: Largest row that one program of a fused kernel holds.
@@ -18,13 +19,15 @@ LEAST_GAIN = 1.02
 #: Numbers of tokens that products are timed for; one that lies between is taken as the next larger one.
 TIMED_ROWS = (1, 16, 32, 64, 96, 128, 192, 256, 384, 512)
 _ATTRIBUTE = "_sparsespec_draft_weights"
+#: x @ weight.T + bias in the given dtype: [M, N] of x [M, K] and weight [N, K].
+Product = Callable[[Quantised, Quantised, torch.dtype, torch.Tensor | None], torch.Tensor]
 
 
 class DraftWeights:
     """FP8 copies of the linear layers of one model, made from the very tensors that the target uses.
 
-    On CUDA products run in SGLang's ``fp8_scaled_mm``, and norms and activations quantise what they hand to them. Elsewhere
-    products are the reference's.
+    On CUDA products run in SGLang's ``fp8_scaled_mm`` or in this project's ``triton_product``, whichever is faster, and
+    norms and activations quantise what they hand to them. Elsewhere products are the reference's.
 
     Attributes:
         nbytes: memory of the copies.
@@ -34,8 +37,11 @@ class DraftWeights:
         self._copies = {layer: Quantised.of(layer.weight.data) for layer in copied_layers(model)}
         self.nbytes = sum(copy.nbytes for copy in self._copies.values())
         self._input_widths = {copy.values.shape[1] for copy in self._copies.values()}
-        # By shape of the weight: the timed numbers of tokens, ascending, and whether the copy is to be used.
-        self._choices: dict[torch.Size, tuple[list[int], list[bool]]] = {}
+        # By shape of the weight: the timed numbers of tokens, ascending, and what is fastest; None: the model's weights.
+        self._choices: dict[torch.Size, tuple[list[int], list[Product | None]]] = {}
+        device = next((copy.values.device for copy in self._copies.values()), torch.device("cpu"))
+        # Kernels of drafts start while those before them still run.
+        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
         # The last activations that were quantised as they were made, with the tensor that SGLang hands on.
         self._made: tuple[torch.Tensor, Quantised] | None = None
 
@@ -53,13 +59,14 @@ class DraftWeights:
         """The product of ``layer``'s copy with ``x`` [..., K]: [..., N]; None if the model's weights are to be used."""
         copy = self._copies.get(layer)
         rows = x.shape[:-1].numel()
-        if copy is None or not self._is_used(copy, rows):
+        multiply = self._product_for(copy, rows) if copy is not None else None
+        if copy is None or multiply is None:
             return None
         flat = x.reshape(rows, x.shape[-1])
         if not x.is_cuda:
             out = reference_linear(flat, copy, bias)
         else:
-            out = _product(self._quantised(x, flat), copy, x.dtype, bias)
+            out = multiply(self._quantised(x, flat), copy, x.dtype, bias)
         return out.view(*x.shape[:-1], out.shape[-1])
 
     def norm(
@@ -70,7 +77,7 @@ class DraftWeights:
             return None
         if residual is not None and not residual.is_contiguous():
             return None
-        out, quantised = triton_fused.add_norm(x, residual, norm.weight.data, norm.variance_epsilon)
+        out, quantised = triton_fused.add_norm(x, residual, norm.weight.data, norm.variance_epsilon, self._pdl)
         self._made = (out, quantised)
         return out if residual is None else (out, residual)
 
@@ -78,7 +85,7 @@ class DraftWeights:
         """SGLang's ``SiluAndMul`` before a product; None if it is not before one."""
         if not self._makes_input(x, x.shape[-1] // 2):
             return None
-        out, quantised = triton_fused.silu_and_mul(x)
+        out, quantised = triton_fused.silu_and_mul(x, self._pdl)
         self._made = (out, quantised)
         return out
 
@@ -89,11 +96,7 @@ class DraftWeights:
         made, self._made = self._made, None
         if made is not None and made[0] is x:
             return made[1]
-        from sgl_kernel import sgl_per_token_quant_fp8
-
-        quantised = Quantised.empty(flat.shape[0], flat.shape[1], flat.device)
-        sgl_per_token_quant_fp8(flat.contiguous(), quantised.values, quantised.scales)
-        return quantised
+        return triton_fused.quantise(flat.contiguous(), self._pdl)
 
     # ------------------------------------------------------------------------ choice
 
@@ -107,50 +110,57 @@ class DraftWeights:
         for layer, copy in self._copies.items():
             by_shape.setdefault(copy.values.shape, []).append(layer)
         timed = [rows for rows in TIMED_ROWS if rows < most_rows] + [most_rows]
-        used = 0
+        used = own = 0
         for shape, layers in by_shape.items():
-            faster = [self._is_faster(layers, rows) for rows in timed]
-            self._choices[shape] = (timed, faster)
-            used += sum(faster)
-        return f"faster than the model's in {used} of {len(timed) * len(by_shape)} shapes of products"
+            fastest = [self._fastest(layers, rows) for rows in timed]
+            self._choices[shape] = (timed, fastest)
+            used += sum(product is not None for product in fastest)
+            own += sum(product not in (None, sglangs_product) for product in fastest)
+        shapes = len(timed) * len(by_shape)
+        return f"faster than the model's in {used} of {shapes} shapes of products, {own} of them by this project's kernel"
 
-    def _is_used(self, copy: Quantised, rows: int) -> bool:
+    def _product_for(self, copy: Quantised, rows: int) -> Product | None:
         if not self._choices:
-            return True
-        timed, faster = self._choices[copy.values.shape]
+            return sglangs_product
+        timed, fastest = self._choices[copy.values.shape]
         index = bisect.bisect_left(timed, rows)
-        return index < len(timed) and faster[index]
+        return fastest[index] if index < len(timed) else None
 
-    def _is_faster(self, layers: Sequence[torch.nn.Module], rows: int) -> bool:
-        weight = layers[0].weight.data
+    def _fastest(self, layers: Sequence[torch.nn.Module], rows: int) -> Product | None:
+        weight, copy = layers[0].weight.data, self._copies[layers[0]]
         # Requests' seeds are to be the same with and without the copies, so the global generator is left alone.
         generator = torch.Generator(weight.device).manual_seed(0)
         x = torch.randn((rows, weight.shape[1]), generator=generator, dtype=weight.dtype, device=weight.device)
         quantised = Quantised.of(x)
+        products: list[Product] = [sglangs_product]
+        for config in triton_product.configs_for(copy, rows):
+            products.append(partial(triton_product.product, config=config, pdl=self._pdl))
+        seconds = [_seconds(lambda layer: torch.nn.functional.linear(x, layer.weight.data), layers)]
+        for product in products:
+            seconds.append(LEAST_GAIN * _seconds(partial(self._run, product, quantised, x.dtype), layers))
+        best = min(range(len(seconds)), key=seconds.__getitem__)
+        return products[best - 1] if best else None
 
-        def own(layer: torch.nn.Module) -> None:
-            torch.nn.functional.linear(x, layer.weight.data)
-
-        def copied(layer: torch.nn.Module) -> None:
-            _product(quantised, self._copies[layer], x.dtype, None)
-
-        return _seconds(copied, layers) * LEAST_GAIN < _seconds(own, layers)
+    def _run(self, product: Product, x: Quantised, dtype: torch.dtype, layer: torch.nn.Module) -> None:
+        product(x, self._copies[layer], dtype, None)
 
 
-def _product(x: Quantised, weight: Quantised, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
-    """x @ weight.T + bias in ``dtype``: [M, N]."""
+def sglangs_product(x: Quantised, weight: Quantised, dtype: torch.dtype, bias: torch.Tensor | None) -> torch.Tensor:
+    """SGLang's ``fp8_scaled_mm``; see :data:`Product`."""
     from sgl_kernel import fp8_scaled_mm
 
     return fp8_scaled_mm(x.values, weight.values.t(), x.scales, weight.scales, dtype, bias)
 
 
-#: Layers whose weights take turns while a product is timed: together they are larger than the L2 cache, if that can be had.
-_TURNS, _REPLAYS = 8, 3
+#: Layers take turns while a product is timed, at least so many, and more while their copies are smaller than this together:
+#: the L2 cache is to hold few of them.
+_LEAST_TURNS, _LEAST_BYTES, _REPLAYS = 8, 128 << 20, 3
 
 
 def _seconds(product: Callable[[torch.nn.Module], None], layers: Sequence[torch.nn.Module]) -> float:
     """Seconds of one product on the GPU, in a CUDA graph."""
-    turns = [layers[i * len(layers) // _TURNS] for i in range(_TURNS)]
+    count = max(_LEAST_TURNS, min(len(layers), _LEAST_BYTES // layers[0].weight.numel()))
+    turns = [layers[i * len(layers) // count] for i in range(count)]
     graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -165,7 +175,7 @@ def _seconds(product: Callable[[torch.nn.Module], None], layers: Sequence[torch.
             graph.replay()
             end.record()
             end.synchronize()
-            times.append(begin.elapsed_time(end) / 1000 / _TURNS)
+            times.append(begin.elapsed_time(end) / 1000 / count)
     torch.cuda.current_stream().wait_stream(stream)
     return min(times)
 

@@ -39,10 +39,14 @@ def test_sglang_calls_tables_read_when_a_decode_graph_starts(algorithm: Any) -> 
     runner = verify_graph_runner(9, algorithm)
     events: list[str] = []
     runner.__dict__.update(
-        backend=SimpleNamespace(replay_session=contextlib.nullcontext, replay=lambda key, batch: pytest.fail("not reached")),
+        backend=SimpleNamespace(
+            replay_session=contextlib.nullcontext, replay=lambda key, batch: pytest.fail("not reached")
+        ),
         load_batch=lambda *args: events.append("loaded"),
         attn_backend=SimpleNamespace(use_captured_forward_metadata_for_breakable_cuda_graph=False),
-        device_module=SimpleNamespace(Event=lambda: SimpleNamespace(record=lambda: events.append("read done"))),
+        device_module=SimpleNamespace(
+            Event=lambda: SimpleNamespace(record=lambda: events.append("read done"))
+        ),
         _replay_graph_key=None,
     )
     with pytest.raises(pytest.fail.Exception, match="not reached"):

@@ -106,7 +106,9 @@ def greedy(checkpoint: Path) -> dict[str, tuple[list[int], list[int]]]:
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, PLAIN])
-def test_greedy_output_is_the_targets(policy: str, server: Server, greedy: dict[str, tuple[list[int], list[int]]]) -> None:
+def test_greedy_output_is_the_targets(
+    policy: str, server: Server, greedy: dict[str, tuple[list[int], list[int]]]
+) -> None:
     length = 1 + ROUNDS * (NUM_STEPS + 1)
     prompts = [prompt for prompt, _ in greedy.values()]
     outputs = server.generate(policy, prompts, Sampling(temperature=0.0).as_request(length))
@@ -125,7 +127,9 @@ def exact(checkpoint: Path) -> dict[tuple[int, ...], float]:
 
 
 @pytest.mark.parametrize("policy", [*POLICIES, PLAIN])
-def test_sampled_output_follows_the_target(policy: str, server: Server, exact: dict[tuple[int, ...], float]) -> None:
+def test_sampled_output_follows_the_target(
+    policy: str, server: Server, exact: dict[tuple[int, ...], float]
+) -> None:
     prompts = [prompt_of("temperature 1")] * SAMPLED
     outputs = server.generate(policy, prompts, Sampling().as_request(LENGTH))
     assert p_value(Counter(tuple(output["output_ids"]) for output in outputs), exact) >= BOUND

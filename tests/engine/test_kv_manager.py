@@ -80,7 +80,9 @@ def expected(ample_engine: EngineProcess) -> list[list[int]]:
 
 
 @contextmanager
-def start(model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str) -> Iterator[tuple[Server, Client]]:
+def start(
+    model: str, log: Path, host_kv_gb: str, *flags: str, **environment: str
+) -> Iterator[tuple[Server, Client]]:
     # SGLang's warm-up sends token ids that this model does not have.
     own = ("--skip-tokenizer-init", "--skip-server-warmup", "--sparsespec-min-budget", "32")
     flags = (*own, "--context-length", str(CONTEXT), *flags)
@@ -109,7 +111,9 @@ def moving(moving_server: tuple[Server, Client]) -> Iterator[Client]:
     assert_healthy(server)
 
 
-def test_requests_that_are_moved_several_times_keep_their_outputs(moving: Client, expected: list[list[int]]) -> None:
+def test_requests_that_are_moved_several_times_keep_their_outputs(
+    moving: Client, expected: list[list[int]]
+) -> None:
     answers = moving.generate_all(CALLS)
     assert [answer["output_ids"] for answer in answers] == expected
     state = moving.state()

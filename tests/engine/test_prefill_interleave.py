@@ -76,7 +76,9 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="module")
 def plain_engine(tiny_model: str) -> EngineProcess:
     """Plain SGLang; it starts while the first server does, and is ended by ``expected``."""
-    return EngineProcess(PLAIN_ENV, model_path=tiny_model, max_total_tokens=20000, log_level="error", **COMMON, **PLAIN)
+    return EngineProcess(
+        PLAIN_ENV, model_path=tiny_model, max_total_tokens=20000, log_level="error", **COMMON, **PLAIN
+    )
 
 
 @pytest.fixture(scope="module")

@@ -84,7 +84,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def exact(checkpoint: Path) -> dict[str, dict[tuple[int, ...], float]]:
     """Sequence probabilities of each kind of request under the target."""
     return {
-        kind: sequence_probabilities(checkpoint, prompt_of(kind), LENGTH, sampling) for kind, (sampling, _) in KINDS.items()
+        kind: sequence_probabilities(checkpoint, prompt_of(kind), LENGTH, sampling)
+        for kind, (sampling, _) in KINDS.items()
     }
 
 

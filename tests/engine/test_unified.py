@@ -81,7 +81,9 @@ def expected(engines: dict[str, EngineProcess]) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("name", ["retracting", "no overlap", "plain rounds"])
-def test_greedy_tokens_are_plain_sglangs(name: str, engines: dict[str, EngineProcess], expected: list[list[int]]) -> None:
+def test_greedy_tokens_are_plain_sglangs(
+    name: str, engines: dict[str, EngineProcess], expected: list[list[int]]
+) -> None:
     for _ in range(2):  # the second time after requests of the first have left their rows
         outputs = engines[name].generate(**requests())
         assert [output["output_ids"] for output in outputs] == expected
@@ -93,10 +95,13 @@ def test_greedy_tokens_are_plain_sglangs(name: str, engines: dict[str, EnginePro
 
 
 def test_log_probabilities_are_plain_sglangs(engines: dict[str, EngineProcess]) -> None:
-    served = {name: engines[name].generate(**requests(), return_logprob=True) for name in ("plain", "no overlap")}
+    served = {
+        name: engines[name].generate(**requests(), return_logprob=True) for name in ("plain", "no overlap")
+    }
     for one, other in zip(served["plain"], served["no overlap"], strict=True):
         found, expected = (
-            torch.tensor([entry[0] for entry in output["meta_info"]["output_token_logprobs"]]) for output in (other, one)
+            torch.tensor([entry[0] for entry in output["meta_info"]["output_token_logprobs"]])
+            for output in (other, one)
         )
         torch.testing.assert_close(found, expected, rtol=0, atol=1e-4)
 

@@ -6,6 +6,7 @@ Without a GPU a child process runs the Triton kernels in Triton's interpreter.
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +15,8 @@ import pytest
 import torch
 from interpreter_child import assert_passes_in_the_interpreter
 
-from sglang_sparsespec.draft_weights import triton_fused
-from sglang_sparsespec.draft_weights.copies import DraftWeights
+from sglang_sparsespec.draft_weights import triton_fused, triton_product
+from sglang_sparsespec.draft_weights.copies import DraftWeights, sglangs_product
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -26,6 +27,7 @@ kernels_run_here = pytest.mark.skipif(
 )
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: FP8 products need one")]
 EPS = 1e-6
+PDL = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= 9
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -55,7 +57,7 @@ def test_norms_are_sglangs_and_quantised(rows: int, width: int, has_residual: bo
     total = x.float() + (residual.float() if has_residual else 0)
     expected = total * torch.rsqrt(total.pow(2).mean(dim=1, keepdim=True) + EPS) * weight.float()
     given = x.clone()
-    out, quantised = triton_fused.add_norm(given, residual if has_residual else None, weight, EPS)
+    out, quantised = triton_fused.add_norm(given, residual if has_residual else None, weight, EPS, PDL)
     tolerance = dict(rtol=0.02, atol=0.02) if DTYPE == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.float(), expected, **tolerance)
     assert_quantised(quantised, expected)
@@ -71,10 +73,41 @@ def test_norms_are_sglangs_and_quantised(rows: int, width: int, has_residual: bo
 def test_activations_are_sglangs_and_quantised(rows: int, width: int) -> None:
     x = random(rows, 2 * width)
     expected = torch.nn.functional.silu(x[:, :width].float()) * x[:, width:].float()
-    out, quantised = triton_fused.silu_and_mul(x)
+    out, quantised = triton_fused.silu_and_mul(x, PDL)
     tolerance = dict(rtol=0.02, atol=0.02) if DTYPE == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(out.float(), expected, **tolerance)
     assert_quantised(quantised, expected)
+
+
+@kernels_run_here
+@pytest.mark.parametrize("rows,width", [(1, 64), (5, 96)])
+def test_activations_of_other_layers_are_quantised(rows: int, width: int) -> None:
+    x = random(rows, width)
+    assert_quantised(triton_fused.quantise(x, PDL), x.float())
+
+
+@kernels_run_here
+@pytest.mark.parametrize("config", triton_product.CONFIGS, ids=str)
+@pytest.mark.parametrize("tokens,has_bias", [(1, True), (21, False)])
+def test_products_in_triton_are_the_references(
+    config: triton_product.ProductConfig, tokens: int, has_bias: bool
+) -> None:
+    x, weight = (Quantised.of(random(rows, 1024, seed=seed)) for seed, rows in enumerate((tokens, 128)))
+    bias = random(128, seed=2) if has_bias else None
+    assert config in triton_product.configs_for(weight, tokens)
+    out = triton_product.product(x, weight, DTYPE, bias, config, PDL)
+    expected = x.dequantised() @ weight.dequantised().T + (bias.float() if bias is not None else 0)
+    torch.testing.assert_close(out.float(), expected, rtol=0.02, atol=0.02)
+
+
+def test_only_products_that_fit_run_in_triton() -> None:
+    def configs(channels: int, inputs: int, tokens: int) -> list[triton_product.ProductConfig]:
+        return list(triton_product.configs_for(Quantised.empty(channels, inputs, torch.device("cpu")), tokens))
+
+    assert configs(128, 1024, 64) == list(triton_product.CONFIGS)
+    assert configs(128, 1024, 65) == []
+    assert configs(128, 896, 1) == [triton_product.CONFIGS[2]], "896 is no multiple of 256"
+    assert configs(48, 1024, 1) == list(triton_product.CONFIGS[:2]), "48 is no multiple of 64"
 
 
 # ----------------------------------------------------------------------- on a GPU only
@@ -117,16 +150,20 @@ def test_products_are_the_references(
     assert copies.linear(torch.nn.Linear(2, 2), x, None) is None, "a layer without a copy"
 
 
-@pytest.mark.parametrize("most_rows", [pytest.param(24, marks=gpu_only)])
-def test_a_product_that_is_slower_uses_the_models_weights(
-    weights: tuple[DraftWeights, list[Layer]], most_rows: int, monkeypatch: pytest.MonkeyPatch
+def test_products_are_the_fastest_ones(
+    weights: tuple[DraftWeights, list[Layer]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copies, layers = weights
-    times = iter([1.0, 0.9, 1.0, 2.0, 1.0, 2.0])  # copy and own, for 1, 16 and 24 tokens
+    copy = Quantised.of(layers[0].weight.data)
+    assert len(list(triton_product.configs_for(copy, 24))) == 1
+    # The model's own weights, SGLang's product and Triton's, for 1, 16 and 24 tokens.
+    times = iter([0.9, 1.0, 1.0, 2.0, 1.0, 1.5, 2.0, 1.5, 1.0])
     monkeypatch.setattr("sglang_sparsespec.draft_weights.copies._seconds", lambda product, layers: next(times))
-    assert "2 of 3" in copies.choose(most_rows)
-    used = {rows: copies.linear(layers[0], random(rows, 128), None) is not None for rows in (1, 2, 16, 24, 25)}
-    assert used == {1: False, 2: True, 16: True, 24: True, 25: False}
+    assert copies.choose(24) == "faster than the model's in 2 of 3 shapes of products, 1 of them by this project's kernel"
+    found = {rows: copies._product_for(copies._copies[layers[0]], rows) for rows in (1, 2, 16, 24, 25)}
+    assert found[1] is None and found[25] is None
+    assert found[2] is found[16] is sglangs_product
+    assert isinstance(found[24], partial) and found[24].func is triton_product.product
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")

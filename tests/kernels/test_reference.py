@@ -97,7 +97,9 @@ def empty_table(capacity: int = 8) -> SelectionTable:
     return SelectionTable(1, 6, NUM_KV_HEADS, capacity, "cpu")
 
 
-def verify(problem: Problem, q: torch.Tensor, scores: torch.Tensor | None = None, window: int = WINDOW) -> torch.Tensor:
+def verify(
+    problem: Problem, q: torch.Tensor, scores: torch.Tensor | None = None, window: int = WINDOW
+) -> torch.Tensor:
     out = torch.full_like(q, float("nan"))
     attention = kernels_of(problem, empty_table()).plan_verify(problem.rows, problem.lengths, window)
     attention.run(q, problem.kv, out, scores)
@@ -256,7 +258,8 @@ def test_draft_attention_reads_the_selected_tokens_and_the_tail(problem: Problem
             continue
         tail = [length, length + 1]
         attended = [
-            table.positions[0, row, kv_head, : table.num_selected[row]].tolist() + tail for kv_head in range(NUM_KV_HEADS)
+            table.positions[0, row, kv_head, : table.num_selected[row]].tolist() + tail
+            for kv_head in range(NUM_KV_HEADS)
         ]
         torch.testing.assert_close(out[b].double(), problem.attend(q[b], row, attended), rtol=1e-4, atol=1e-5)
         for head in range(q.shape[1]):

@@ -117,7 +117,9 @@ def test_all_tokens_tied_at_the_edge_stay_and_impossible_ones_go() -> None:
     logits[0, [3, 68, 40]] = torch.tensor([2.0, 1.0, 1.0])
     logits[1, [0, 1, 2]] = torch.tensor([0.0, -0.0, -1.0])
     logits[2, [5, 66, 7]] = torch.tensor([2.0, 2.0, 1.9])
-    kept = logits >= found_floors(logits, [1.0] * 3, [2, 2, NO_TOP_K], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]).unsqueeze(1)
+    kept = logits >= found_floors(
+        logits, [1.0] * 3, [2, 2, NO_TOP_K], [1.0, 1.0, 1.0], [0.0, 0.0, 1.0]
+    ).unsqueeze(1)
     assert kept[0].nonzero().flatten().tolist() == [3, 40, 68]
     assert kept[1].nonzero().flatten().tolist() == [0, 1]
     assert kept[2].nonzero().flatten().tolist() == [5, 66], "all of the likeliest, and nothing else"

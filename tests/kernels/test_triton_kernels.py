@@ -141,6 +141,7 @@ GPU_CASES = [
 ]
 
 
+
 def check_long_lists(p: Problem, kernels: TritonKernels) -> None:
     """Lists longer than the kernels were told."""
     p.table.num_selected.zero_()

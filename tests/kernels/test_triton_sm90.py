@@ -16,12 +16,19 @@ import pytest
 import torch
 from sm90 import RESERVED_BYTES, SHARED_BYTES, Compiled, compile_in_child, count_compiled, pretend_h100, report
 
-from sglang_sparsespec.attention_backend.kernels import flashinfer_kernels, triton_prefill_scores, triton_select
+from sglang_sparsespec.attention_backend.kernels import (
+    flashinfer_kernels,
+    triton_inputs,
+    triton_prefill_scores,
+    triton_select,
+)
 from sglang_sparsespec.attention_backend.kernels.flashinfer_kernels import FlashInferKernels
 from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, score_row
 from sglang_sparsespec.attention_backend.kernels.triton_kernels import TritonKernels
 from sglang_sparsespec.attention_backend.kernels.triton_prefill_scores import Windows, window_scores
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
+from sglang_sparsespec.draft_weights import triton_fused, triton_product
+from sglang_sparsespec.draft_weights.fp8 import Quantised
 
 #: Query heads and KV heads.
 SHAPES = {"qwen3-8b": (32, 8), "qwen2.5-coder-1.5b": (12, 2)}
@@ -36,7 +43,9 @@ def compile_for_h100(shape_name: str, cache: str) -> Compiled:
     found = pretend_h100(cache)
     num_q_heads, num_kv_heads = SHAPES[shape_name]
     bf16 = torch.bfloat16
-    shape = KernelShape(BATCH, num_q_heads, num_kv_heads, HEAD_DIM, WINDOW, CAPACITY + 2 * WINDOW, dtype=bf16, kv_dtype=bf16)
+    shape = KernelShape(
+        BATCH, num_q_heads, num_kv_heads, HEAD_DIM, WINDOW, CAPACITY + 2 * WINDOW, dtype=bf16, kv_dtype=bf16
+    )
     table = SelectionTable(1, 65, num_kv_heads, CAPACITY, "cpu")
     req_to_token = torch.empty(65, CONTEXT, dtype=torch.int32)
     kernels = TritonKernels(shape, table, req_to_token)
@@ -78,7 +87,32 @@ def compile_for_h100(shape_name: str, cache: str) -> Compiled:
         selection.run(scores.to(dtype), 0)
         found[f"_select_kernel {dtype}"] = found.pop("_select_kernel")
     prefill_any_number(SparseSpecAttnBackend.warm_up, kernels, qw, kv, found)
+    compile_draft_step(kv, found)
     return found
+
+
+def compile_draft_step(kv: LayerKV, found: Compiled) -> None:
+    """Compile what a draft step does between attentions."""
+    num_kv_heads, bf16 = kv.k.shape[1], torch.bfloat16
+    x, weight = Quantised.empty(BATCH, 1024, torch.device("cpu")), Quantised.empty(512, 1024, torch.device("cpu"))
+    for config in triton_product.CONFIGS:
+        triton_product.product(x, weight, bf16, None, config, pdl=True)
+        found[f"_product_kernel {config.block_n} x {config.block_k}"] = found.pop("_product_kernel")
+    hidden, norm = torch.empty(BATCH, 1024, dtype=bf16), torch.empty(1024, dtype=bf16)
+    triton_fused.add_norm(hidden, hidden.clone(), norm, 1e-6, pdl=True)
+    triton_fused.silu_and_mul(hidden, pdl=True)
+    triton_fused.quantise(hidden, pdl=True)
+    numbers, heads = torch.zeros(2, dtype=torch.int64), 3 * num_kv_heads
+    triton_inputs.attention_inputs(
+        qkv=torch.empty(2, heads * HEAD_DIM, dtype=bf16),
+        positions=numbers,
+        cos_sin=torch.empty(CONTEXT, HEAD_DIM),
+        norms=(norm[:HEAD_DIM], norm[:HEAD_DIM]),
+        eps=1e-6,
+        kv=kv,
+        slots=numbers,
+        pdl=True,
+    )
 
 
 def compile_flashinfer(
@@ -100,7 +134,9 @@ def compile_flashinfer(
         kernels.plan_draft(rows, rows).run(q, kv, q.clone(), lse)
 
 
-def prefill_any_number(warm_up: Any, kernels: TritonKernels, queries: torch.Tensor, kv: LayerKV, found: Compiled) -> None:
+def prefill_any_number(
+    warm_up: Any, kernels: TritonKernels, queries: torch.Tensor, kv: LayerKV, found: Compiled
+) -> None:
     """Warm the prefill kernels up, then let prefill batches of many sizes come; keeps count of what is compiled."""
     kernels_of_prefill = (
         triton_prefill_scores._window_lse_kernel,
@@ -160,10 +196,14 @@ def compiled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         ("_verify_kernel plain step", 2),
         ("_window_lse_kernel", 1),
         ("_window_scores_kernel", 1),
+        # The weights and the activations.
+        ("_product_kernel 16 x 256", 2),
+        ("_product_kernel 16 x 512", 2),
+        ("_product_kernel 64 x 128", 2),
     ],
 )
-def test_the_next_tiles_of_kv_are_in_flight(kernel: str, tiles: int, compiled: Compiled) -> None:
-    """K and V (scores: K alone) of the next iteration load while this one computes."""
+def test_the_next_tiles_are_in_flight(kernel: str, tiles: int, compiled: Compiled) -> None:
+    """K and V (scores: K alone; products: weights and activations) of the next iteration load while this one computes."""
     body = inner_loop(compiled[kernel][0])
     copies = body.count("async_copy_global_to_local")
     assert copies == tiles, f"{copies} of {tiles} tiles go to shared memory asynchronously"

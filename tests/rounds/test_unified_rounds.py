@@ -153,7 +153,9 @@ def rule_server(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], RuleServer]
     stream: Any = contextlib.nullcontext(SimpleNamespace(stream=None))
     monkeypatch.setattr("sglang_sparsespec.rounds.graphs.graph_capture", lambda: stream)
     monkeypatch.setattr("sglang_sparsespec.rounds.graphs.get_available_gpu_memory", lambda *args, **kwargs: 1.0)
-    monkeypatch.setattr("sglang_sparsespec.rounds.graphs.get_batch_sizes_to_capture", lambda runner, width: ([2, 8, 16], []))
+    monkeypatch.setattr(
+        "sglang_sparsespec.rounds.graphs.get_batch_sizes_to_capture", lambda runner, width: ([2, 8, 16], [])
+    )
     return RuleServer
 
 

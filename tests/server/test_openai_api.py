@@ -55,7 +55,9 @@ def test_chat_completion_answers(client: openai.OpenAI) -> None:
 
 def test_streamed_chat_completion_is_the_same_text(client: openai.OpenAI) -> None:
     whole = client.chat.completions.create(model="model", messages=QUESTION, temperature=0, max_tokens=64)
-    chunks = client.chat.completions.create(model="model", messages=QUESTION, temperature=0, max_tokens=64, stream=True)
+    chunks = client.chat.completions.create(
+        model="model", messages=QUESTION, temperature=0, max_tokens=64, stream=True
+    )
     text = "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
     assert text == whole.choices[0].message.content
 

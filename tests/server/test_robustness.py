@@ -28,7 +28,9 @@ PROMPT = "Count up slowly and explain every step:\n1 is the first number.\n2 is"
 
 
 @pytest.fixture(scope="module", params=["lockstep", "unified"])
-def client(request: pytest.FixtureRequest, model_path: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Client]:
+def client(
+    request: pytest.FixtureRequest, model_path: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Client]:
     """A server of either schedule with a small context and a KV pool that four requests overflow."""
     log = tmp_path_factory.mktemp("server") / "server.log"
     flags = ["--context-length", str(CONTEXT), "--max-total-tokens", str(KV_TOKENS)]

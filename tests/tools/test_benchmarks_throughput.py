@@ -46,7 +46,7 @@ def test_engines_are_what_their_names_say() -> None:
     unified = settings("sparsespec:window:unified,speculative_num_steps=4,sparsespec_kernels=flashinfer")
     assert (unified["sparsespec_draft_policy"], unified["sparsespec_schedule"]) == ("window", "unified")
     assert (unified["speculative_num_steps"], unified["sparsespec_kernels"]) == (4, "flashinfer")
-    assert settings("plain,cuda_graph_bs_decode=[1, 2],sleep=true")["cuda_graph_bs_decode"] == [1, 2]
+    assert settings('plain,cuda_graph_bs_decode=[1, 2],sleep=true')["cuda_graph_bs_decode"] == [1, 2]
     assert settings("plain", "--device", "cpu")["attention_backend"] == "torch_native"
     assert settings("sparsespec", "--engine-args", '{"tp_size": 2}')["tp_size"] == 2
     for wrong in ("magic", "plain:a:b", "sparsespec:a:b:c"):

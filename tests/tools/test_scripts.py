@@ -257,7 +257,9 @@ def test_quickstart_fails_with_the_reason_and_leaves_no_process(
     assert run.server_processes() == []
 
 
-def test_quickstart_shows_the_end_of_the_log_of_a_server_that_dies(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_shows_the_end_of_the_log_of_a_server_that_dies(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STUB_MODE", "dies")
     run = Quickstart(project)
     assert run.wait() == 1
@@ -265,7 +267,9 @@ def test_quickstart_shows_the_end_of_the_log_of_a_server_that_dies(project: Path
     assert str(run.log) in run.errors
 
 
-def test_quickstart_gives_up_on_a_server_that_does_not_become_ready(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quickstart_gives_up_on_a_server_that_does_not_become_ready(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("STUB_MODE", "never_ready")
     run = Quickstart(project, "--start-timeout", "3")
     assert run.wait() == 1
@@ -389,7 +393,9 @@ def test_port_that_something_listens_on_is_refused() -> None:
 
 
 @pytest.mark.parametrize(("gpu", "device"), [("Some GPU", "cuda"), ("", "cpu")])
-def test_device_is_what_pytorch_finds(project: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, device: str) -> None:
+def test_device_is_what_pytorch_finds(
+    project: Path, monkeypatch: pytest.MonkeyPatch, gpu: str, device: str
+) -> None:
     monkeypatch.setattr(quickstart, "WORK", project / ".quickstart")
     monkeypatch.setenv("STUB_GPU", gpu)
     assert quickstart.find_device(Path(os.environ["SPARSESPEC_PYTHON"])) == device
@@ -416,7 +422,9 @@ def test_report_of_an_answer_without_verification_says_so() -> None:
 # ------------------------------------------------------------- environment, shell, tests
 
 
-def test_model_folder_is_the_last_line_of_the_fetching_program(project: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_model_folder_is_the_last_line_of_the_fetching_program(
+    project: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     python = Path(os.environ["SPARSESPEC_PYTHON"])
     assert environment.fetch_model(python, "smollm2-135m", "float32") == Path("/models/smollm2-135m-float32")
     assert capsys.readouterr().out == "[00:00:00] fetching\n"

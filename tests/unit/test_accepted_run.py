@@ -151,7 +151,9 @@ def test_another_algorithms_requests_are_left_alone(original: Any, monkeypatch: 
         dice = random.Random(case)
         tokens, runs = dice.choices(range(VOCAB), k=40), [dice.randint(1, 9) for _ in range(40)]
         rules = (original, lambda req, count: finish_token_by_token(original, req, count))
-        ours, theirs = (outcome(decode(make_request(max_new_tokens=20, stop=["ab"]), rule, tokens, runs)) for rule in rules)
+        ours, theirs = (
+            outcome(decode(make_request(max_new_tokens=20, stop=["ab"]), rule, tokens, runs)) for rule in rules
+        )
         assert ours == theirs
 
 

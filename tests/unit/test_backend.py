@@ -19,14 +19,18 @@ def test_a_row_that_is_used_again_forgets_its_last_requests_selection(policy: st
     server = SmallServer(draft_policy=policy)
     server.prefill([2, 3], [60, 50], [60, 50])
     assert len(server.selected(2)) == 8 - WINDOW
-    neighbour = [server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)]
+    neighbour = [
+        server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)
+    ]
 
     server.prefill([2], [9], [9])  # a new request of 9 tokens, 6 of them before the last window
     assert int(server.backend.table.tail_start[2]) == 9 - WINDOW
     for layer in range(NUM_LAYERS):
         for head in range(NUM_KV_HEADS):
             assert server.selected(2, layer, head) == [0, 1, 2, 3, 4, 5]
-    assert neighbour == [server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)]
+    assert neighbour == [
+        server.selected(3, layer, head) for layer in range(NUM_LAYERS) for head in range(NUM_KV_HEADS)
+    ]
 
 
 def test_a_cached_prompt_of_one_new_token_begins_with_a_selection() -> None:
@@ -205,7 +209,9 @@ def test_the_last_draft_stands_in_for_the_windows_last_token() -> None:
 def test_a_decode_forward_that_sglang_plans_itself_is_a_draft_step() -> None:
     server = SmallServer()
     server.prefill([1], [40], [40])
-    batch = SimpleNamespace(forward_mode=ForwardMode.DECODE, req_pool_indices=torch.tensor([1]), seq_lens=torch.tensor([41]))
+    batch = SimpleNamespace(
+        forward_mode=ForwardMode.DECODE, req_pool_indices=torch.tensor([1]), seq_lens=torch.tensor([41])
+    )
     server.backend.init_forward_metadata(batch)  # type: ignore[arg-type]
     assert isinstance(server.backend._plan, Draft)
 

@@ -109,7 +109,9 @@ def test_settings_are_accepted_by_the_engine(llama: str, monkeypatch: pytest.Mon
     assert settings_of(found[0]) == Settings(**OTHER_VALUES)
 
 
-def test_settings_of_a_command_line_do_not_leak_into_the_next_arguments(llama: str, resolve: Callable[..., Any]) -> None:
+def test_settings_of_a_command_line_do_not_leak_into_the_next_arguments(
+    llama: str, resolve: Callable[..., Any]
+) -> None:
     parse("--model-path", llama, "--device", "cpu", "--sparsespec-min-budget", "77")
     assert settings_of(resolve()).min_budget == Settings.min_budget
 
@@ -216,7 +218,9 @@ def test_a_removed_flag_as_a_keyword_is_an_error_of_one_line(
     assert line.startswith(f"{said}: ") and instead in line
 
 
-def test_a_removed_flag_in_a_configuration_file_ends_the_server(tmp_path: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_removed_flag_in_a_configuration_file_ends_the_server(
+    tmp_path: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = tmp_path / "server.yaml"
     file.write_text("model-path: x\nsparsespec-late-launch: true\n")
     with pytest.raises(SystemExit):

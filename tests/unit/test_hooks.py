@@ -194,7 +194,9 @@ def test_other_algorithms_capture_graphs_with_their_own_input() -> None:
 # -------------------------------------------------------------------------- requests
 
 
-def validate(request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM) -> None:
+def validate(
+    request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM
+) -> None:
     """Pass a request through SGLang's own check, as the tokenizer process does."""
     manager = object.__new__(TokenizerManager)
     args = SimpleNamespace(
@@ -231,7 +233,9 @@ PENALTIES = [
 def test_penalties_are_refused(params: dict[str, float]) -> None:
     """SGLang adds one round's penalties to all its positions, which changes the distribution."""
     name = next(iter(params))
-    with pytest.raises(ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"):
+    with pytest.raises(
+        ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"
+    ):
         validate({"sampling_params": {"temperature": 0.5, **params}})
     validate({"sampling_params": params}, algorithm=None)
 

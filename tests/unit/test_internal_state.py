@@ -32,7 +32,9 @@ class Worker:
     """Stands in for ``SparseSpecWorker``."""
 
     def __init__(self) -> None:
-        self.planner = SimpleNamespace(speculate="auto", set_speculate=self.set_speculate, acceptance_rates=[0.91234, 2 / 3])
+        self.planner = SimpleNamespace(
+            speculate="auto", set_speculate=self.set_speculate, acceptance_rates=[0.91234, 2 / 3]
+        )
         self.metrics = SimpleNamespace(refresh=lambda wait: None, as_dict=lambda: {"sparsespec_accept_length": 3.5})
 
     def set_speculate(self, value: str) -> None:

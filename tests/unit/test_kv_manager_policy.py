@@ -80,7 +80,6 @@ class Tier:
 @pytest.fixture
 def world(monkeypatch: pytest.MonkeyPatch) -> Any:
     """``world(free)``: a manager over stand-ins; what it sends and queues is recorded."""
-
     def make(free: int) -> SimpleNamespace:
         sent: list[str] = []
         queued: list[str] = []

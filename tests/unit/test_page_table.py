@@ -12,7 +12,9 @@ from sglang_sparsespec.settings import Settings
 LENGTHS = torch.arange(0, 5000)
 
 
-def count(length: int, ratio: float = 0.05, min_budget: int = 128, window: int = 9, capacity: int = 10**6) -> int:
+def count(
+    length: int, ratio: float = 0.05, min_budget: int = 128, window: int = 9, capacity: int = 10**6
+) -> int:
     return int(num_selected(torch.tensor([length]), ratio, min_budget, window, capacity)[0])
 
 
@@ -42,7 +44,9 @@ def test_selection_is_the_budget_less_one_window_or_everything(length: int, expe
         (0.3, 2, 2, 1),
     ],
 )
-def test_selection_agrees_with_the_configured_budget(ratio: float, min_budget: int, window: int, off_by: int) -> None:
+def test_selection_agrees_with_the_configured_budget(
+    ratio: float, min_budget: int, window: int, off_by: int
+) -> None:
     settings = Settings(budget_ratio=ratio, min_budget=min_budget)
     counts = num_selected(LENGTHS, ratio, min_budget, window, 10**6)
     assert counts.dtype == torch.int32

@@ -122,7 +122,9 @@ def wrong_version(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="module")
-def children(wrong_version: str, llama: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Child]]:
+def children(
+    wrong_version: str, llama: str, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Child]]:
     """All child processes of this module, forked from one that has imported SGLang (preloaded.py)."""
     folder = tmp_path_factory.mktemp("children")
     for name, program in (("code", WRONG_VERSION_IN_CODE), ("resolve", RESOLVED_ARGS)):
@@ -231,7 +233,9 @@ def test_a_failure_while_loading_ends_the_process_that_asks_for_the_algorithm(
     with pytest.raises(SystemExit) as stopped:
         plugin_module.register()
     assert stopped.value.code == 1
-    assert capsys.readouterr().err.strip().splitlines()[-1] == ("sglang-sparsespec failed to load: TypeError: changed")
+    assert capsys.readouterr().err.strip().splitlines()[-1] == (
+        "sglang-sparsespec failed to load: TypeError: changed"
+    )
 
 
 #: What the entry point calls, and where it finds it.
@@ -291,7 +295,9 @@ def half_applied(plugin: None, monkeypatch: pytest.MonkeyPatch) -> str:
     return target
 
 
-def test_a_hook_that_sglang_could_not_apply_is_only_logged_by_sglang(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hook_that_sglang_could_not_apply_is_only_logged_by_sglang(
+    plugin: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Why the plugin checks for itself."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 

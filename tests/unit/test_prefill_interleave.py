@@ -66,7 +66,9 @@ def choose(scheduler: Any, running: Any) -> str:
         assert asked is scheduler
         return PREFILL, running_batch
 
-    batch, returned = decode_between_prefills(original, scheduler, prefill_delayer_single_pass=None, running_batch=running)
+    batch, returned = decode_between_prefills(
+        original, scheduler, prefill_delayer_single_pass=None, running_batch=running
+    )
     assert returned is running
     return "prefill" if batch is PREFILL else "round"
 

@@ -40,7 +40,9 @@ def random_logits(rows: int, seed: int = 0, vocab: int = VOCAB) -> torch.Tensor:
     return 2 * torch.randn(rows, vocab, generator=torch.Generator().manual_seed(seed))
 
 
-def sglang_distribution(logits: torch.Tensor, info: SamplingBatchInfo, monkeypatch: pytest.MonkeyPatch) -> torch.Tensor:
+def sglang_distribution(
+    logits: torch.Tensor, info: SamplingBatchInfo, monkeypatch: pytest.MonkeyPatch
+) -> torch.Tensor:
     """What SGLang's ``Sampler`` draws from: float64 [rows, vocab].
 
     ``torch.multinomial`` is made to return each index in turn, and its weights are read.
@@ -56,7 +58,9 @@ def sglang_distribution(logits: torch.Tensor, info: SamplingBatchInfo, monkeypat
     for index in range(VOCAB):
         drawn: dict[str, torch.Tensor] = {}
 
-        def multinomial(weights: torch.Tensor, num_samples: int, index: int = index, drawn: Any = drawn) -> Any:
+        def multinomial(
+            weights: torch.Tensor, num_samples: int, index: int = index, drawn: Any = drawn
+        ) -> Any:
             drawn["weights"] = weights.double()[:, index]
             return torch.full((len(weights), 1), index)
 
@@ -72,7 +76,9 @@ def sglang_distribution(logits: torch.Tensor, info: SamplingBatchInfo, monkeypat
 
 
 @pytest.mark.parametrize("name", [n for n in REQUESTS if n != "greedy"])
-def test_target_probabilities_are_what_sglangs_sampler_draws_from(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_target_probabilities_are_what_sglangs_sampler_draws_from(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     info, logits = batch_info(REQUESTS[name]), random_logits(len(REQUESTS[name]))
     ours = reference.target_probabilities(logits, RowParameters.of(info))
     expected = sglang_distribution(logits, info, monkeypatch)
@@ -99,7 +105,9 @@ def test_logits_are_left_unchanged() -> None:
 def test_parameters_are_repeated_for_each_row_of_a_window() -> None:
     requests = REQUESTS["mixed"]
     logits = random_logits(3 * len(requests))
-    repeated = reference.target_probabilities(logits, RowParameters.of(batch_info(requests), repeats=3))
+    repeated = reference.target_probabilities(
+        logits, RowParameters.of(batch_info(requests), repeats=3)
+    )
     one_by_one = [request for request in requests for _ in range(3)]
     expected = reference.target_probabilities(logits, RowParameters.of(batch_info(one_by_one)))
     assert torch.equal(repeated, expected)
@@ -139,7 +147,12 @@ def test_drafts_are_drawn_from_the_distribution_that_is_returned() -> None:
     kept = probs[0] > 0
     counts = torch.bincount(tokens, minlength=VOCAB)
     assert int(kept.sum()) == 6 and (counts[~kept] == 0).all()
-    assert chisquare(counts[kept].numpy(), (probs[0, kept].double() / probs[0, kept].double().sum() * draws)).pvalue > 1e-3
+    assert (
+        chisquare(
+            counts[kept].numpy(), (probs[0, kept].double() / probs[0, kept].double().sum() * draws)
+        ).pvalue
+        > 1e-3
+    )
 
 
 # -------------------------------------------------------------------------- acceptance
@@ -529,7 +542,9 @@ def test_a_seeded_request_gets_the_tokens_of_sglangs_seeded_sampler(name: str, s
             one = batch_info([request], [seeds[b]])
             probs = torch.softmax(logits[row : row + 1] / one.temperatures, -1)
             if name == "plain":
-                drawn = seeded_sampler.sampling_from_probs_torch(probs, one.sampling_seed, positions[row : row + 1])
+                drawn = seeded_sampler.sampling_from_probs_torch(
+                    probs, one.sampling_seed, positions[row : row + 1]
+                )
             else:
                 drawn = seeded_sampler.top_k_top_p_min_p_sampling_from_probs_torch(
                     probs,

@@ -35,7 +35,9 @@ def arguments(**given: Any) -> Any:
     return SimpleNamespace(**{**nothing, **given})
 
 
-@pytest.mark.parametrize(("length", "budget"), [(0, 0), (100, 100), (128, 128), (2560, 128), (2561, 129), (10_000, 500)])
+@pytest.mark.parametrize(
+    ("length", "budget"), [(0, 0), (100, 100), (128, 128), (2560, 128), (2561, 129), (10_000, 500)]
+)
 def test_budget(length: int, budget: int) -> None:
     assert Settings().budget(length) == budget
 

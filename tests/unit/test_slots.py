@@ -21,7 +21,9 @@ def test_two_windows_are_reserved_per_request(steps: int, resolve: Callable[...,
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
-def test_a_staggered_round_stays_within_its_reserve(steps: int, overlap: bool, resolve: Callable[..., Any]) -> None:
+def test_a_staggered_round_stays_within_its_reserve(
+    steps: int, overlap: bool, resolve: Callable[..., Any]
+) -> None:
     """All phases and accept lengths: the last position written is C + 3W - 2 if the CPU lags a round behind."""
     window = steps + 1
     args = resolve(speculative_num_steps=steps, sparsespec_schedule="unified")

@@ -170,7 +170,9 @@ def test_drafts_use_fp8_weights_where_that_is_faster(
 
 
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
-def test_either_flag_of_the_draft_length_sets_the_other(given: dict[str, int], resolve: Callable[..., Any]) -> None:
+def test_either_flag_of_the_draft_length_sets_the_other(
+    given: dict[str, int], resolve: Callable[..., Any]
+) -> None:
     args = resolve(**given)
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (3, 4)
 
@@ -207,7 +209,9 @@ def test_the_users_request_limit_is_kept(resolve: Callable[..., Any]) -> None:
     assert resolve(max_running_requests=5).max_running_requests == 5
 
 
-def test_mixed_chunks_become_rounds_between_chunks(resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture) -> None:
+def test_mixed_chunks_become_rounds_between_chunks(
+    resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture
+) -> None:
     with caplog.at_level("INFO"):
         args = resolve(enable_mixed_chunk=True)
     assert args.enable_mixed_chunk is False  # SGLang asserts so
@@ -424,7 +428,9 @@ def test_a_model_without_plain_grouped_query_attention_is_refused(
 ) -> None:
     what, changes = MODELS[model]
     path = write_config(tmp_path / model, changes)
-    with pytest.raises(ValueError, match=rf"--model-path {path}: .*{what}.*serve it without --speculative-algorithm"):
+    with pytest.raises(
+        ValueError, match=rf"--model-path {path}: .*{what}.*serve it without --speculative-algorithm"
+    ):
         # SGLang stops hybrid models earlier, on a machine without a GPU, unless the cache is off.
         resolve(model_path=path, disable_radix_cache=True)
 
@@ -451,7 +457,9 @@ def test_a_model_with_plain_attention_is_accepted(resolve: Callable[..., Any], t
         ({"num_kv_heads": 3}, "4 query heads for 3 KV heads"),
     ],
 )
-def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(change: dict[str, Any], what: str) -> None:
+def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
+    change: dict[str, Any], what: str
+) -> None:
     """The last check, on the loaded model itself."""
     import torch
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
@@ -473,7 +481,9 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(change: di
 
     plain = torch.nn.ModuleList([layer(1), layer(0)])
     assert [found.layer_id for found in attention_layers(plain)] == [0, 1]
-    with pytest.raises(ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"):
+    with pytest.raises(
+        ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"
+    ):
         attention_layers(torch.nn.ModuleList([layer(0), layer(1, **change)]))
     with pytest.raises(ValueError, match="no attention layers"):
         attention_layers(torch.nn.Linear(2, 2))
@@ -491,7 +501,9 @@ def create_backend() -> Callable[..., Any]:
     return create
 
 
-def test_the_attention_backend_alone_is_refused(create_backend: Callable[..., Any], resolve: Callable[..., Any]) -> None:
+def test_the_attention_backend_alone_is_refused(
+    create_backend: Callable[..., Any], resolve: Callable[..., Any]
+) -> None:
     from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 
     args = resolve(speculative_algorithm=None, attention_backend=ATTENTION_BACKEND)
