@@ -16,7 +16,7 @@ VOCAB = 6
 CONTEXT = 256
 
 
-def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Path:
+def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT, vocab: int = VOCAB) -> Path:
     """Write config.json and float32 safetensors of a two-layer Llama with grouped-query attention.
 
     Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves
@@ -24,7 +24,7 @@ def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Pat
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -42,6 +42,18 @@ def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Pat
         model.lm_head.weight.mul_(0.5)
     model.save_pretrained(folder)
     return folder
+
+
+def write_tokenizer(folder: Path, vocab: int, end: int) -> None:
+    """Write a tokenizer of the words "0", "1" and so on, one for each token; ``end`` ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(token): token for token in range(vocab)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=str(end), unk_token="0")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
