@@ -64,8 +64,20 @@ def end_requests_of_failing_processors(
                 req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 
 
+def leave_a_possible_token(result: None, runner: Any, logits_output: Any, *args: Any, **kwargs: Any) -> None:
+    """``ModelRunner._preprocess_logits``: SGLang masks all tokens where a grammar allows end tokens only, and it is too early.
+
+    That leaves no distribution to sample from, which ends the scheduler. Instead any token may come, as for grammars alone
+    (``grammars``).
+    """
+    logits = logits_output.next_token_logits
+    if is_sparsespec(runner.server_args) and logits is not None:
+        logits.masked_fill_(logits.amax(dim=-1, keepdim=True) == float("-inf"), 0.0)
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
+    add_hook("sglang.srt.model_executor.model_runner.ModelRunner._preprocess_logits", leave_a_possible_token, "after")
     add_hook("sglang.srt.sampling.penaltylib.orchestrator.BatchedPenalizerOrchestrator.__init__", no_penalizers, "around")
     add_hook("sglang.srt.managers.scheduler.Scheduler.is_disable_overlap_for_batch", wait_for_the_output, "after")
     add_hook("sglang.srt.layers.sampler.apply_custom_logit_processor", end_requests_of_failing_processors, "around")

@@ -27,6 +27,13 @@ REQUESTS: list[tuple[dict[str, Any], list[int]]] = [
     ({"frequency_penalty": -0.3, "presence_penalty": 2.0, "repetition_penalty": 2.0, "min_new_tokens": 3}, [6] * 5),
 ]
 END = 11
+#: SGLang's penalizers.
+KINDS = (
+    penaltylib.BatchedFrequencyPenalizer,
+    penaltylib.BatchedMinNewTokensPenalizer,
+    penaltylib.BatchedPresencePenalizer,
+    penaltylib.BatchedRepetitionPenalizer,
+)
 
 
 class Namespace(SimpleNamespace):
@@ -61,19 +68,13 @@ def by_sglang(monkeypatch: pytest.MonkeyPatch, req: Any, drafts: Sequence[int], 
     compiled = repetition_penalty.apply_scaling_penalties
     plain = getattr(compiled, "_torchdynamo_orig_callable", compiled)
     monkeypatch.setattr(repetition_penalty, "apply_scaling_penalties", plain)
-    kinds = {
-        penaltylib.BatchedFrequencyPenalizer,
-        penaltylib.BatchedMinNewTokensPenalizer,
-        penaltylib.BatchedPresencePenalizer,
-        penaltylib.BatchedRepetitionPenalizer,
-    }
     params = SamplingParams(**vars_of(req))
     params.stop_token_ids = {token for token in params.stop_token_ids or () if token < VOCAB}
     own = SimpleNamespace(sampling_params=params, tokenizer=req.tokenizer)
     batch: Any = Namespace(reqs=[own], device="cpu")
     orchestrator = object.__new__(penaltylib.BatchedPenalizerOrchestrator)
     init = penaltylib.BatchedPenalizerOrchestrator.__init__
-    getattr(init, "__wrapped__", init)(orchestrator, VOCAB, batch, kinds)
+    getattr(init, "__wrapped__", init)(orchestrator, VOCAB, batch, set(KINDS))
     for token in [*req.output_ids, *drafts]:
         orchestrator.cumulate_output_tokens(torch.tensor([token]))
     additive = torch.zeros(1, VOCAB)

@@ -24,6 +24,7 @@ from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.unified import UnifiedRounds
 from sglang_sparsespec.sampling import reference, triton_sampling
 from sglang_sparsespec.sampling.parameters import RowParameters
+from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.sampler import Sampler
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,9 +204,11 @@ class RuleServer:
             note_forward=lambda draft_tokens, verify_tokens: self.counted.append((draft_tokens, verify_tokens))
         )
         target_worker: Any = None
+        self.penalties = Penalties(ROWS, VOCAB, "cpu", use_triton=False)
         context = RuleContext(
-            target_worker, self.runner, backend, WINDOW, metrics, None, torch.float32, capture=graphs, triton=use_triton
-        )
+            target_worker, self.runner, backend, WINDOW, metrics, None, torch.float32, self.penalties, capture=graphs,
+            triton=use_triton,
+        )  # fmt: skip
         self.rounds = UnifiedRounds(context)
         self.sequences: dict[int, list[int]] = {}
 
