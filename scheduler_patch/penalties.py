@@ -65,7 +65,7 @@ def end_requests_of_failing_processors(
 
 
 def leave_a_possible_token(result: None, runner: Any, logits_output: Any, *args: Any, **kwargs: Any) -> None:
-    """``ModelRunner._preprocess_logits``: SGLang masks all tokens where a grammar allows end tokens only, and it is too early.
+    """``ModelRunner._preprocess_logits``: SGLang masks all tokens where a grammar allows end tokens alone and it is early.
 
     That leaves no distribution to sample from, which ends the scheduler. Instead any token may come, as for grammars alone
     (``grammars``).

@@ -37,13 +37,15 @@ def penalties(kind: int, rng: random.Random) -> dict[str, Any]:
     return {**every, "logit_bias": {str(token): rng.uniform(-2, 2) for token in rng.sample(range(VOCAB), 5)}}
 
 
-def make_calls(count: int, seed: int = 0) -> dict[str, Any]:
-    """Arguments of ``Engine.generate``: requests of all kinds, shuffled."""
+def make_calls(count: int, bias: bool = True, seed: int = 0) -> dict[str, Any]:
+    """Arguments of ``Engine.generate``: requests of all kinds, shuffled; ``bias``: of some with a logit bias, too."""
     rng = random.Random(seed)
     prompts, parameters = [], []
     for index in range(count):
         prompts.append([rng.randrange(VOCAB) for _ in range(rng.randrange(3, 90))])
         length = rng.randrange(40, 120)
-        parameters.append({"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True, **penalties(index % 7, rng)})
+        parameters.append(
+            {"temperature": 0.0, "max_new_tokens": length, "ignore_eos": True, **penalties(index % (7 if bias else 6), rng)}
+        )
     order = rng.sample(range(count), count)
     return {"input_ids": [prompts[i] for i in order], "sampling_params": [parameters[i] for i in order]}

@@ -6,6 +6,7 @@ compared with the target's distribution itself instead of with other samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -64,6 +65,9 @@ class Sampling:
     top_k: int = -1
     top_p: float = 1.0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def as_request(self, max_new_tokens: int) -> dict[str, float | int | bool]:
         """The ``sampling_params`` of a request."""
@@ -72,9 +76,20 @@ class Sampling:
             "top_k": self.top_k,
             "top_p": self.top_p,
             "min_p": self.min_p,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": max_new_tokens,
             "ignore_eos": True,
         }
+
+    def penalised(self, logits: torch.Tensor, output: Sequence[int]) -> torch.Tensor:
+        """A row of logits [vocab] after ``output``, token by token from the definitions of SGLang's penalties."""
+        logits = logits.double()
+        for token in set(output):
+            logit = logits[token] - output.count(token) * self.frequency_penalty - self.presence_penalty
+            logits[token] = logit * self.repetition_penalty if logit < 0 else logit / self.repetition_penalty
+        return logits
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
         """Next-token distribution, float64 [vocab], of one row of logits [vocab].
@@ -125,7 +140,7 @@ def sequence_probabilities(
         logits = torch.cat([model(chunk).logits[:, -1] for chunk in inputs.split(512)])
         extended: dict[tuple[int, ...], float] = {}
         for prefix, row in zip(prefixes, logits, strict=True):
-            for token, prob in enumerate(sampling.distribution(row).tolist()):
+            for token, prob in enumerate(sampling.distribution(sampling.penalised(row, prefix)).tolist()):
                 if prob > 0:
                     extended[(*prefix, token)] = sequences[prefix] * prob
         sequences = extended
