@@ -7,8 +7,8 @@
   acceptance needs; the acceptance is ``chain_speculative_sampling`` on ``softmax``. With top-k and top-p both work on
   renormalised probabilities.
 - ``argmax``: what a greedy batch does instead.
-- ``penalties``: what frequency, presence and repetition penalties and ``min_new_tokens`` of all requests take beside that: of a
-  draft step, and of a verification with the count of what it accepts. Each request has an output of --output tokens.
+- ``penalties``: what frequency, presence and repetition penalties and ``min_new_tokens`` of all requests take beside that:
+  of a draft step, and of a verification with the count of what it accepts. Each request has an output of --output tokens.
 
 "least GB" is what has to be moved: the draft's logits read once and kept, the verification's read once, and both of one row
 per request read again. Times are medians of ``flashinfer.testing.bench_gpu_time`` between events, with the L2 cache flushed.
@@ -120,8 +120,9 @@ class Problem:
     def penalties(self, output: int) -> tuple[Call, Call]:
         """The penalties of a draft step, and of an acceptance, after ``output`` tokens."""
         parameters = SimpleNamespace(
-            frequency_penalty=0.1, presence_penalty=0.1, repetition_penalty=1.1, min_new_tokens=2 * output, stop_token_ids=None
-        )
+            frequency_penalty=0.1, presence_penalty=0.1, repetition_penalty=1.1, min_new_tokens=2 * output,
+            stop_token_ids=None,
+        )  # fmt: skip
         tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=0)
         reqs: list[Any] = [
             SimpleNamespace(

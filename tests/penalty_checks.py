@@ -26,7 +26,8 @@ REQUESTS: list[tuple[dict[str, Any], list[int]]] = [
     ({"min_new_tokens": 2}, [5]),
     ({"frequency_penalty": -0.3, "presence_penalty": 2.0, "repetition_penalty": 2.0, "min_new_tokens": 3}, [6] * 5),
 ]
-END = 11
+#: The tokenizer's end tokens.
+ENDS = (10, 11)
 #: SGLang's penalizers.
 KINDS = (
     penaltylib.BatchedFrequencyPenalizer,
@@ -42,7 +43,7 @@ class Namespace(SimpleNamespace):
 
 def request(row: int, params: dict[str, Any], output: Sequence[int] = ()) -> Any:
     """A request of SGLang's as far as penalties look at it."""
-    tokenizer = SimpleNamespace(additional_stop_token_ids={10}, eos_token_id=END)
+    tokenizer = SimpleNamespace(additional_stop_token_ids={ENDS[0]}, eos_token_id=ENDS[1])
     return SimpleNamespace(
         req_pool_idx=row,
         origin_input_ids=[0] * (5 + row),
