@@ -1,6 +1,8 @@
 """Requests with penalties and custom logit processors get plain SGLang's tokens, whatever runs beside them.
 
-Plain SGLang is the one without overlap scheduling: with it, SGLang penalises by the output before the last token.
+Plain SGLang is the one without overlap scheduling: with it, SGLang penalises by the output before the last token. Without, it
+applies its penalizers in the order of a set, which differs from process to process; here it has the order that it has with
+overlap scheduling, additive penalties first.
 """
 
 from __future__ import annotations
@@ -68,12 +70,18 @@ def register():
 
     Penalties.apply, Penalties.commit = broken_apply, broken_commit
 '''
-#: SGLang compiles one of its penalties, which takes a minute and changes nothing.
-UNCOMPILED_PLUGIN = """
+#: Additive penalties first. And SGLang compiles the other one, which takes long and changes nothing.
+ORDER_PLUGIN = """
 def register():
     from sglang.srt.sampling import sampling_batch_info
-    from sglang.srt.sampling.penaltylib import repetition_penalty
+    from sglang.srt.sampling.penaltylib import BatchedPenalizerOrchestrator, repetition_penalty
 
+    init = BatchedPenalizerOrchestrator.__init__
+
+    def additive_first(self, vocab_size, batch, penalizers):
+        init(self, vocab_size, batch, sorted(penalizers, key=lambda kind: kind.is_multiplicative))
+
+    BatchedPenalizerOrchestrator.__init__ = additive_first
     for module in (sampling_batch_info, repetition_penalty):
         compiled = module.apply_scaling_penalties
         module.apply_scaling_penalties = getattr(compiled, "_torchdynamo_orig_callable", compiled)
@@ -107,7 +115,7 @@ RETRACTING: dict[str, Any] = {"max_total_tokens": 900, "schedule_conservativenes
 
 @pytest.fixture(scope="module")
 def plain(model: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineProcess]:
-    env = {**PLAIN_ENV, **install_plugin(tmp_path_factory.mktemp("site"), "uncompiled", UNCOMPILED_PLUGIN)}
+    env = {**PLAIN_ENV, **install_plugin(tmp_path_factory.mktemp("site"), "order_of_penalties", ORDER_PLUGIN)}
     with EngineProcess(env, model_path=model, **COMMON, **PLAIN, disable_overlap_schedule=True, port=31500) as engine:
         yield engine
 
