@@ -1,8 +1,8 @@
 """Requests with penalties and custom logit processors get plain SGLang's tokens, whatever runs beside them.
 
-Plain SGLang is the one without overlap scheduling: with it, SGLang penalises by the output before the last token. Without, it
-applies its penalizers in the order of a set, which differs from process to process; here it has the order that it has with
-overlap scheduling, additive penalties first.
+Plain SGLang is the one without overlap scheduling: with it, SGLang penalises by the output before the last token. Without,
+it applies its penalizers in the order of a set, which differs from process to process; here it has the order that it has
+with overlap scheduling, additive penalties first.
 """
 
 from __future__ import annotations
