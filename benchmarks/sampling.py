@@ -7,6 +7,8 @@
   acceptance needs; the acceptance is ``chain_speculative_sampling`` on ``softmax``. With top-k and top-p both work on
   renormalised probabilities.
 - ``argmax``: what a greedy batch does instead.
+- ``penalties``: what frequency, presence and repetition penalties and ``min_new_tokens`` of all requests take beside that:
+  of a draft step, and of a verification with the count of what it accepts. Each request has an output of --output tokens.
 
 "least GB" is what has to be moved: the draft's logits read once and kept, the verification's read once, and both of one row
 per request read again. Times are medians of ``flashinfer.testing.bench_gpu_time`` between events, with the L2 cache flushed.
@@ -26,6 +28,7 @@ from typing import Any
 import torch
 from _common import markdown, say, significant, stamp, write_record
 
+from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.sampler import Sampler
 
 Call = Callable[[], Any]
@@ -114,6 +117,33 @@ class Problem:
 
         return draw, accept
 
+    def penalties(self, output: int) -> tuple[Call, Call]:
+        """The penalties of a draft step, and of an acceptance, after ``output`` tokens."""
+        parameters = SimpleNamespace(
+            frequency_penalty=0.1, presence_penalty=0.1, repetition_penalty=1.1, min_new_tokens=2 * output,
+            stop_token_ids=None,
+        )  # fmt: skip
+        tokenizer = SimpleNamespace(additional_stop_token_ids=None, eos_token_id=0)
+        reqs: list[Any] = [
+            SimpleNamespace(
+                req_pool_idx=row, sampling_params=parameters, tokenizer=tokenizer, origin_input_ids=[1],
+                output_ids=torch.randint(self.vocab, (output,)).tolist(),
+            )
+            for row in range(self.batch)
+        ]  # fmt: skip
+        penalties = Penalties(self.batch, self.vocab, self.device, use_triton=True)
+        penalties.begin_prefill(reqs)
+        rows = torch.arange(self.batch, device=self.device)
+        lengths, seen = torch.full_like(rows, output), torch.full_like(rows, self.k // 2)
+        positions = (lengths.unsqueeze(1) + torch.arange(self.k + 1, device=self.device)).flatten()
+        accepted = torch.full_like(rows, self.k // 2)
+
+        def accept() -> None:
+            penalties.apply(self.target, rows, positions, self.candidates)
+            penalties.commit(rows, self.candidates, accepted)
+
+        return lambda: penalties.apply(self.draft, rows, lengths, self.candidates, seen), accept
+
     @property
     def least_gb(self) -> float:
         """Least traffic of the k draws and of the acceptance."""
@@ -121,7 +151,7 @@ class Problem:
         return (self.k * row * (4 + kept) + row * (4 * (self.k + 1) + 4 + kept)) / 1e9
 
 
-def implementations(problem: Problem) -> dict[str, tuple[Call, Call]]:
+def implementations(problem: Problem, output: int) -> dict[str, tuple[Call, Call]]:
     """One draw and one acceptance of each."""
     found = {
         "triton": problem.triton(),
@@ -129,10 +159,12 @@ def implementations(problem: Problem) -> dict[str, tuple[Call, Call]]:
         "triton, min-p": problem.triton(min_p=MIN_P),
         "argmax": (lambda: problem.draft.argmax(-1), lambda: problem.target.argmax(-1)),
     }
+    # They change the logits, so they come last.
+    last = {"penalties": problem.penalties(output)}
     if problem.device.type == "cuda":
         found["flashinfer"] = problem.flashinfer(False)
         found["flashinfer, top-k and top-p"] = problem.flashinfer(True)
-    return found
+    return found | last
 
 
 def milliseconds(call: Call) -> float:
@@ -152,7 +184,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     records = []
     for batch in args.batches:
         problem = Problem(batch, args.vocab, args.steps, getattr(torch, args.kept_dtype), device)
-        for name, (draw, accept) in implementations(problem).items():
+        for name, (draw, accept) in implementations(problem, args.output).items():
             say(f"batch {batch}, {name}")
             draw_ms, accept_ms = milliseconds(draw), milliseconds(accept)
             record = {"implementation": name, "batch": batch, "draw_ms": draw_ms, "accept_ms": accept_ms}
@@ -168,6 +200,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 32, 128, 224])
     parser.add_argument("--vocab", type=int, default=151_936)
     parser.add_argument("--steps", type=int, default=8, help="drafts per round")
+    parser.add_argument("--output", type=int, default=2048, help="tokens of each request that penalties count")
     parser.add_argument("--kept-dtype", choices=["bfloat16", "float16", "float32"], default="bfloat16")
     parser.add_argument("--results", help="JSON-lines file to append to")
     return parser.parse_args(argv)

@@ -15,6 +15,7 @@ from sglang_sparsespec.scheduler_patch import (
     hooks,
     internal_state,
     metrics_hooks,
+    penalties,
     prefill_interleave,
     request_checks,
     slots,
@@ -36,3 +37,4 @@ def register_all_hooks() -> None:
     internal_state.register_hooks()
     request_checks.register_hooks()
     grammars.register_hooks()
+    penalties.register_hooks()

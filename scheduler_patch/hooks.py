@@ -1,4 +1,4 @@
-"""What SGLang assumes of a speculative algorithm and SPARSESPEC does not share: draft pool, start, inputs, penalties."""
+"""What SGLang assumes of a speculative algorithm and SPARSESPEC does not share: draft pool, start, inputs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,11 @@ from typing import Any
 
 from sglang.srt.runtime_context import get_server_args
 
-from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
 from sglang_sparsespec.worker import SparseSpecWorker
-
-#: Request parameters whose effect on a token depends on the tokens just before it, with the
-#: value that turns them off.
-INEXACT_SAMPLING_PARAMS = {
-    "frequency_penalty": 0.0,
-    "presence_penalty": 0.0,
-    "repetition_penalty": 1.0,
-    "min_new_tokens": 0,
-}
 
 
 def no_draft_kv_pool(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -78,33 +68,6 @@ def time_rounds(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
         worker.measure_rounds()
 
 
-def refuse_inexact_request(result: Any, tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
-    """``TokenizerManager._validate_one_request``: SGLang approximates penalties under speculation.
-
-    It adds the penalties known before a round to all positions of the round, which changes
-    the output distribution (``eagle_sample``: "a relaxed version of penalties"). SPARSESPEC
-    answers such a request with an error (HTTP 400) instead.
-    """
-    if not is_sparsespec(tokenizer_manager.server_args):
-        return
-    # SGLang merges the server's preferred parameters into the request's after this check.
-    params = {**(tokenizer_manager.preferred_sampling_params or {}), **(obj.sampling_params or {})}
-    for name, neutral in INEXACT_SAMPLING_PARAMS.items():
-        value = params.get(name, neutral)
-        if value is not None and value != neutral:
-            raise ValueError(
-                f"Sampling parameter {name}={value} is not supported with --speculative-algorithm "
-                f"{ALGORITHM}: it depends on the tokens of the same round; leave it at {neutral}, or use a "
-                "server without speculation. (If the request did not set it, the model's "
-                "generation_config.json did: start the server with --sampling-defaults openai.)"
-            )
-    if getattr(obj, "custom_logit_processor", None):
-        raise ValueError(
-            f"custom_logit_processor is not supported with --speculative-algorithm {ALGORITHM}: it is not "
-            "applied while verifying; remove it, or use a server without speculation."
-        )
-
-
 def register_hooks() -> None:
     """Register the hooks of this module."""
     add_hook("sglang.srt.mem_cache.kv_cache_builder.get_draft_kv_pool", no_draft_kv_pool, "around")
@@ -118,6 +81,3 @@ def register_hooks() -> None:
         "after",
     )
     add_hook("sglang.srt.managers.scheduler.Scheduler.init_model_worker", time_rounds, "after")
-    add_hook(
-        "sglang.srt.managers.tokenizer_manager.TokenizerManager._validate_one_request", refuse_inexact_request, "after"
-    )

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
@@ -337,11 +338,25 @@ def check_request(tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -
     for name, rule in PROMPT_RULES.items():
         for value in _values_of(obj, name, prompts):
             rule.check(name, value, vocab_size)
+    if tokenizer_manager.server_args.enable_custom_logit_processor:
+        for value in _values_of(obj, "custom_logit_processor", prompts):
+            _check_processor(value)
     token_ids = obj.token_ids_logprob
     if isinstance(token_ids, list) and token_ids and isinstance(token_ids[0], list) and len(token_ids) != prompts:
         raise ValueError(f"token_ids_logprob must have one list for each prompt; got {len(token_ids)}.")
     if obj.multi_item_delimiter_indices is not None and not tokenizer_manager.server_args.enable_mis:
         raise ValueError("multi_item_delimiter_indices must be absent without --enable-mis.")
+
+
+def _check_processor(processor: str | None) -> None:
+    if processor:
+        try:
+            CustomLogitProcessor.from_str(processor)
+        except Exception as error:
+            raise ValueError(
+                "custom_logit_processor must be what CustomLogitProcessor.to_str gives; "
+                f"it cannot be loaded ({type(error).__name__}: {error})."
+            ) from error
 
 
 def check_tokens(tokenizer_manager: Any, obj: Any, input_ids: Any, *args: Any, **kwargs: Any) -> None:

@@ -49,6 +49,7 @@ DRAFT_METRICS = (
     ),
     Metric("interleaved_rounds", "counter", "Decode rounds that ran before a prefill batch that could have gone on."),
     Metric("plain_rounds", "counter", "Rounds that decoded plainly instead of speculating."),
+    Metric("single_steps", "counter", "Of these, rounds of one token because of a custom logit processor in their batch."),
 )
 #: Prometheus only, with the label ``count``: its values are those of ``accept_histogram``.
 ACCEPTED_DRAFTS = Metric("accepted_drafts", "counter", 'Verifications by the number of drafts accepted (`count="n"`).')
@@ -150,6 +151,7 @@ class DraftMetrics:
         self.draft_lengths = [0] * (num_steps + 1)
         self.drafted = 0
         self._lockstep_rounds = 0
+        self._single_steps = 0
         self._interleaved_rounds = 0
         self._forwards = 0
         self._tokens = 0
@@ -180,6 +182,10 @@ class DraftMetrics:
     def note_lockstep_round(self) -> None:
         """A round of the unified schedule had to run in lock-step."""
         self._lockstep_rounds += 1
+
+    def note_single_step(self) -> None:
+        """A round had to be one step of plain decoding."""
+        self._single_steps += 1
 
     def note_interleaved_round(self) -> None:
         """A decode round ran between prefill batches."""
@@ -223,6 +229,7 @@ class DraftMetrics:
             "lockstep_rounds": self._lockstep_rounds,
             "interleaved_rounds": self._interleaved_rounds,
             "plain_rounds": self.draft_lengths[0],
+            "single_steps": self._single_steps,
         }
         return {f"sparsespec_{name}": value for name, value in values.items()}
 

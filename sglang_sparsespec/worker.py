@@ -25,9 +25,10 @@ from sglang_sparsespec.rounds.lockstep import LockstepRounds, SparseDrafter
 from sglang_sparsespec.rounds.measurement import measure_rounds
 from sglang_sparsespec.rounds.ngram import NgramDrafter
 from sglang_sparsespec.rounds.plain import PlainRounds
-from sglang_sparsespec.rounds.planner import Planner
+from sglang_sparsespec.rounds.planner import Planner, needs_verification
 from sglang_sparsespec.rounds.unified import UnifiedRounds
 from sglang_sparsespec.rounds.warm_up import compile_slot_assignment
+from sglang_sparsespec.sampling.penalties import PenalisedPrompts, Penalties
 from sglang_sparsespec.sampling.sampler import compile_kernels, draft_logits_dtype
 from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.settings import settings_of
@@ -49,6 +50,7 @@ class SparseSpecWorker(BaseSpecWorker):
     Attributes:
         metrics: of drafting.
         planner: decides which rounds speculate.
+        penalties: of the requests.
 
     Raises:
         RuntimeError: the plugin's hooks are not all in force in this process.
@@ -56,6 +58,7 @@ class SparseSpecWorker(BaseSpecWorker):
 
     metrics: DraftMetrics
     planner: Planner
+    penalties: Penalties
 
     def __init__(
         self,
@@ -103,6 +106,8 @@ class SparseSpecWorker(BaseSpecWorker):
     def init_cuda_graphs(self) -> None:
         """Make the rounds, which capture their steps; SGLang has captured the verify graphs before."""
         settings = settings_of(self.server_args)
+        num_rows, vocab_size = self.req_to_token_pool.req_to_token.shape[0], self.model_runner.model_config.vocab_size
+        self.penalties = Penalties(num_rows, vocab_size, self.device, use_triton=self.device == "cuda")
         context = RoundContext(
             target_worker=self._target_worker,
             model_runner=self.model_runner,
@@ -111,6 +116,7 @@ class SparseSpecWorker(BaseSpecWorker):
             metrics=self.metrics,
             simulated=SimulatedAcceptance.from_environment(self.speculative_num_draft_tokens),
             logits_dtype=draft_logits_dtype(self.model_runner),
+            penalties=self.penalties,
             capture=self._captures_steps(),
         )
         self._compile(context)
@@ -165,6 +171,7 @@ class SparseSpecWorker(BaseSpecWorker):
             compile_slot_assignment(pool, most_requests=pool.shape[0] - 1)
             vocab_size = self.model_runner.model_config.vocab_size
             compile_kernels(vocab_size, context.window, context.logits_dtype, self.device)
+            self.penalties.compile_kernels(context.window)
 
     def _choose_draft_weights(self) -> None:
         """Time products with the copied weights, if there are any: what is faster is captured."""
@@ -227,10 +234,17 @@ class SparseSpecWorker(BaseSpecWorker):
             self._unified.forget(batch)
         if self._ngram is not None:
             self._ngram.note_prompts(batch)
+        self.penalties.begin_prefill(batch.reqs)
+        batch.sampling_info.reqs = batch.reqs  # for errors of custom logit processors
+        rows = batch.req_pool_indices.long()
+        if self.penalties.is_active:
+            batch.sampling_info.penalizer_orchestrator = PenalisedPrompts(self.penalties, rows, batch.seq_lens.long())
         result = self.target_worker.forward_batch_generation(batch)
         new_seq_lens = batch.seq_lens.clone()
         publish(new_seq_lens)
         result.accept_lens = torch.ones(len(batch.seq_lens), dtype=torch.int32, device=self.device)
+        # A chunk of a prompt gives a token, too; its row is begun anew by the next chunk.
+        self.penalties.commit(rows, result.next_token_ids.long().unsqueeze(1), result.accept_lens)
         result.new_seq_lens = new_seq_lens
         result.speculative_num_draft_tokens = self.speculative_num_draft_tokens
         result.next_draft_input = SparseSpecDraftInput(result.next_token_ids.long(), new_seq_lens)
@@ -238,6 +252,9 @@ class SparseSpecWorker(BaseSpecWorker):
 
     def _run_round(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
         assert self._lockstep is not None and self._plain is not None
+        self.penalties.begin_round(batch.reqs)
+        if batch.sampling_info.has_custom_logit_processor:
+            return self._run_single_step(batch, publish)
         choice = self.planner.next_round(batch)
         reason = self._unified.lockstep_reason(batch) if self._unified is not None else None
         if self._unified is not None and choice.drafts and reason is None:
@@ -249,6 +266,23 @@ class SparseSpecWorker(BaseSpecWorker):
         if reason is not None:
             self._note_lockstep(reason)
         return self._lockstep.run(batch, publish, choice.drafts)
+
+    def _run_single_step(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
+        """Run a round that decodes one token, for batches with a custom logit processor.
+
+        A processor is any function with any state. It is called as in plain decoding: once for each token of the output, in
+        order, and never for a draft.
+        """
+        assert self._lockstep is not None and self._plain is not None
+        self.lose_drafts(batch.reqs)
+        batch.sampling_info.reqs = batch.reqs
+        self.metrics.note_single_step()
+        if "processor" not in self._logged_reasons:
+            self._logged_reasons.add("processor")
+            logger.info("Batches with a custom logit processor are decoded one token at a time; logged once.")
+        if needs_verification(batch):
+            return self._lockstep.run(batch, publish, 0)
+        return self._plain.run(batch, 1, publish)
 
     def _note_lockstep(self, reason: str) -> None:
         self.metrics.note_lockstep_round()

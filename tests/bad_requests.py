@@ -12,7 +12,7 @@ HUGE = 2**70
 #: Sampling parameters and their values.
 BAD_PARAMS: list[tuple[str, Any]] = [
     *(("max_new_tokens", value) for value in ("x", -1, 1.5, True, [1], {}, HUGE)),
-    *(("min_new_tokens", value) for value in ("x", -1, [1])),
+    *(("min_new_tokens", value) for value in ("x", -1, 1.5, [1], HUGE)),
     *(("stop", value) for value in (5, [5], [["a"]], {"a": 1})),
     *(("stop_regex", value) for value in (5, [5], "(", ["a", "a{99999999999}"])),
     *(("stop_token_ids", value) for value in (5, "ab", ["x"], [[1]], [1.5], [HUGE], [True])),

@@ -6,6 +6,7 @@ compared with the target's distribution itself instead of with other samples.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ VOCAB = 6
 CONTEXT = 256
 
 
-def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Path:
+def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT, vocab: int = VOCAB) -> Path:
     """Write config.json and float32 safetensors of a two-layer Llama with grouped-query attention.
 
     Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves
@@ -24,7 +25,7 @@ def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Pat
     """
     torch.manual_seed(seed)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab,
         hidden_size=32,
         intermediate_size=64,
         num_hidden_layers=2,
@@ -44,6 +45,18 @@ def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT) -> Pat
     return folder
 
 
+def write_tokenizer(folder: Path, vocab: int, end: int) -> None:
+    """Write a tokenizer of the words "0", "1" and so on, one for each token; ``end`` ends a text."""
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.WordLevel({str(token): token for token in range(vocab)}, unk_token="0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token=str(end), unk_token="0")
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }} {% endfor %}"
+    fast.save_pretrained(folder)
+
+
 @dataclass(frozen=True)
 class Sampling:
     """Sampling parameters of one request, under SGLang's names and defaults."""
@@ -52,6 +65,9 @@ class Sampling:
     top_k: int = -1
     top_p: float = 1.0
     min_p: float = 0.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    repetition_penalty: float = 1.0
 
     def as_request(self, max_new_tokens: int) -> dict[str, float | int | bool]:
         """The ``sampling_params`` of a request."""
@@ -60,9 +76,20 @@ class Sampling:
             "top_k": self.top_k,
             "top_p": self.top_p,
             "min_p": self.min_p,
+            "frequency_penalty": self.frequency_penalty,
+            "presence_penalty": self.presence_penalty,
+            "repetition_penalty": self.repetition_penalty,
             "max_new_tokens": max_new_tokens,
             "ignore_eos": True,
         }
+
+    def penalised(self, logits: torch.Tensor, output: Sequence[int]) -> torch.Tensor:
+        """A row of logits [vocab] after ``output``, token by token from the definitions of SGLang's penalties."""
+        logits = logits.double()
+        for token in set(output):
+            logit = logits[token] - output.count(token) * self.frequency_penalty - self.presence_penalty
+            logits[token] = logit * self.repetition_penalty if logit < 0 else logit / self.repetition_penalty
+        return logits
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
         """Next-token distribution, float64 [vocab], of one row of logits [vocab].
@@ -113,7 +140,7 @@ def sequence_probabilities(
         logits = torch.cat([model(chunk).logits[:, -1] for chunk in inputs.split(512)])
         extended: dict[tuple[int, ...], float] = {}
         for prefix, row in zip(prefixes, logits, strict=True):
-            for token, prob in enumerate(sampling.distribution(row).tolist()):
+            for token, prob in enumerate(sampling.distribution(sampling.penalised(row, prefix)).tolist()):
                 if prob > 0:
                     extended[(*prefix, token)] = sequences[prefix] * prob
         sequences = extended

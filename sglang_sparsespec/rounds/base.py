@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.attention_backend.forward_plan import ForwardPlan
 from sglang_sparsespec.metrics import DraftMetrics
+from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 
@@ -88,6 +89,7 @@ class RoundContext:
         window: W = k + 1.
         simulated: SIMULATED acceptance, None to accept by the target's logits.
         logits_dtype: of kept draft logits, see ``sampling.sampler.draft_logits_dtype``.
+        penalties: of the requests.
         capture: whether steps are captured as CUDA graphs.
     """
 
@@ -98,6 +100,7 @@ class RoundContext:
     metrics: DraftMetrics
     simulated: SimulatedAcceptance | None
     logits_dtype: torch.dtype
+    penalties: Penalties
     capture: bool
 
     @property

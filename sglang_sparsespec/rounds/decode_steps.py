@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 import torch
+from sglang.srt.layers import sampler as sglang_sampler
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft, Plain
 from sglang_sparsespec.rounds.base import RoundContext, pad_window
@@ -21,8 +22,8 @@ class DecodeSteps:
     """Runs steps from the last committed tokens, by replaying one captured step or eagerly.
 
     A captured step holds everything from one token to the next: the KV slot of the current token, the model, the greedy
-    next token and the state of the following step. So decoding greedily needs no other launch; for batches that sample,
-    the drawn tokens replace the greedy ones between two replays.
+    next token and the state of the following step. So decoding greedily needs no other launch; for batches that sample or
+    that have penalties, the drawn tokens replace the greedy ones between two replays.
 
     Args:
         plain: the steps attend to all tokens; else over the sparse page table.
@@ -68,33 +69,42 @@ class DecodeSteps:
             return self._replay(batch, steps, graph_size), True
         return self._run_eagerly(batch, steps), False
 
-    def _draw(self, step: int, logits: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    def _draw(self, batch: ScheduleBatch, step: int, logits: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
+        """The next tokens, int64 [batch], by the logits after ``tokens`` (int64 [batch, n]), the first step + 1 of them."""
+        positions = batch.seq_lens + step
+        seen = self._step_numbers[step].expand(len(positions))
+        self._context.penalties.apply(logits, batch.req_pool_indices.long(), positions, tokens, seen)
+        if self._plain and batch.sampling_info.has_custom_logit_processor:
+            sglang_sampler.apply_custom_logit_processor(logits, batch.sampling_info)
         drawn = self._sampler.draw(logits, self._entries[step, : len(positions)], positions)
         (tokens,) = self._context.from_first_rank(self._sampler.is_all_greedy, drawn)
         return tokens
 
     def _run_eagerly(self, batch: ScheduleBatch, steps: int) -> torch.Tensor:
         context, rows = self._context, batch.req_pool_indices
-        tokens = [batch.spec_info.bonus_tokens.long()]
+        tokens = batch.spec_info.bonus_tokens.long().unsqueeze(1).repeat(1, steps + 1)
         for step in range(steps):
             positions = batch.seq_lens + step
             context.metrics.note_forward(draft_tokens=len(rows), verify_tokens=0)
-            logits = run_step(context, self._plain, tokens[-1], rows, positions, batch.spec_info)
-            tokens.append(self._draw(step, logits, positions))
+            logits = run_step(context, self._plain, tokens[:, step].contiguous(), rows, positions, batch.spec_info)
+            tokens[:, step + 1] = self._draw(batch, step, logits, tokens)
             if context.backend.hints is not None and not self._plain:
                 offsets = self._step_numbers[step].expand(len(rows))
                 context.backend.hints.keep(rows, offsets, positions >= 0)
-        return torch.stack(tokens, dim=1)
+        return tokens
 
     def _replay(self, batch: ScheduleBatch, steps: int, graph_size: int) -> torch.Tensor:
         assert self.graphs is not None and self._captured is not None
         captured, size = self._captured, len(batch.seq_lens)
+        # The captured step takes the largest of the model's own logits.
+        has_processor = self._plain and batch.sampling_info.has_custom_logit_processor
+        chosen_here = not self._sampler.is_all_greedy or self._context.penalties.is_active or has_processor
         captured.load(batch.spec_info.bonus_tokens, batch.req_pool_indices, batch.seq_lens, graph_size)
         for step in range(steps):
             self._context.metrics.note_forward(draft_tokens=size, verify_tokens=0)
             logits = self.graphs.replay(graph_size)
-            if not self._sampler.is_all_greedy:
-                captured.replace_tokens(step, self._draw(step, logits[:size], batch.seq_lens + step))
+            if chosen_here:
+                captured.replace_tokens(step, self._draw(batch, step, logits[:size], captured.tokens[:size]))
         # The static tokens are overwritten by the next round, which may be launched before this one's results are read.
         return captured.tokens[:size, : steps + 1].clone()
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
+from sglang.srt.layers import sampler as sglang_sampler
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.speculative.spec_utils import (
     GrammarTree,
@@ -78,20 +79,31 @@ class LockstepRounds:
         self._window_offsets = torch.arange(context.window, device=context.device)
 
     def run(self, batch: ScheduleBatch, publish: Publish, num_drafts: int) -> RoundOutcome:
-        """Run one round of ``batch`` with so many drafts per request, 1 to k."""
+        """Run one round of ``batch`` with so many drafts per request.
+
+        Args:
+            num_drafts: 0 to k. Without a draft the round is one step of plain decoding that has all that verifications have.
+        """
         context = self.context
         record_stream_for_v2_verify(batch, None, context.stream)
         seq_lens = batch.seq_lens
         positions = seq_lens.unsqueeze(1) + self._window_offsets
-        candidates, num_drafted = self.drafter.draft(batch, num_drafts)
+        candidates, num_drafted = self.drafter.draft(batch, num_drafts) if num_drafts else self._undrafted(batch)
         record_stream_each((positions, candidates), context.stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
         context.backend.begin_lockstep_round(num_drafts)
         logits_output, used_graph = self._verify(batch, candidates, positions)
         logits = logits_output.next_token_logits
+        rows = batch.req_pool_indices.long()
+        context.penalties.apply(logits, rows, positions.flatten(), candidates)
         apply_bias_and_grammar(batch, logits, grammar_tree, context.window)
+        if batch.sampling_info.has_custom_logit_processor:
+            assert num_drafts == 0, "a processor may be called for tokens of the output alone"
+            first = logits.view(len(rows), context.window, -1)[:, 0]
+            sglang_sampler.apply_custom_logit_processor(first, batch.sampling_info)
         tokens, accept_lens = self._accept(batch, candidates, logits, positions, num_drafted)
+        context.penalties.commit(rows, tokens, accept_lens)
         new_seq_lens = seq_lens + accept_lens
         publish(new_seq_lens)
         if batch.return_logprob:
@@ -105,7 +117,15 @@ class LockstepRounds:
             logits_output=logits_output,
             used_graph=used_graph,
             drafted=num_drafts,
+            plain_steps=0 if num_drafts else 1,
         )
+
+    def _undrafted(self, batch: ScheduleBatch) -> tuple[torch.Tensor, torch.Tensor]:
+        """As :meth:`Drafter.draft`: windows without a draft."""
+        size = len(batch.seq_lens)
+        self.drafter.sampler.begin_round(batch.sampling_info, batch.reqs, num_slots=size, num_draws=1)
+        candidates = pad_window(batch.spec_info.bonus_tokens.long().unsqueeze(1), self.context.window)
+        return candidates, torch.zeros(size, dtype=torch.int64, device=candidates.device)
 
     def _verify(self, batch: ScheduleBatch, candidates: torch.Tensor, positions: torch.Tensor) -> tuple[Any, bool]:
         """Run the target on the windows with full attention; the drafts' KV is rewritten.
@@ -147,10 +167,7 @@ class LockstepRounds:
 def apply_bias_and_grammar(
     batch: ScheduleBatch, logits: torch.Tensor, grammar_tree: GrammarTree | None, window: int
 ) -> None:
-    """Apply logit biases and grammar masks to a verification's logits ([batch * W, vocab]), in place.
-
-    Penalties are refused at the request (``scheduler_patch.hooks``).
-    """
+    """Apply logit biases and grammar masks to a verification's logits ([batch * W, vocab]), in place."""
     info = batch.sampling_info
     if info.logit_bias is not None:
         logits.add_(torch.repeat_interleave(info.logit_bias, window, dim=0))

@@ -148,6 +148,8 @@ class NgramDrafter:
         context.metrics.note_forward(draft_tokens=size * queries, verify_tokens=0)
         context.backend.count_draft_queries(rows, seq_lens)
         logits = context.forward(context.backend.plan_draft(rows, seq_lens), forward_batch)
+        # Drafts may be penalised by less than their place asks for: by what is committed.
+        context.penalties.apply(logits, rows, positions)
         requests = torch.arange(size, device=place.device).repeat_interleave(queries)
         entries = requests * self._num_places + place.flatten()
         drawn = self.sampler.draw(logits, entries, positions, requests)

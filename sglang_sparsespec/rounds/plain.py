@@ -39,13 +39,15 @@ class PlainRounds:
         context = self.context
         record_stream_for_v2_verify(batch, None, context.stream)
         tokens, used_graph = self.steps.run(batch, steps)
+        accept_lens = torch.full((len(tokens),), steps, dtype=torch.int32, device=context.device)
+        context.penalties.commit(batch.req_pool_indices.long(), tokens[:, 1:], accept_lens)
         new_seq_lens = batch.seq_lens + steps
         publish(new_seq_lens)
         context.backend.end_plain_round(batch.req_pool_indices, new_seq_lens)
         return RoundOutcome(
             kind=self.kind,
             tokens=pad_window(tokens[:, 1:], context.window),
-            accept_lens=torch.full((len(tokens),), steps, dtype=torch.int32, device=context.device),
+            accept_lens=accept_lens,
             new_seq_lens=new_seq_lens,
             bonus_tokens=tokens[:, -1],
             logits_output=LogitsProcessorOutput(next_token_logits=None),

@@ -122,7 +122,8 @@ class UnifiedRounds:
         info = batch.sampling_info
         # Simulated lengths are random: with tensor parallelism they must be the first rank's.
         simulated_on_ranks = self.context.simulated is not None and self._tp_size > 1
-        return not info.is_all_greedy or info.logit_bias is not None or batch.return_logprob or simulated_on_ranks
+        changed = info.logit_bias is not None or self.context.penalties.is_active
+        return not info.is_all_greedy or changed or batch.return_logprob or simulated_on_ranks
 
     def _begin_sampling(self, batch: ScheduleBatch, rows: torch.Tensor) -> torch.Tensor | None:
         """Tell the sampler of the round; float32 [batch, W, vocab] for the windows' logits, if the batch wants them."""
@@ -139,7 +140,9 @@ class UnifiedRounds:
     def _draw(self, batch: ScheduleBatch, work: ForwardWork, logits: torch.Tensor) -> None:
         entries = work.draft_rows * self._num_places + work.draft_offsets
         requests = self._batch_index[work.draft_rows]
-        drawn = self._sampler.draw(logits, entries, self.windows.draft_positions(work), requests)
+        positions, candidates = self.windows.draft_positions(work), self.windows.candidates[work.draft_rows]
+        self.context.penalties.apply(logits, work.draft_rows, positions, candidates, work.draft_offsets)
+        drawn = self._sampler.draw(logits, entries, positions, requests)
         (tokens,) = self.context.from_first_rank(batch.sampling_info.is_all_greedy, drawn)
         self.windows.commit_drafts(work, tokens)
 
@@ -148,17 +151,18 @@ class UnifiedRounds:
     ) -> None:
         windows, info = self.windows, batch.sampling_info
         requests = self._batch_index[work.verify_rows]
+        candidates, positions = windows.candidates[work.verify_rows], windows.verify_positions(work).flatten()
+        self.context.penalties.apply(logits, work.verify_rows, positions, candidates)
         if info.logit_bias is not None:
             logits = logits + torch.repeat_interleave(info.logit_bias[requests], self.window, dim=0)
-        candidates = windows.candidates[work.verify_rows]
         accepted = windows.simulate(candidates, work)
         if accepted is None:
-            positions = windows.verify_positions(work).flatten()
             accepted = self._sampler.accept(
                 candidates, logits, positions, work.verify_rows, requests, work.num_drafted
             )
         tokens, accept_lens = self.context.from_first_rank(info.is_all_greedy, *accepted)
         windows.commit_verifications(work, (tokens, accept_lens))
+        self.context.penalties.commit(work.verify_rows, tokens, accept_lens)
         if window_logits is not None:
             window_logits[requests] = logits.view(-1, *window_logits.shape[1:]).to(window_logits.dtype)
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,8 +37,10 @@ import torch
 def register():
     from sglang_sparsespec.rounds.planner import Planner, RoundChoice
     from sglang_sparsespec.sampling import reference
+    from sglang_sparsespec.sampling.penalties import Penalties
 
     original, original_windows, original_round = reference.accept_by_rejection, reference.accept, Planner.next_round
+    original_penalties = Penalties.apply
 
     def asked():
         return open(os.environ["{RULE_ENV}"]).read()
@@ -69,6 +72,14 @@ def register():
             tokens = tokens.scatter(1, last, fresh)
         return tokens, accept_lens
 
+    def penalise(self, logits, rows, positions, candidates=None, drafts_seen=None):
+        width = len(logits) // len(rows)
+        if asked() != "penalise no token for drafts" or width == 1:
+            return original_penalties(self, logits, rows, positions, candidates, drafts_seen)
+        for index in range(width):
+            original_penalties(self, logits[index::width], rows, positions[index::width])
+
+    Penalties.apply = penalise
     reference.accept_by_rejection = accept
     reference.accept = accept_windows
     Planner.next_round = next_round
@@ -140,6 +151,9 @@ MIXED = {
     "min_p": 1500,
     "all filters": 1500,
     "greedy": 100,
+    "frequency penalty": 700,
+    "presence penalty": 700,
+    "repetition penalty": 700,
 }
 UNFILTERED = {"temperature 1": 2000}
 
@@ -160,9 +174,14 @@ def test_sequences_of_a_mixed_batch_follow_the_target(
     kind: str,
     mixed_sequences: dict[str, Counter[tuple[int, ...]]],
     exact: dict[str, dict[tuple[int, ...], float]],
+    checkpoint: Path,
 ) -> None:
     assert sum(mixed_sequences[kind].values()) == MIXED[kind]
     assert p_value(mixed_sequences[kind], exact[kind]) >= BOUND
+    if "penalty" in kind:
+        free = replace(KINDS[kind][0], frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0)
+        unpenalised = sequence_probabilities(checkpoint, prompt_of(kind), LENGTH, free)
+        assert p_value(mixed_sequences[kind], unpenalised) < BROKEN, "the penalty is too weak to be seen"
 
 
 def test_greedy_requests_of_a_mixed_batch_are_exact(
@@ -253,3 +272,17 @@ def test_a_broken_acceptance_rule_is_found(
     finally:
         sampler.rule_file.write_text("as it is")
     assert p_value(found, exact["temperature 1"]) < BROKEN
+
+
+def test_a_penalty_that_overlooks_drafts_is_found(
+    engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
+) -> None:
+    kind, sampler = "repetition penalty", engines["no overlap"]
+    assert sampler.rule_file is not None
+    assert p_value(sampler.sample({kind: 700})[kind], exact[kind]) >= BOUND
+    sampler.rule_file.write_text("penalise no token for drafts")
+    try:
+        found = sampler.sample({kind: 2500})[kind]
+    finally:
+        sampler.rule_file.write_text("as it is")
+    assert p_value(found, exact[kind]) < BROKEN

@@ -483,6 +483,6 @@ def test_sglangs_kernel_gives_no_impossible_token() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(DEVICE == "cuda" or INTERPRETED, reason="the other tests of this file run in this process")
 def test_every_case_in_the_interpreter() -> None:
-    """One child process runs the filters' cases, too."""
-    filters = Path(__file__).with_name("test_triton_filters.py")
-    assert_passes_in_the_interpreter(__file__, at_least=51, together_with=[filters])
+    """One child process runs the cases of filters and penalties, too."""
+    others = [Path(__file__).with_name(f"test_triton_{name}.py") for name in ("filters", "penalties")]
+    assert_passes_in_the_interpreter(__file__, at_least=56, together_with=others)

@@ -62,7 +62,7 @@ class ToyRunner:
         self.verified: list[dict[str, Any]] = []
         self.war_fastpath_read_done_event = None
         self.dtype = torch.float32
-        self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace())
+        self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(), vocab_size=VOCAB)
         self.server_args = SimpleNamespace(enable_fp32_lm_head=False)
         self.attn_backend = ToyBackend()
         self.decode_cuda_graph_runner = None
@@ -137,6 +137,7 @@ def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3) -> Any:
         sampling_info=SimpleNamespace(
             is_all_greedy=True,
             logit_bias=None,
+            has_custom_logit_processor=False,
             temperatures=None,
             top_ks=None,
             top_ps=None,

@@ -14,6 +14,7 @@ from sglang_sparsespec.rounds import forward_batch, measurement
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.decode_steps import DecodeSteps
 from sglang_sparsespec.rounds.measurement import measure_rounds
+from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.sampler import Sampler
 
 VOCAB = 16
@@ -73,7 +74,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
         model_config=SimpleNamespace(context_len=CONTEXT, vocab_size=VOCAB),
     )
     nobody: Any = None
-    context = RoundContext(nobody, runner, server.backend, WINDOW, nobody, None, torch.float32, capture=False)
+    penalties = Penalties(ROWS, VOCAB, "cpu", use_triton=False)
+    context = RoundContext(nobody, runner, server.backend, WINDOW, nobody, None, torch.float32, penalties, capture=False)
     sampler = Sampler(WINDOW - 1, torch.float32, "cpu", use_triton=False)
     steps = [DecodeSteps(context, sampler, plain=plain) for plain in (False, True)]
     times = measure_rounds(context, *steps)

@@ -10,6 +10,7 @@ import torch
 
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.ngram import NgramDrafter, TokenHistory
+from sglang_sparsespec.sampling.penalties import Penalties
 
 WINDOW, PROPOSALS, VOCAB = 7, 3, 32
 
@@ -94,7 +95,8 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Any:
     runner: Any = SimpleNamespace(model=model)
     metrics: Any = SimpleNamespace(note_forward=lambda draft_tokens, verify_tokens: None)
     worker: Any = None
-    context = RoundContext(worker, runner, backend, WINDOW, metrics, None, torch.float32, capture=False)
+    penalties = Penalties(3, VOCAB, "cpu", use_triton=False)
+    context = RoundContext(worker, runner, backend, WINDOW, metrics, None, torch.float32, penalties, capture=False)
     drafter = NgramDrafter(context)
     prompts = [[10, 11, 12, 13, 10, 11, 12, 13], [1, 2, 3]]
     reqs = [SimpleNamespace(req_pool_idx=row, get_fill_ids=lambda p=p: p) for row, p in zip((2, 1), prompts, strict=True)]

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 from interpreter_child import assert_passes_in_the_interpreter
+from penalty_checks import ENDS, request
 from scipy.stats import chi2
 
 from sglang_sparsespec import ALGORITHM
@@ -24,6 +25,7 @@ from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.unified import UnifiedRounds
 from sglang_sparsespec.sampling import reference, triton_sampling
 from sglang_sparsespec.sampling.parameters import RowParameters
+from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.sampler import Sampler
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
@@ -203,9 +205,11 @@ class RuleServer:
             note_forward=lambda draft_tokens, verify_tokens: self.counted.append((draft_tokens, verify_tokens))
         )
         target_worker: Any = None
+        self.penalties = Penalties(ROWS, VOCAB, "cpu", use_triton=False)
         context = RuleContext(
-            target_worker, self.runner, backend, WINDOW, metrics, None, torch.float32, capture=graphs, triton=use_triton
-        )
+            target_worker, self.runner, backend, WINDOW, metrics, None, torch.float32, self.penalties, capture=graphs,
+            triton=use_triton,
+        )  # fmt: skip
         self.rounds = UnifiedRounds(context)
         self.sequences: dict[int, list[int]] = {}
 
@@ -274,6 +278,41 @@ def test_requests_that_come_and_go_get_the_targets_tokens(
             assert torch.equal(logits.argmax(-1), result.tokens)
     for row in running:
         server.assert_targets_output(row)
+
+
+def penalised_target(prompt: list[int], length: int, presence: float, min_new_tokens: int) -> list[int]:
+    """A request's tokens, one by one."""
+    tokens = [*prompt, target_after(prompt[-1], len(prompt) - 1)]
+    while len(tokens) < length:
+        logits = torch.nn.functional.one_hot(torch.tensor(target_after(tokens[-1], len(tokens) - 1)), VOCAB).float()
+        logits[sorted(set(tokens[len(prompt) :]))] -= presence
+        if len(tokens) - len(prompt) < min_new_tokens:
+            logits[[*ENDS]] = -torch.inf
+        tokens.append(int(logits.argmax()))
+    return tokens
+
+
+@pytest.mark.parametrize("graphs", [False, True])
+def test_each_token_is_penalised_by_the_output_before_it(
+    rule_server: Callable[[bool], RuleServer], graphs: bool
+) -> None:
+    """Beside requests without penalties; windows are drafted in two rounds, and rejected drafts leave no trace."""
+    server = rule_server(graphs)
+    params = {row: {"presence_penalty": 2.0 * (row % 2), "min_new_tokens": 30 * (row % 3 == 0)} for row in range(1, 10)}
+    reqs: list[Any] = []
+    for row, own in params.items():
+        server.admit(row, 3 + row)
+        req = request(row, own, server.sequences[row][-1:])
+        req.origin_input_ids = server.sequences[row][:-1]
+        reqs.append(req)
+    server.penalties.begin_prefill(reqs)
+    for _ in range(12):
+        server.penalties.begin_round(reqs)
+        assert server.round(list(params)).used_graph == graphs
+    for req in reqs:
+        own, found = params[req.req_pool_idx], server.sequences[req.req_pool_idx]
+        assert found == penalised_target(req.origin_input_ids, len(found), own["presence_penalty"], own["min_new_tokens"])
+    assert sum(len(server.sequences[row]) for row in params) > 9 * 12 * 1.5, "drafts were accepted"
 
 
 @pytest.mark.parametrize("graphs", [False, True])

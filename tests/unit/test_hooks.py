@@ -13,9 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.managers.scheduler import Scheduler
-from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.mem_cache import kv_cache_builder
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
@@ -28,12 +26,7 @@ from sglang_parts import draft_batch, verify_graph_runner
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.scheduler_patch import hooks
-from sglang_sparsespec.scheduler_patch.hooks import (
-    no_kv_move_kernel,
-    refuse_inexact_request,
-    time_rounds,
-    verify_graph_spec_info,
-)
+from sglang_sparsespec.scheduler_patch.hooks import no_kv_move_kernel, time_rounds, verify_graph_spec_info
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -189,93 +182,3 @@ def test_other_algorithms_capture_their_own_verify_input() -> None:
 def test_other_algorithms_capture_graphs_with_their_own_input() -> None:
     runner = SimpleNamespace(model_runner=SimpleNamespace(spec_algorithm=SpeculativeAlgorithm.NGRAM))
     assert verify_graph_spec_info("original", runner) is None, "None keeps the original"
-
-
-# -------------------------------------------------------------------------- requests
-
-
-def validate(
-    request: dict[str, Any], preferred: dict[str, Any] | None = None, algorithm: str | None = ALGORITHM
-) -> None:
-    """Pass a request through SGLang's own check, as the tokenizer process does."""
-    manager = object.__new__(TokenizerManager)
-    args = SimpleNamespace(
-        speculative_algorithm=algorithm,
-        return_hidden_states_mode=None,
-        enable_return_hidden_states=False,
-        enable_custom_logit_processor=True,
-        preferred_sampling_params=preferred,
-    )
-    manager.__dict__.update(
-        server_args=args,
-        context_len=100,
-        num_reserved_tokens=0,
-        allow_auto_truncate=False,
-        validate_total_tokens=True,
-        is_generation=True,
-        preferred_sampling_params=preferred,
-        model_config=SimpleNamespace(vocab_size=VOCAB),
-    )
-    obj = GenerateReqInput(input_ids=[1, 2], **request)
-    obj.normalize_batch_and_arguments()
-    manager._validate_one_request(obj, [1, 2])
-
-
-PENALTIES = [
-    {"frequency_penalty": 0.5},
-    {"presence_penalty": -0.5},
-    {"repetition_penalty": 1.1},
-    {"min_new_tokens": 3},
-]
-
-
-@pytest.mark.parametrize("params", PENALTIES, ids=lambda p: next(iter(p)))
-def test_penalties_are_refused(params: dict[str, float]) -> None:
-    """SGLang adds one round's penalties to all its positions, which changes the distribution."""
-    name = next(iter(params))
-    with pytest.raises(
-        ValueError, match=f"{name}.*not supported with --speculative-algorithm SPARSESPEC.*leave it at"
-    ):
-        validate({"sampling_params": {"temperature": 0.5, **params}})
-    validate({"sampling_params": params}, algorithm=None)
-
-
-@pytest.mark.parametrize("params", PENALTIES, ids=lambda p: next(iter(p)))
-def test_penalties_of_the_servers_preferred_parameters_are_refused(params: dict[str, float]) -> None:
-    """SGLang adds ``--preferred-sampling-params`` to a request after it was checked."""
-    with pytest.raises(ValueError, match=next(iter(params))):
-        validate({"sampling_params": {}}, preferred=params)
-
-
-def test_a_request_may_turn_a_preferred_penalty_off() -> None:
-    validate({"sampling_params": {"repetition_penalty": 1.0}}, preferred={"repetition_penalty": 1.1})
-
-
-def test_a_custom_logit_processor_is_refused() -> None:
-    with pytest.raises(ValueError, match="custom_logit_processor is not supported.*remove it"):
-        validate({"sampling_params": {}, "custom_logit_processor": "x"})
-
-
-@pytest.mark.parametrize(
-    "params",
-    [
-        {},
-        {"temperature": 0.7, "top_p": 0.9, "top_k": 5, "min_p": 0.1, "max_new_tokens": 9},
-        {"frequency_penalty": 0.0, "presence_penalty": 0, "repetition_penalty": 1.0, "min_new_tokens": 0},
-        {"frequency_penalty": None},
-        {"logit_bias": {"3": 1.0}, "regex": "a+", "stop": ["x"]},
-    ],
-)
-def test_other_parameters_are_accepted(params: dict[str, Any]) -> None:
-    validate({"sampling_params": params})
-
-
-def test_sglangs_own_checks_still_run() -> None:
-    with pytest.raises(ValueError, match="context length"):
-        validate({"sampling_params": {"max_new_tokens": 99}})
-
-
-def test_penalties_are_accepted_without_the_algorithm() -> None:
-    manager = SimpleNamespace(server_args=SimpleNamespace(speculative_algorithm=None))
-    request = SimpleNamespace(sampling_params={"frequency_penalty": 0.5}, custom_logit_processor="x")
-    refuse_inexact_request(None, manager, request)

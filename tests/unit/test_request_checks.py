@@ -12,6 +12,7 @@ import pytest
 from bad_requests import BAD_PARAMS, BAD_REQUESTS, GOOD_PARAMS, GOOD_REQUESTS, labels
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
+from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec import ALGORITHM
@@ -22,11 +23,15 @@ pytestmark = pytest.mark.usefixtures("plugin")
 VOCAB, HIDDEN = 32, 4
 
 
-def manager(algorithm: str | None = ALGORITHM, preferred: dict[str, Any] | None = None) -> TokenizerManager:
+def manager(
+    algorithm: str | None = ALGORITHM, preferred: dict[str, Any] | None = None, processors: bool = False
+) -> TokenizerManager:
     """A tokenizer process as far as requests are checked in it; its model has no context to spare."""
     made = object.__new__(TokenizerManager)
     made.__dict__.update(
-        server_args=SimpleNamespace(speculative_algorithm=algorithm, enable_mis=False),
+        server_args=SimpleNamespace(
+            speculative_algorithm=algorithm, enable_mis=False, enable_custom_logit_processor=processors
+        ),
         preferred_sampling_params=preferred,
         model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN),
         context_len=0,
@@ -165,3 +170,10 @@ def test_embedding_requests_are_left_to_sglang() -> None:
     made.context_len, made.validate_total_tokens, made.is_generation = 100, True, True
     with pytest.raises(ValueError, match="does not appear to be an embedding model"):
         made._validate_one_request(EmbeddingReqInput(text="Hi", sampling_params={}), [VOCAB])
+
+
+@pytest.mark.parametrize("processor", ["x", "{}", '{"callable": "00"}', '{"callable": 5}'])
+def test_a_processor_that_cannot_be_loaded_is_refused(processor: str) -> None:
+    with pytest.raises(ValueError, match="custom_logit_processor must be what CustomLogitProcessor.to_str gives"):
+        send({"text": "Hi", "custom_logit_processor": processor}, processors=True)
+    send({"text": ["a", "b"], "custom_logit_processor": [DisallowedTokensLogitsProcessor.to_str(), None]}, processors=True)
