@@ -17,6 +17,7 @@ from sglang_sparsespec.scheduler_patch import (
     prefill_interleave,
     request_checks,
     slots,
+    stop_patterns,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
 
@@ -25,6 +26,7 @@ def register_all_hooks() -> None:
     """Register the hooks of all modules; SGLang applies them when its plugins are loaded."""
     hooks.register_hooks()
     accepted_run.register_hooks()
+    stop_patterns.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
     draft_weights.register_hooks()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 
 from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_POSITIONS, are_bounded
 from sglang_sparsespec.settings import is_sparsespec
 
 INT32_MAX, INT64_MIN, INT64_MAX = 2**31 - 1, -(2**63), 2**63 - 1
@@ -88,16 +88,8 @@ def _are_texts(value: Any) -> bool:
     return _is_text(value) or (isinstance(value, list | tuple) and all(map(_is_text, value)))
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
 def _are_patterns(value: Any) -> bool:
-    return _are_texts(value) and all(map(_compiles, [value] if isinstance(value, str) else value))
+    return _are_texts(value) and are_bounded([value] if isinstance(value, str) else value)
 
 
 def _is_schema(value: Any) -> bool:
@@ -171,7 +163,11 @@ SAMPLING_RULES: dict[str, Rule] = {
         and all(item is None or _is_integer(item) for item in value),
         "a list of token ids",
     ),
-    "stop_regex": Rule(lambda value, _: _are_patterns(value), "a regular expression of Python, or a list of them"),
+    "stop_regex": Rule(
+        lambda value, _: _are_patterns(value),
+        "a regular expression of Python, or a list of them, with repeats only where there are no back-references and no "
+        f"look-around, and with at most {MAX_POSITIONS} positions (what is repeated counts as often as it may come)",
+    ),
     "temperature": Rule(_numbers(0, FLOAT32_MAX), "a finite number of at least 0"),
     "top_p": Rule(_numbers(MIN_TOP_P, 1), "a number above 0, and at most 1"),
     "top_k": Rule(
