@@ -13,6 +13,7 @@ from sglang_sparsespec.scheduler_patch import (
     grammars,
     hooks,
     internal_state,
+    logprobs,
     metrics_hooks,
     prefill_interleave,
     request_checks,
@@ -36,3 +37,4 @@ def register_all_hooks() -> None:
     internal_state.register_hooks()
     request_checks.register_hooks()
     grammars.register_hooks()
+    logprobs.register_hooks()

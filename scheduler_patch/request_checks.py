@@ -17,8 +17,10 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from pydantic_core import CoreSchema, core_schema
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
+from sglang.srt.runtime_context import get_server_args
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_POSITIONS, are_bounded
@@ -373,8 +375,27 @@ def _check_embeds(embeds: Any, hidden_size: int) -> None:
         raise ValueError(f"input_embeds must be lists of {hidden_size} numbers, one for each token.")
 
 
+def schema_of_any_body(original: Callable[..., Any], source: Any, handler: Any) -> CoreSchema:
+    """``ChatCompletionRequest.__get_pydantic_core_schema__``: SGLang's own validators ask a body's parts for what only
+    objects have, as in ``response_format: 5``, before their types are checked.
+    """
+
+    def validate(body: Any, as_sglang: Callable[[Any], Any]) -> Any:
+        try:
+            return as_sglang(body)
+        except (AttributeError, TypeError, KeyError) as error:
+            if not is_sparsespec(get_server_args()):
+                raise
+            raise ValueError(f"A part of the request has a wrong type: {error}.") from error
+
+    # Not what ``original`` returns: with that, the types of a body's parts are not defined.
+    return core_schema.no_info_wrap_validator_function(validate, handler(source))
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
+    chat = "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest."
+    add_hook(chat + "__get_pydantic_core_schema__", schema_of_any_body, "around")
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
     add_hook(manager + "generate_request", check_request, "before")
     add_hook(manager + "_validate_one_request", check_tokens, "before")

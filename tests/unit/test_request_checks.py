@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
 from bad_requests import BAD_PARAMS, BAD_REQUESTS, GOOD_PARAMS, GOOD_REQUESTS, labels
+from pydantic import TypeAdapter, ValidationError
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec import ALGORITHM
+from sglang_sparsespec.scheduler_patch import request_checks
 from sglang_sparsespec.scheduler_patch.request_checks import PROMPT_RULES, REQUEST_RULES, SAMPLING_RULES
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -165,3 +168,36 @@ def test_embedding_requests_are_left_to_sglang() -> None:
     made.context_len, made.validate_total_tokens, made.is_generation = 100, True, True
     with pytest.raises(ValueError, match="does not appear to be an embedding model"):
         made._validate_one_request(EmbeddingReqInput(text="Hi", sampling_params={}), [VOCAB])
+
+
+# ---------------------------------------------------------------------- bodies of chats
+
+HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def validate_chat(body: Any) -> Any:
+    """Validate a body as the HTTP server's framework does."""
+    from fastapi import Body
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    return TypeAdapter(Annotated[ChatCompletionRequest, Body()]).validate_python(copy.deepcopy(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [5, [1], "x", *({**HELLO, "response_format": value} for value in (5, "x", [1], {"type": "json_schema", "schema": 5}))],
+)
+def test_a_chat_of_a_wrong_type_is_refused(body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = SimpleNamespace(speculative_algorithm=ALGORITHM)
+    monkeypatch.setattr(request_checks, "get_server_args", lambda: args)
+    with pytest.raises(ValidationError, match="A part of the request has a wrong type"):
+        validate_chat(body)
+    args.speculative_algorithm = "NGRAM"
+    with pytest.raises(AttributeError):
+        validate_chat(body)
+
+
+def test_a_chat_is_validated_as_by_sglang() -> None:
+    assert validate_chat({**HELLO, "max_tokens": 3}).max_tokens == 3
+    with pytest.raises(ValidationError, match="messages"):
+        validate_chat({"model": "m"})
