@@ -113,12 +113,12 @@ class EngineProcess:
 
 PLAIN_ROUNDS = """
 def register():
-    from sglang_sparsespec.rounds.planner import Planner, RoundChoice
+    from sglang_sparsespec.rounds.planner import Planner, RoundChoice, needs_verification
 
     def next_round(self, batch):
         self.rounds = getattr(self, "rounds", 0) + 1
         number, k = self.rounds // EVERY, self._num_steps
-        if self.rounds % EVERY == 0:
+        if self.rounds % EVERY == 0 and not needs_verification(batch):
             return RoundChoice(0, 1 + number % k)
         # Every other one drafts as many as it can.
         return RoundChoice(1 + number // 2 % k if number % 2 else k)

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 CONTEXT = 512
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
 END, THINK_END = 0, 4
-PIECES = ["ab", "abc", "the", "an", ". ", "\n\n", "é", "ß", "→", "😀", ") ", "{\"", "\": ", "12"]
+PIECES = ["ab", "abc", "the", "an", ". ", "\n\n", "é", "ß", "→", "😀", ") ", '{"', '": ', "12"]
 #: Sizes of rows of the head, relative to letters: of bytes that are no text, and of what ends an answer or its reasoning.
 RARE, COMMON = 0.75, 1.25
 TEMPLATE = (
@@ -69,7 +69,7 @@ def write_tiny_chat_model(folder: Path, seed: int = 0) -> Path:
         for token, index in tokenizer.get_vocab().items():
             if index in (END, THINK_END):
                 model.lm_head.weight[index] *= COMMON
-            elif len(SPECIAL) <= index < len(SPECIAL) + 256 and not ("a" <= token <= "z" or token in "0123456789.{}\"ĠĊ"):
+            elif len(SPECIAL) <= index < len(SPECIAL) + 256 and not ("a" <= token <= "z" or token in '0123456789.{}"ĠĊ'):
                 model.lm_head.weight[index] *= RARE
     model.save_pretrained(folder)
     wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", chat_template=TEMPLATE)

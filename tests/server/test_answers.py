@@ -56,6 +56,9 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int,
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *COMMON]
     command += ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--max-total-tokens", "20000"]
     command += ["--disable-cuda-graph", "--attention-backend", "torch_native"]
+    # Under overlap scheduling SGLang has run a further step when it finds that a request has stopped, and the cache keeps
+    # the KV of that step: one token more.
+    command += ["--disable-overlap-schedule"]
     log = tmp_path_factory.mktemp("plain") / "server.log"
     with ForkedServer(command, port, log, {**server_environment(True), **PLAIN_ENV}) as server:
         server.wait_until_ready(300)
@@ -69,7 +72,9 @@ def assert_equal(found: dict[int, tuple[Any, Any]], expected: dict[int, tuple[An
         if differing:
             wrong.append(f"case {seed}: {differing}; request: {case_of(seed, 280)}")
     shown = "\n".join(wrong[:5])
-    assert not wrong, f"{len(wrong)} of {len(found)} answers differ; SPARSESPEC_TEST_FIRST_CASE=SEED begins with one.\n{shown}"
+    assert not wrong, (
+        f"{len(wrong)} of {len(found)} answers differ; SPARSESPEC_TEST_FIRST_CASE=SEED begins with one.\n{shown}"
+    )
 
 
 def test_cases_end_in_every_way(expected: dict[int, tuple[Any, Any]]) -> None:
@@ -81,15 +86,13 @@ def test_cases_end_in_every_way(expected: dict[int, tuple[Any, Any]]) -> None:
             reason = answer["meta_info"]["finish_reason"] if route == "generate" else answer
             matched = reason.get("matched", reason.get("matched_stop"))
             kind = "length" if matched is None else "end" if matched == 0 else type(matched).__name__
-            if matched in body.get("sampling_params", body).get("stop_regex", []):
+            if isinstance(matched, str) and matched not in body.get("sampling_params", body).get("stop", []):
                 kind = "pattern"
             ends[kind] = ends.get(kind, 0) + 1
     assert set(ends) == {"length", "end", "int", "str", "pattern"} and min(ends.values()) >= 2, ends
 
 
-def test_answers_are_plain_sglangs(
-    model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path
-) -> None:
+def test_answers_are_plain_sglangs(model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path) -> None:
     """Rounds of all lengths, plain ones among them; every few rounds a request goes to the host."""
     environment = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3", **plain_rounds_plugin(tmp_path, every=3)}
     flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24", "--sparsespec-host-kv-gb", "0.1"]
