@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import os
 import random
 import re
 import shutil
@@ -290,7 +291,7 @@ def processes_of_children() -> dict[str, int]:
             name, _, rest = path.read_text().partition(" (")[2].rpartition(") ")
             state, parent, _, session, *_ = rest.split()
             stats[int(path.parent.name)] = (name, int(parent), int(session), state)
-    mine = {pid for pid, (_, parent, session, _) in stats.items() if session == pid and parent == _own_pid()}
+    mine = {pid for pid, (_, parent, session, _) in stats.items() if session == pid and parent == os.getpid()}
     found = {}
     for pid, (name, _, session, state) in stats.items():
         if session in mine and state != "Z":
@@ -298,10 +299,6 @@ def processes_of_children() -> dict[str, int]:
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 found[f"{name} {pid}"] = pages * 4096
     return found
-
-
-def _own_pid() -> int:
-    return int(Path("/proc/self").resolve().name)
 
 
 def gpu_bytes() -> dict[str, int]:
