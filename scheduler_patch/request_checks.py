@@ -17,6 +17,7 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
 from pydantic_core import CoreSchema, core_schema
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
@@ -242,6 +243,8 @@ PROMPT_RULES: dict[str, Rule] = {
     "bootstrap_host": TEXT,
     "bootstrap_port": INTEGER,
     "bootstrap_room": INTEGER,
+    "bootstrap_pair_key": TEXT,
+    "decode_tp_size": INTEGER,
     "return_logprob": FLAG,
     "logprob_start_len": Rule(_integers(-1), "an integer of at least -1"),
     "top_logprobs_num": Rule(
@@ -392,6 +395,13 @@ def schema_of_any_body(original: Callable[..., Any], source: Any, handler: Any) 
     return core_schema.no_info_wrap_validator_function(validate, handler(source))
 
 
+def check_recorder(tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager.start_expert_distribution_record`` and its like: without a recorder they end the scheduler."""
+    args_of_server = tokenizer_manager.server_args
+    if is_sparsespec(args_of_server) and args_of_server.expert_distribution_recorder_mode is None:
+        raise HTTPException(400, "Start the server with --expert-distribution-recorder-mode to record expert distributions.")
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
     chat = "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest."
@@ -399,3 +409,5 @@ def register_hooks() -> None:
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
     add_hook(manager + "generate_request", check_request, "before")
     add_hook(manager + "_validate_one_request", check_tokens, "before")
+    for name in ("start", "stop", "dump"):
+        add_hook(manager + f"{name}_expert_distribution_record", check_recorder, "before")
