@@ -38,6 +38,9 @@ MAX_ANSWERS = 65536
 #: Levels and references of a JSON schema. XGrammar follows both by recursion, which ends the scheduler where the stack is
 #: full (at some 100,000 and 4,000), and takes time and memory by a high power of the levels (seconds at 500).
 MAX_SCHEMA_LEVELS, MAX_SCHEMA_REFERENCES = 100, 1000
+#: Characters of stop strings. After each token SGLang decodes as much text again, and compares each of its ends with each
+#: string's beginning.
+MAX_STOP_CHARACTERS = 16384
 #: SGLang's name for the grammar of any JSON value.
 ANY_JSON = "$$ANY$$"
 #: Characters of a message that quote a value.
@@ -160,7 +163,10 @@ SCHEMA = Rule(
 SAMPLING_RULES: dict[str, Rule] = {
     "max_new_tokens": COUNT,
     "min_new_tokens": COUNT,
-    "stop": Rule(lambda value, _: _are_texts(value), "a string or a list of strings"),
+    "stop": Rule(
+        lambda value, _: _are_texts(value) and sum(map(len, value)) <= MAX_STOP_CHARACTERS,
+        f"a string or a list of strings, of at most {MAX_STOP_CHARACTERS} characters in all",
+    ),
     "stop_token_ids": Rule(
         lambda value, _: isinstance(value, list | tuple | set | frozenset)
         and all(item is None or _is_integer(item) for item in value),

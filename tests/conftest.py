@@ -31,6 +31,7 @@ LONGEST_FIRST = (
     "engine/test_draft_policies.py",
     "engine/test_prefill_interleave.py",
     "kernels/test_triton_sampling.py",
+    "server/test_answers.py",
     "engine/test_unified.py",
     "server/test_openai_api.py",
     "kernels/test_triton_kernels.py",

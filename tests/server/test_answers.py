@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 from answer_cases import case_of, difference_of_turns, play
-from engine_process import PLAIN_ENV, plain_rounds_plugin
+from engine_process import PLAIN_ENV, install_plugin, plain_rounds_plugin
 from quickstart import choose_port, server_environment
 from server_client import Client, ForkedServer, assert_healthy, serving
 from tiny_chat_model import write_tiny_chat_model
@@ -110,7 +110,7 @@ def test_answers_are_plain_sglangs(model: Path, expected: dict[int, tuple[Any, A
     "flags",
     [
         pytest.param([], marks=pytest.mark.nightly, id="lockstep"),
-        pytest.param(["--sparsespec-schedule", "unified"], marks=pytest.mark.nightly, id="unified"),
+        pytest.param(["--sparsespec-schedule", "unified"], id="unified"),
     ],
 )
 def test_answers_of_a_schedule_are_plain_sglangs(
@@ -123,8 +123,7 @@ def test_answers_of_a_schedule_are_plain_sglangs(
         assert_healthy(server)
 
 
-@pytest.mark.nightly
-@pytest.mark.parametrize("schedule", ["lockstep", "unified"])
+@pytest.mark.parametrize("schedule", ["lockstep", pytest.param("unified", marks=pytest.mark.nightly)])
 def test_answers_of_retracted_requests_are_plain_sglangs(
     schedule: str, model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path
 ) -> None:
@@ -136,6 +135,24 @@ def test_answers_of_retracted_requests_are_plain_sglangs(
         assert retractions(client) > 0
         client.assert_pool_empties()
         assert_healthy(server)
+
+
+OWN_RULE = """
+def register():
+    from sglang_sparsespec.scheduler_patch import accepted_run
+
+    accepted_run._walk = lambda original, req, count: original(req, count)
+"""
+
+
+@pytest.mark.nightly
+def test_ends_by_sglangs_own_rule_are_found(model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path) -> None:
+    """The cases can fail: here a round's tokens are checked as one step."""
+    environment = install_plugin(tmp_path, "zz_own_rule", OWN_RULE)
+    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24"]
+    with serving(str(model), tmp_path / "server.log", *flags, environment=environment) as (_, client):
+        with pytest.raises(AssertionError, match="answers differ"):
+            assert_equal(answers(client.url, model), expected)
 
 
 def retractions(client: Client) -> float:

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import msgspec
 import pytest
 from bad_requests import BAD_PARAMS, BAD_REQUESTS, GOOD_PARAMS, GOOD_REQUESTS, labels
+from fastapi import HTTPException
 from pydantic import TypeAdapter, ValidationError
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
@@ -201,3 +202,24 @@ def test_a_chat_is_validated_as_by_sglang() -> None:
     assert validate_chat({**HELLO, "max_tokens": 3}).max_tokens == 3
     with pytest.raises(ValidationError, match="messages"):
         validate_chat({"model": "m"})
+
+
+# ---------------------------------------------------------------------------- recorders
+
+
+@pytest.mark.parametrize("name", ["start", "stop", "dump"])
+def test_a_recorder_that_does_not_exist_is_not_asked(name: str) -> None:
+    """SGLang's scheduler would end."""
+    made = manager()
+    made.server_args.expert_distribution_recorder_mode = None
+    with pytest.raises(HTTPException, match="--expert-distribution-recorder-mode"):
+        asyncio.run(getattr(made, f"{name}_expert_distribution_record")())
+    for server_args in ({"speculative_algorithm": None}, {"expert_distribution_recorder_mode": "stat"}):
+        vars(made.server_args).update(server_args)
+        with pytest.raises(PassedOnError):
+            made.auto_create_handle_loop = passed_on  # type: ignore[method-assign]
+            asyncio.run(getattr(made, f"{name}_expert_distribution_record")())
+
+
+def passed_on() -> None:
+    raise PassedOnError
