@@ -453,7 +453,8 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     memory = sampler.growth()
     grown = {name: item["growth_mb"] for name, item in memory.items() if item["growth_mb"] > args.max_growth_mb}
     ours = {index: outcome.answers[index] for index in compared}
-    found = compare(asked, ours, plain, 0.0 if args.device == "cpu" else args.tie_margin)
+    tie_margin = 0.0 if args.device == "cpu" else args.tie_margin
+    found = compare(asked, ours, plain, tie_margin)
     finished = outcome.done.total() == len(asked) and found["compared"] == len(compared)
     return {
         **record,
@@ -468,7 +469,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         "failures": outcome.failures[:SHOWN],
         **after,
         "plain": args.plain,
-        "tie_margin": args.tie_margin,
+        "tie_margin": tie_margin,
         **found,
         "memory": memory,
         "memory_samples": len(sampler.samples),
@@ -493,7 +494,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--prompt-tokens", type=int, default=1500, help="tokens of the longer half of the prompts")
     parser.add_argument("--max-running-requests", type=int, default=64)
-    parser.add_argument("--compare", type=int, default=10**6, help="at most so many answers are compared")
+    parser.add_argument("--compare", type=int, default=1200, help="at most so many answers are compared")
     parser.add_argument("--plain", choices=("server", "same"), default="server", help="who gives plain SGLang's answers")
     parser.add_argument(
         "--tie-margin", type=float, default=0.25, help="largest log-probability margin of a tie (0 on a CPU)"
