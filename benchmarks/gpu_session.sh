@@ -40,6 +40,7 @@ claim parity 560 parity.py --model-path "$SMALL" --results "$OUT/parity.jsonl" -
   --engines sparsespec sparsespec:pillar:unified sparsespec,sparsespec_kernels=flashinfer sparsespec,sparsespec_speculate=never
 claim serving 900 serving.py --model-path "$MODEL" --results "$OUT/serving.jsonl" --rates 8 16 inf --dataset code:2048 \
   --requests 320 --max-running-requests 160
+claim soak 300 soak.py --model-path "$MODEL" --results "$OUT/soak.jsonl" --time-limit 285
 claim sampling 120 sampling.py --results "$OUT/sampling.jsonl"
 claim profile 260 profile_round.py --model-path "$MODEL" --results "$OUT/profile.jsonl" --engines "$always" plain
 claim kv-manager 700 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-manager.jsonl" --time-limit 75 --requests 400 \

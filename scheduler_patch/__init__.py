@@ -14,11 +14,13 @@ from sglang_sparsespec.scheduler_patch import (
     grammars,
     hooks,
     internal_state,
+    logprobs,
     metrics_hooks,
     penalties,
     prefill_interleave,
     request_checks,
     slots,
+    stop_patterns,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
 
@@ -27,6 +29,7 @@ def register_all_hooks() -> None:
     """Register the hooks of all modules; SGLang applies them when its plugins are loaded."""
     hooks.register_hooks()
     accepted_run.register_hooks()
+    stop_patterns.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
     draft_attention.register_hooks()
@@ -38,3 +41,4 @@ def register_all_hooks() -> None:
     request_checks.register_hooks()
     grammars.register_hooks()
     penalties.register_hooks()
+    logprobs.register_hooks()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from array import array
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,11 +17,15 @@ from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
+from fastapi import HTTPException
+from pydantic_core import CoreSchema, core_schema
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from sglang.srt.runtime_context import get_server_args
 
 from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_POSITIONS, are_bounded
 from sglang_sparsespec.settings import is_sparsespec
 
 INT32_MAX, INT64_MIN, INT64_MAX = 2**31 - 1, -(2**63), 2**63 - 1
@@ -36,6 +39,9 @@ MAX_ANSWERS = 65536
 #: Levels and references of a JSON schema. XGrammar follows both by recursion, which ends the scheduler where the stack is
 #: full (at some 100,000 and 4,000), and takes time and memory by a high power of the levels (seconds at 500).
 MAX_SCHEMA_LEVELS, MAX_SCHEMA_REFERENCES = 100, 1000
+#: Characters of stop strings. After each token SGLang decodes as much text again, and compares each of its ends with each
+#: string's beginning.
+MAX_STOP_CHARACTERS = 16384
 #: SGLang's name for the grammar of any JSON value.
 ANY_JSON = "$$ANY$$"
 #: Characters of a message that quote a value.
@@ -89,16 +95,8 @@ def _are_texts(value: Any) -> bool:
     return _is_text(value) or (isinstance(value, list | tuple) and all(map(_is_text, value)))
 
 
-def _compiles(pattern: str) -> bool:
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError):
-        return False
-    return True
-
-
 def _are_patterns(value: Any) -> bool:
-    return _are_texts(value) and all(map(_compiles, [value] if isinstance(value, str) else value))
+    return _are_texts(value) and are_bounded([value] if isinstance(value, str) else value)
 
 
 def _is_schema(value: Any) -> bool:
@@ -166,13 +164,20 @@ SCHEMA = Rule(
 SAMPLING_RULES: dict[str, Rule] = {
     "max_new_tokens": COUNT,
     "min_new_tokens": COUNT,
-    "stop": Rule(lambda value, _: _are_texts(value), "a string or a list of strings"),
+    "stop": Rule(
+        lambda value, _: _are_texts(value) and sum(map(len, value)) <= MAX_STOP_CHARACTERS,
+        f"a string or a list of strings, of at most {MAX_STOP_CHARACTERS} characters in all",
+    ),
     "stop_token_ids": Rule(
         lambda value, _: isinstance(value, list | tuple | set | frozenset)
         and all(item is None or _is_integer(item) for item in value),
         "a list of token ids",
     ),
-    "stop_regex": Rule(lambda value, _: _are_patterns(value), "a regular expression of Python, or a list of them"),
+    "stop_regex": Rule(
+        lambda value, _: _are_patterns(value),
+        "a regular expression of Python, or a list of them, with repeats only where there are no back-references and no "
+        f"look-around, and with at most {MAX_POSITIONS} positions (what is repeated counts as often as it may come)",
+    ),
     "temperature": Rule(_numbers(0, FLOAT32_MAX), "a finite number of at least 0"),
     "top_p": Rule(_numbers(MIN_TOP_P, 1), "a number above 0, and at most 1"),
     "top_k": Rule(
@@ -245,6 +250,8 @@ PROMPT_RULES: dict[str, Rule] = {
     "bootstrap_host": TEXT,
     "bootstrap_port": INTEGER,
     "bootstrap_room": INTEGER,
+    "bootstrap_pair_key": TEXT,
+    "decode_tp_size": INTEGER,
     "return_logprob": FLAG,
     "logprob_start_len": Rule(_integers(-1), "an integer of at least -1"),
     "top_logprobs_num": Rule(
@@ -392,8 +399,36 @@ def _check_embeds(embeds: Any, hidden_size: int) -> None:
         raise ValueError(f"input_embeds must be lists of {hidden_size} numbers, one for each token.")
 
 
+def schema_of_any_body(original: Callable[..., Any], source: Any, handler: Any) -> CoreSchema:
+    """``ChatCompletionRequest.__get_pydantic_core_schema__``: SGLang's own validators ask a body's parts for what only
+    objects have, as in ``response_format: 5``, before their types are checked.
+    """
+
+    def validate(body: Any, as_sglang: Callable[[Any], Any]) -> Any:
+        try:
+            return as_sglang(body)
+        except (AttributeError, TypeError, KeyError) as error:
+            if not is_sparsespec(get_server_args()):
+                raise
+            raise ValueError(f"A part of the request has a wrong type: {error}.") from error
+
+    # Not what ``original`` returns: with that, the types of a body's parts are not defined.
+    return core_schema.no_info_wrap_validator_function(validate, handler(source))
+
+
+def check_recorder(tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager.start_expert_distribution_record`` and its like: without a recorder they end the scheduler."""
+    args_of_server = tokenizer_manager.server_args
+    if is_sparsespec(args_of_server) and args_of_server.expert_distribution_recorder_mode is None:
+        raise HTTPException(400, "Start the server with --expert-distribution-recorder-mode to record expert distributions.")
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
+    chat = "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest."
+    add_hook(chat + "__get_pydantic_core_schema__", schema_of_any_body, "around")
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
     add_hook(manager + "generate_request", check_request, "before")
     add_hook(manager + "_validate_one_request", check_tokens, "before")
+    for name in ("start", "stop", "dump"):
+        add_hook(manager + f"{name}_expert_distribution_record", check_recorder, "before")

@@ -13,8 +13,8 @@ HUGE = 2**70
 BAD_PARAMS: list[tuple[str, Any]] = [
     *(("max_new_tokens", value) for value in ("x", -1, 1.5, True, [1], {}, HUGE)),
     *(("min_new_tokens", value) for value in ("x", -1, 1.5, [1], HUGE)),
-    *(("stop", value) for value in (5, [5], [["a"]], {"a": 1})),
-    *(("stop_regex", value) for value in (5, [5], "(", ["a", "a{99999999999}"])),
+    *(("stop", value) for value in (5, [5], [["a"]], {"a": 1}, "a" * 16385, ["a" * 99] * 166)),
+    *(("stop_regex", value) for value in (5, [5], "(", ["a", "a{99999999999}"], r"(a+)+\1b", "a{0,9999}b")),
     *(("stop_token_ids", value) for value in (5, "ab", ["x"], [[1]], [1.5], [HUGE], [True])),
     *(("temperature", value) for value in ("x", -1, 1e300, HUGE**9, True, [1])),
     *(("top_p", value) for value in ("x", 0, 1.1, 1e-300, [1])),
@@ -36,8 +36,8 @@ BAD_PARAMS: list[tuple[str, Any]] = [
 ]
 GOOD_PARAMS: list[tuple[str, Any]] = [
     *(("max_new_tokens", value) for value in (0, 1, 10**6)),
-    *(("stop", value) for value in ("", "a", [], ["a", "b"], ("a",))),
-    *(("stop_regex", value) for value in ("a+", [], ["a|b", "c"])),
+    *(("stop", value) for value in ("", "a", [], ["a", "b"], ("a",), "a" * 16384)),
+    *(("stop_regex", value) for value in ("a+", [], ["a|b", "c"], "(a+)+b", r"\n(?=x)")),
     *(("stop_token_ids", value) for value in ([], [5], [None, 5], {5})),
     *(("temperature", value) for value in (0, 0.7, 3e38)),
     *(("top_p", value) for value in (1, 1.0, 0.1)),
@@ -71,6 +71,8 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any]]] = [
     ("http_worker_ipc", {"http_worker_ipc": "ipc://x"}),
     ("multi_item_delimiter_indices", {"multi_item_delimiter_indices": [1]}),
     ("rid", {"rid": ["a"]}),
+    ("decode_tp_size", {"text": ["a", "b"], "decode_tp_size": [1]}),
+    ("bootstrap_pair_key", {"text": ["a", "b"], "bootstrap_pair_key": ["a"]}),
     ("extra_key", {"extra_key": ["a"]}),
     ("priority", {"priority": HUGE}),
     ("return_hidden_states", {"return_hidden_states": [True]}),

@@ -32,6 +32,7 @@ LONGEST_FIRST = (
     "engine/test_prefill_interleave.py",
     "kernels/test_triton_sampling.py",
     "engine/test_penalties.py",
+    "server/test_answers.py",
     "engine/test_unified.py",
     "server/test_openai_api.py",
     "kernels/test_triton_kernels.py",

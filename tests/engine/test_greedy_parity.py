@@ -1,16 +1,15 @@
 """Greedy outputs under SPARSESPEC equal plain SGLang's, token for token (SmolLM2-135M, float32, CPU).
 
 60 prompts: one-liners, competition problems and two long ones, in lock-step, in unified batches, and with plain rounds
-between and requests that the KV manager moves to the host and back. ``benchmarks/parity.py`` compares more text.
+between and requests that the KV manager moves to the host and back. ``benchmarks/parity.py`` compares more text. How answers
+end, and all else that they say, is compared in ``tests/server/test_answers.py``.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -64,70 +63,17 @@ def generate(engine: EngineProcess, prompts: list[str]) -> list[list[int]]:
     return [output["output_ids"] for output in engine.generate(prompt=prompts, sampling_params=sampling)]
 
 
-@dataclass(frozen=True)
-class Reference:
-    """Plain SGLang's answers.
-
-    Attributes:
-        tokens: by prompt, to the full length.
-        ends: sampling parameters by prompt that end the answer early, one way or another, and the answer.
-    """
-
-    tokens: dict[str, list[int]]
-    ends: dict[str, tuple[dict[str, Any], dict[str, Any]]]
-
-
-def early_end(index: int, output: dict[str, Any]) -> dict[str, Any]:
-    """Parameters that end ``output`` within or at the end of its tokens; the length may come first."""
-    text, ids, place = output["text"], output["output_ids"], 3 + index % 13
-    ends: list[dict[str, Any]] = [
-        {"stop": [text[place : place + 3]]},
-        {"stop_token_ids": [ids[place]]},
-        {"stop_regex": [re.escape(text[place : place + 2]) + "$"]},
-        {"stop": [text[place + 4 : place + 9], text[place : place + 2]], "stop_token_ids": [ids[place + 2]]},
-    ]
-    return {"temperature": 0.0, "max_new_tokens": place + 1 + index % 7, **ends[index % len(ends)]}
-
-
-def answers(engine: EngineProcess, ends: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What the API says of each prompt's answer."""
-    outputs = engine.generate(prompt=list(ends), sampling_params=list(ends.values()))
-    found = {}
-    for prompt, output in zip(ends, outputs, strict=True):
-        info = output["meta_info"]
-        counts = {name: info[name] for name in ("finish_reason", "prompt_tokens", "completion_tokens")}
-        found[prompt] = {"text": output["text"], "output_ids": output["output_ids"], **counts}
-    return found
-
-
 @pytest.fixture(scope="module")
-def reference(model_path: str) -> Reference:
-    with EngineProcess(PLAIN_ENV, model_path=model_path, max_running_requests=16, **COMMON, **PLAIN) as engine:
-        sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
-        outputs = engine.generate(prompt=PROMPTS, sampling_params=sampling)
-        ends = {PROMPTS[i]: early_end(i // 2, outputs[i]) for i in range(0, 56, 2)}
-        ended = answers(engine, ends)
-    tokens = {prompt: output["output_ids"] for prompt, output in zip(PROMPTS, outputs, strict=True)}
-    assert len(tokens) == 60 and all(len(output) == NEW_TOKENS for output in tokens.values())
-    kinds = [answer["finish_reason"]["type"] for answer in ended.values()]
-    assert kinds.count("stop") > 10 and kinds.count("length") > 2
-    return Reference(tokens, {prompt: (ends[prompt], ended[prompt]) for prompt in ends})
-
-
-@pytest.fixture(scope="module")
-def expected(reference: Reference) -> dict[str, list[int]]:
+def expected(model_path: str) -> dict[str, list[int]]:
     """Plain SGLang's tokens by prompt."""
-    return reference.tokens
+    with EngineProcess(PLAIN_ENV, model_path=model_path, max_running_requests=16, **COMMON, **PLAIN) as engine:
+        tokens = dict(zip(PROMPTS, generate(engine, PROMPTS), strict=True))
+    assert len(tokens) == 60 and all(len(output) == NEW_TOKENS for output in tokens.values())
+    return tokens
 
 
 def assert_equal(engine: EngineProcess, prompts: list[str], expected: dict[str, list[int]]) -> None:
     assert dict(zip(prompts, generate(engine, prompts), strict=True)) == {prompt: expected[prompt] for prompt in prompts}
-
-
-def assert_ends_equal(engine: EngineProcess, reference: Reference) -> None:
-    """Answers that end early end as plain SGLang's do, in every field."""
-    found = answers(engine, {prompt: sampling for prompt, (sampling, _) in reference.ends.items()})
-    assert found == {prompt: answer for prompt, (_, answer) in reference.ends.items()}
 
 
 def assert_drafted(state: dict[str, Any]) -> None:
@@ -147,10 +93,6 @@ def test_lockstep_tokens_are_plain_sglangs(lockstep: EngineProcess, expected: di
     assert_drafted(lockstep.state())
 
 
-def test_answers_end_as_plain_sglangs(lockstep: EngineProcess, reference: Reference) -> None:
-    assert_ends_equal(lockstep, reference)
-
-
 def test_tokens_stay_the_same_when_a_running_engine_stops_speculating(
     lockstep: EngineProcess, expected: dict[str, list[int]]
 ) -> None:
@@ -168,23 +110,21 @@ def test_tokens_stay_the_same_when_a_running_engine_stops_speculating(
     assert always["sparsespec_plain_rounds"] == never["sparsespec_plain_rounds"]
 
 
-def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, reference: Reference) -> None:
+def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, expected: dict[str, list[int]]) -> None:
     settings = {**LOCKSTEP, "sparsespec_schedule": "unified", "speculative_num_steps": 5}
     with EngineProcess(model_path=model_path, **settings) as engine:
-        assert_equal(engine, PROMPTS, reference.tokens)
-        assert_ends_equal(engine, reference)
+        assert_equal(engine, PROMPTS, expected)
         assert_drafted(engine.state())
 
 
 def test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs(
-    model_path: str, reference: Reference, tmp_path: Path
+    model_path: str, expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
     """Every other round is plain, and in every third a request goes to the host."""
     env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3", **plain_rounds_plugin(tmp_path, every=2)}
     own = {"sparsespec_host_kv_gb": 0.5, "speculative_num_steps": 5}
     with EngineProcess(env, model_path=model_path, **{**LOCKSTEP, **own}) as engine:
-        assert_equal(engine, PROMPTS, reference.tokens)
-        assert_ends_equal(engine, reference)
+        assert_equal(engine, PROMPTS, expected)
         state = engine.state()
         assert_drafted(state)
         assert state["sparsespec_plain_rounds"] > 10

@@ -1,7 +1,8 @@
 """What clients do to a server: aborts, disconnects, stop strings, limits, a full KV pool.
 
 After every case the KV pool must be empty again: with the radix cache flushed, as many tokens are
-free as the pool has.
+free as the pool has. What ends an answer, and answers of retracted requests, are compared with plain
+SGLang's in ``test_answers.py``, with a tiny model.
 """
 
 from __future__ import annotations
@@ -89,6 +90,7 @@ def test_a_client_that_disconnects_frees_its_request(client: Client) -> None:
     assert time.monotonic() - started < 20
 
 
+@pytest.mark.nightly
 def test_a_stop_string_ends_the_text_just_before_it(client: Client, long_answer: dict[str, Any]) -> None:
     text = long_answer["text"]
     # Consecutive places, so that some lie inside an accepted run and some across its end.
@@ -99,6 +101,7 @@ def test_a_stop_string_ends_the_text_just_before_it(client: Client, long_answer:
         assert answer["meta_info"]["finish_reason"] == {"type": "stop", "matched": stop}
 
 
+@pytest.mark.nightly
 def test_max_tokens_cuts_an_accepted_run_exactly(client: Client, long_answer: dict[str, Any]) -> None:
     limits = [1, 2, 3, 7, 8, 9, 10, 11, 17, 31]
     answers = client.generate_all([{"prompt": PROMPT, "max_new_tokens": limit} for limit in limits])
@@ -107,6 +110,7 @@ def test_max_tokens_cuts_an_accepted_run_exactly(client: Client, long_answer: di
         assert answer["meta_info"]["finish_reason"] == {"type": "length", "length": limit}
 
 
+@pytest.mark.nightly
 def test_a_stop_token_inside_an_accepted_run_ends_the_output(client: Client, long_answer: dict[str, Any]) -> None:
     ids = long_answer["output_ids"]
     tokens = list(dict.fromkeys(ids[5:20]))
@@ -117,6 +121,7 @@ def test_a_stop_token_inside_an_accepted_run_ends_the_output(client: Client, lon
         assert answer["output_ids"] == ids[: ids.index(token) + 1]
 
 
+@pytest.mark.nightly
 def test_a_streamed_answer_is_the_same_as_a_whole_one(client: Client, long_answer: dict[str, Any]) -> None:
     body = {"text": PROMPT, "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 96}}
     with requests.post(f"{client.url}/generate", json=body, stream=True, timeout=300) as response:
@@ -155,6 +160,7 @@ def test_requests_that_fill_the_context_leave_their_neighbours_alone(client: Cli
     assert len(alone[0]) >= 29
 
 
+@pytest.mark.nightly
 @in_lockstep_only
 def test_a_full_kv_pool_retracts_requests_and_keeps_their_outputs(client: Client) -> None:
     # Prompts fill the pool faster than outputs do.

@@ -47,10 +47,11 @@ class Grammar:
 
 
 @pytest.fixture
-def original(plugin: None) -> Any:
-    """SGLang's own ``Req.update_finish_state``."""
+def original(plugin: None, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """SGLang's own ``Req.update_finish_state``, and its own search for patterns."""
     from sglang.srt.managers.schedule_batch import Req
 
+    monkeypatch.setattr(Req, "_check_str_based_finish", inspect.unwrap(Req._check_str_based_finish))
     return inspect.unwrap(Req.update_finish_state)
 
 

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import pytest
 from bad_requests import BAD_PARAMS, BAD_REQUESTS, GOOD_PARAMS, GOOD_REQUESTS, labels
+from fastapi import HTTPException
+from pydantic import TypeAdapter, ValidationError
 from sglang.srt.managers.io_struct import EmbeddingReqInput, GenerateReqInput
 from sglang.srt.managers.tokenizer_manager import TokenizerManager
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec import ALGORITHM
+from sglang_sparsespec.scheduler_patch import request_checks
 from sglang_sparsespec.scheduler_patch.request_checks import PROMPT_RULES, REQUEST_RULES, SAMPLING_RULES
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -177,3 +181,57 @@ def test_a_processor_that_cannot_be_loaded_is_refused(processor: str) -> None:
     with pytest.raises(ValueError, match="custom_logit_processor must be what CustomLogitProcessor.to_str gives"):
         send({"text": "Hi", "custom_logit_processor": processor}, processors=True)
     send({"text": ["a", "b"], "custom_logit_processor": [DisallowedTokensLogitsProcessor.to_str(), None]}, processors=True)
+
+
+# ---------------------------------------------------------------------- bodies of chats
+
+HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+
+
+def validate_chat(body: Any) -> Any:
+    """Validate a body as the HTTP server's framework does."""
+    from fastapi import Body
+    from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
+
+    return TypeAdapter(Annotated[ChatCompletionRequest, Body()]).validate_python(copy.deepcopy(body))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [5, [1], "x", *({**HELLO, "response_format": value} for value in (5, "x", [1], {"type": "json_schema", "schema": 5}))],
+)
+def test_a_chat_of_a_wrong_type_is_refused(body: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    args = SimpleNamespace(speculative_algorithm=ALGORITHM)
+    monkeypatch.setattr(request_checks, "get_server_args", lambda: args)
+    with pytest.raises(ValidationError, match="A part of the request has a wrong type"):
+        validate_chat(body)
+    args.speculative_algorithm = "NGRAM"
+    with pytest.raises(AttributeError):
+        validate_chat(body)
+
+
+def test_a_chat_is_validated_as_by_sglang() -> None:
+    assert validate_chat({**HELLO, "max_tokens": 3}).max_tokens == 3
+    with pytest.raises(ValidationError, match="messages"):
+        validate_chat({"model": "m"})
+
+
+# ---------------------------------------------------------------------------- recorders
+
+
+@pytest.mark.parametrize("name", ["start", "stop", "dump"])
+def test_a_recorder_that_does_not_exist_is_not_asked(name: str) -> None:
+    """SGLang's scheduler would end."""
+    made = manager()
+    made.server_args.expert_distribution_recorder_mode = None
+    with pytest.raises(HTTPException, match="--expert-distribution-recorder-mode"):
+        asyncio.run(getattr(made, f"{name}_expert_distribution_record")())
+    for server_args in ({"speculative_algorithm": None}, {"expert_distribution_recorder_mode": "stat"}):
+        vars(made.server_args).update(server_args)
+        with pytest.raises(PassedOnError):
+            made.auto_create_handle_loop = passed_on  # type: ignore[method-assign]
+            asyncio.run(getattr(made, f"{name}_expert_distribution_record")())
+
+
+def passed_on() -> None:
+    raise PassedOnError
