@@ -13,10 +13,12 @@ from sglang_sparsespec.scheduler_patch import (
     grammars,
     hooks,
     internal_state,
+    lora,
     metrics_hooks,
     prefill_interleave,
     request_checks,
     slots,
+    tokenizer_workers,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
 
@@ -34,3 +36,5 @@ def register_all_hooks() -> None:
     internal_state.register_hooks()
     request_checks.register_hooks()
     grammars.register_hooks()
+    lora.register_hooks()
+    tokenizer_workers.register_hooks()

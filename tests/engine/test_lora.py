@@ -1,0 +1,168 @@
+"""Engines that serve LoRA adapters: drafts, plain steps and verifications of a request have its adapter.
+
+Tiny random models in float32 on CPU; greedy output is compared with that of transformers with the adapter merged.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_process import EngineProcess, install_plugin
+from safetensors.torch import save_file
+from tiny_model import VOCAB, greedy_continuation, write_tiny_llama
+from transformers import LlamaForCausalLM
+
+pytestmark = pytest.mark.slow
+
+NEW_TOKENS = 30
+RANK, ALPHA = 4, 6
+MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+PROMPTS = [[(3 * i + j) % VOCAB for j in range(length)] for i, length in enumerate((3, 17, 40, 5, 9, 26))]
+
+#: The file named by the variable says with what adapters steps run: "none", or else the requests'.
+MODE_ENV = "SPARSESPEC_TEST_ADAPTERS"
+PLUGIN = """
+import os
+from pathlib import Path
+
+def register():
+    from sglang_sparsespec.rounds.adapters import Adapters
+
+    use = Adapters.use
+
+    def use_or_not(self, lora_ids):
+        none = Path(os.environ["MODE_ENV"]).read_text() == "none"
+        use(self, [None] * len(lora_ids) if none else lora_ids)
+
+    Adapters.use = use_or_not
+""".replace("MODE_ENV", MODE_ENV)
+
+
+def write_adapter(folder: Path, base: Path, seed: int) -> tuple[Path, Path]:
+    """A random adapter, and the checkpoint ``base`` with it merged."""
+    generator = torch.Generator().manual_seed(seed)
+    model = LlamaForCausalLM.from_pretrained(base, dtype=torch.float32)
+    tensors = {}
+    for number, layer in enumerate(model.model.layers):
+        for name in MODULES:
+            weight = layer.get_submodule(name).weight
+            low = 0.3 * torch.randn(RANK, weight.shape[1], generator=generator)
+            high = 0.3 * torch.randn(weight.shape[0], RANK, generator=generator)
+            weight.data += ALPHA / RANK * high @ low
+            key = f"base_model.model.model.layers.{number}.{name}.lora_"
+            tensors |= {f"{key}A.weight": low, f"{key}B.weight": high}
+    adapter, merged = folder / "adapter", folder / "merged"
+    adapter.mkdir(parents=True)
+    save_file(tensors, adapter / "adapter_model.safetensors")
+    targets = [name.split(".")[1] for name in MODULES]
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "base_model_name_or_path": str(base)}  # fmt: skip
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    model.save_pretrained(merged)
+    return adapter, merged
+
+
+class Requests:
+    """A batch of requests of two adapters and of none, and what it must give."""
+
+    def __init__(self, folder: Path) -> None:
+        self.base = write_tiny_llama(folder / "base")
+        adapters = {name: write_adapter(folder / name, self.base, seed) for seed, name in enumerate(("first", "second"))}
+        self.paths = {name: str(adapter) for name, (adapter, _) in adapters.items()}
+        self.names = [("first", None, "second")[index % 3] for index in range(len(PROMPTS))]
+        merged = {None: self.base, **{name: checkpoint for name, (_, checkpoint) in adapters.items()}}
+        self.expected = [
+            greedy_continuation(merged[name], prompt, NEW_TOKENS) for prompt, name in zip(PROMPTS, self.names, strict=True)
+        ]
+
+    def run(self, engine: EngineProcess) -> list[list[int]]:
+        sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        outputs = engine.generate(input_ids=PROMPTS, sampling_params=sampling, lora_path=self.names)
+        return [output["output_ids"] for output in outputs]
+
+
+@pytest.fixture(scope="module")
+def requests_(tmp_path_factory: pytest.TempPathFactory) -> Requests:
+    made = Requests(tmp_path_factory.mktemp("lora"))
+    base = [greedy_continuation(made.base, prompt, NEW_TOKENS) for prompt in PROMPTS]
+    # Each adapter changes the answers of its requests, or the tests below would show nothing.
+    assert [a == b for a, b in zip(base, made.expected, strict=True)] == [name is None for name in made.names]
+    return made
+
+
+def engine_args(requests_: Requests) -> dict[str, Any]:
+    return {
+        "model_path": str(requests_.base),
+        "skip_tokenizer_init": True,
+        "device": "cpu",
+        "dtype": "float32",
+        "lora_paths": requests_.paths,
+        "speculative_algorithm": "SPARSESPEC",
+        "sparsespec_speculate": "always",
+        "max_running_requests": 6,
+        "max_total_tokens": 2048,
+        "random_seed": 0,
+        "log_level": "info",
+    }
+
+
+class Server:
+    """An engine whose steps may be made to use no adapter."""
+
+    def __init__(self, engine: EngineProcess, mode_file: Path) -> None:
+        self.engine = engine
+        self._mode_file = mode_file
+
+    def set_mode(self, mode: str) -> None:
+        self._mode_file.write_text(mode)
+
+    def accept_length(self) -> float:
+        return self.engine.state()["sparsespec_accept_length"]
+
+
+@pytest.fixture(scope="module")
+def server(requests_: Requests, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    mode_file = tmp_path_factory.mktemp("mode") / "mode"
+    mode_file.write_text("")
+    env = {MODE_ENV: str(mode_file), **install_plugin(tmp_path_factory.mktemp("site"), "zz_adapters", PLUGIN)}
+    with EngineProcess(env, sparsespec_draft_weights="fp8", **engine_args(requests_)) as engine:
+        yield Server(engine, mode_file)
+
+
+def test_requests_of_different_adapters_share_a_batch(server: Server, requests_: Requests) -> None:
+    """Drafts multiply with FP8 copies of the model's weights, and have the adapters all the same."""
+    assert requests_.run(server.engine) == requests_.expected
+    assert server.accept_length() > 4
+
+
+def test_plain_rounds_have_the_adapters(server: Server, requests_: Requests) -> None:
+    server.engine.set_speculate("never")
+    assert requests_.run(server.engine) == requests_.expected
+    server.set_mode("none")
+    assert requests_.run(server.engine) != requests_.expected, "plain steps take their adapters from elsewhere"
+    server.engine.set_speculate("always")
+
+
+def test_drafts_without_the_adapters_would_be_refused_by_verification(server: Server, requests_: Requests) -> None:
+    server.set_mode("")
+    before = server.accept_length()
+    server.set_mode("none")
+    assert requests_.run(server.engine) == requests_.expected
+    assert server.accept_length() < 0.8 * before
+
+
+def test_staggered_rounds_leave_adapters_to_lockstep(requests_: Requests) -> None:
+    with EngineProcess(sparsespec_schedule="unified", **engine_args(requests_)) as engine:
+        assert requests_.run(engine) == requests_.expected
+        assert engine.state()["sparsespec_lockstep_rounds"] > 0
+        # The last prompt had an adapter. Rounds without any are staggered, and must not go on with it.
+        alone = [index for index, name in enumerate(requests_.names) if name is None]
+        rounds = engine.state()["sparsespec_lockstep_rounds"]
+        sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        outputs = engine.generate(input_ids=[PROMPTS[index] for index in alone], sampling_params=sampling)
+        assert [output["output_ids"] for output in outputs] == [requests_.expected[index] for index in alone]
+        assert engine.state()["sparsespec_lockstep_rounds"] == rounds
