@@ -217,7 +217,9 @@ def murmur_hash_on_cpu(original: Callable[..., torch.Tensor], seed: torch.Tensor
     return (original if seed.is_cuda else murmur_hash)(seed, *args, **kwargs)
 
 
-def seeded_draw_on_cpu(original: Callable[..., torch.Tensor], logprobs: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+def seeded_draw_on_cpu(
+    original: Callable[..., torch.Tensor], logprobs: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
     """``sampler.multinomial_with_seed``: SGLang compiles it, which needs a C++ compiler on a CPU."""
     if logprobs.is_cuda:
         return original(logprobs, *args, **kwargs)
@@ -317,7 +319,7 @@ def register_hooks() -> None:
         no_invariant_kernels_on_cpu,
         "around",
     )
-    lora_methods = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras", "prepare_lora_batch")
-    for name in lora_methods:
+    loading = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras")
+    for name in (*loading, "prepare_lora_batch"):
         add_hook(f"sglang.srt.lora.lora_manager.LoRAManager.{name}", adapters_on_cpu, "around")
     add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

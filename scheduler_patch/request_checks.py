@@ -377,8 +377,22 @@ def _check_embeds(embeds: Any, hidden_size: int) -> None:
         raise ValueError(f"input_embeds must be lists of {hidden_size} numbers, one for each token.")
 
 
+def check_seeded_request(tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager._validate_one_request``: SGLang asserts in its scheduler that no seeded request has a min-p.
+
+    That ends the server.
+    """
+    server_args = tokenizer_manager.server_args
+    if not is_sparsespec(server_args) or not server_args.enable_deterministic_inference:
+        return
+    params = {**(tokenizer_manager.preferred_sampling_params or {}), **(getattr(obj, "sampling_params", None) or {})}
+    if (params.get("min_p") or 0) > 0:
+        raise ValueError("min_p must be 0 with --enable-deterministic-inference: SGLang has no seeded sampling with it.")
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
     manager = "sglang.srt.managers.tokenizer_manager.TokenizerManager."
     add_hook(manager + "generate_request", check_request, "before")
     add_hook(manager + "_validate_one_request", check_tokens, "before")
+    add_hook(manager + "_validate_one_request", check_seeded_request, "before")

@@ -1,8 +1,8 @@
 """LoRA adapters in the forwards that rounds run beside SGLang's own: draft steps and plain steps.
 
-SGLang's layers read which adapter a token uses from their LoRA backend's ``batch_info``, which it makes for every batch that it
-runs: prompts and verifications. Steps of one token per request need another one, and captured steps read static tensors of
-their own, as SGLang's captured verifications do.
+SGLang's layers read which adapter a token uses from their LoRA backend's ``batch_info``, which it makes for every batch
+that it runs: prompts and verifications. Steps of one token per request need another one, and captured steps read static
+tensors of their own, as SGLang's captured verifications do.
 """
 
 from __future__ import annotations

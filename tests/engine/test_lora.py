@@ -21,7 +21,10 @@ pytestmark = pytest.mark.slow
 
 NEW_TOKENS = 30
 RANK, ALPHA = 4, 6
-MODULES = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+MODULES = (
+    *(f"self_attn.{name}_proj" for name in "qkvo"),
+    *(f"mlp.{name}_proj" for name in ("gate", "up", "down")),
+)
 PROMPTS = [[(3 * i + j) % VOCAB for j in range(length)] for i, length in enumerate((3, 17, 40, 5, 9, 26))]
 
 #: The file named by the variable says with what adapters steps run: "none", or else the requests'.
@@ -60,7 +63,7 @@ def write_adapter(folder: Path, base: Path, seed: int) -> tuple[Path, Path]:
     adapter.mkdir(parents=True)
     save_file(tensors, adapter / "adapter_model.safetensors")
     targets = [name.split(".")[1] for name in MODULES]
-    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets, "base_model_name_or_path": str(base)}  # fmt: skip
+    config = {"peft_type": "LORA", "r": RANK, "lora_alpha": ALPHA, "target_modules": targets}
     (adapter / "adapter_config.json").write_text(json.dumps(config))
     model.save_pretrained(merged)
     return adapter, merged

@@ -1,7 +1,7 @@
 """Seeded sampling on a CPU (``--enable-deterministic-inference``): plain SGLang's tokens for each seed.
 
-A tiny random model in float32. Plain SGLang allows the flag with attention backends of GPUs only; a plugin of this test has it
-take PyTorch's.
+A tiny random model in float32. Plain SGLang allows the flag with attention backends of GPUs only; a plugin of this test has
+it take PyTorch's.
 """
 
 from __future__ import annotations

@@ -135,6 +135,13 @@ class TestSpecLogprob(spec_server_kits.SpecLogprobKit, KitServer):
 
 
 class TestSpecFeature(spec_server_kits.SpecFeatureKit, KitServer):
+    def send_request(self) -> None:
+        """The fixture asks for answers of 1,024 tokens, which take a CPU many minutes."""
+        for prompt in spec_eagle_fixture.PROMPTS:
+            sampling = {"temperature": 0, "max_new_tokens": 1024 if ON_GPU else 64}
+            response = requests.post(f"{self.base_url}/generate", json={"text": prompt, "sampling_params": sampling})
+            assert response.status_code == 200
+
     test_radix_attention = needs_gpu(spec_server_kits.SpecFeatureKit.test_radix_attention)
     test_constrained_decoding = needs_larger_model(spec_server_kits.SpecFeatureKit.test_constrained_decoding)
 
