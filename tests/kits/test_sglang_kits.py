@@ -10,6 +10,7 @@ nothing about SPARSESPEC. What each kit gave is a table in docs/operations.md.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 import requests
 import sglang.test.kl_test_utils
 from engine_process import PLAIN_ENV
+from environment import REPO
 from quickstart import choose_port, default_prompt, server_environment
 from server_client import ForkedServer
 from sglang.srt.utils.hf_transformers_utils import get_tokenizer
@@ -48,8 +50,13 @@ CPU = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "20000")
 GPU = ("--dtype", "bfloat16", "--attention-backend", "triton", "--mem-fraction-static", "0.7")
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="takes hours on a CPU")
-needs_larger_model = pytest.mark.skipif(not ON_GPU, reason="SmolLM2-135M does not end its JSON, or does not know the answer")
+#: These fail with plain SGLang as well.
+needs_larger_model = pytest.mark.skipif(not ON_GPU, reason="SmolLM2-135M does not know the answer, or does not end it")
 needs_spec = pytest.mark.skipif(IS_PLAIN, reason="asks for what only speculation reports")
+
+
+#: SmolLM2-135M ends some of the kits' prompts at once. They are for models that go on.
+GO_ON = () if ON_GPU else ("--preferred-sampling-params", '{"ignore_eos": true}')
 
 
 class Servers:
@@ -99,14 +106,19 @@ class KitServer(spec_eagle_fixture.SpecEagleServerBase):
     served_model_name = "default"
 
     @classmethod
-    def setUpClass(cls) -> None:
+    def serve(cls, plain: bool) -> ForkedServer:
+        """A server, of SPARSESPEC or plain."""
         flags, environment = (*(GPU if ON_GPU else CPU), *cls.flags), dict(cls.environment)
-        if IS_PLAIN:
+        if plain:
             environment |= PLAIN_ENV
             flags += () if ON_GPU else ("--attention-backend", "torch_native", "--disable-cuda-graph")
         else:
             flags += ("--speculative-algorithm", "SPARSESPEC", "--sparsespec-speculate", "always")
-        server = SERVERS.serve(cls.folder, cls.model, flags, environment)
+        return SERVERS.serve(cls.folder, cls.model, flags, environment)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        server = cls.serve(IS_PLAIN)
         cls._tokenizer = None
         cls.process = server.process
         cls.base_url = f"http://127.0.0.1:{server.port}"
@@ -128,6 +140,17 @@ class KitServer(spec_eagle_fixture.SpecEagleServerBase):
 
 class TestSpecCorrectness(spec_server_kits.SpecCorrectnessKit, KitServer):
     test_acc_length = needs_spec(spec_server_kits.SpecCorrectnessKit.test_acc_length)
+
+
+class TestSpecParity(spec_server_kits.SpecParityKit, KitServer):
+    """On a GPU the two may differ where two tokens are tied within the rounding of 16 bits."""
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """As the kit's, which starts its reference in a way that works on GPUs only."""
+        url = f"http://127.0.0.1:{cls.serve(plain=True).port}"
+        cls.parity_ref_outputs = {prompt: spec_server_kits._greedy(url, prompt) for prompt in cls.parity_prompts}
+        KitServer.setUpClass.__func__(cls)
 
 
 class TestSpecLogprob(spec_server_kits.SpecLogprobKit, KitServer):
@@ -155,6 +178,7 @@ class TestSpecGrammar(spec_server_kits.SpecGrammarKit, KitServer):
     pass
 
 
+@pytest.mark.xfail(not IS_PLAIN, reason="penalties are answered with HTTP 400", strict=True)
 class TestSpecPenalty(spec_server_kits.SpecPenaltyKit, KitServer):
     pass
 
@@ -163,7 +187,7 @@ class TestSpecPenalty(spec_server_kits.SpecPenaltyKit, KitServer):
 
 
 class TestMatchedStop(matched_stop_kit.MatchedStopMixin, KitServer):
-    pass
+    test_finish_stop_str = needs_larger_model(matched_stop_kit.MatchedStopMixin.test_finish_stop_str)
 
 
 class TestJSONConstrained(json_constrained_kit.JSONConstrainedMixin, KitServer):
@@ -182,27 +206,38 @@ class TestBasicAPIContract(basic_api_contract_kit.BasicAPIContractMixin, KitServ
     pass
 
 
-class TestBasicDecodeCorrectness(basic_decode_correctness_kit.BasicDecodeCorrectnessMixin, KitServer):
-    pass
-
-
-class TestBasicSchedulerStress(basic_scheduler_stress_kit.BasicSchedulerStressMixin, KitServer):
-    pass
-
-
 class TestAbortAll(abort_timeout_kit.AbortAllMixin, KitServer):
     abort_all_max_new_tokens = 4000
 
 
+class TestBasicDecodeCorrectness(basic_decode_correctness_kit.BasicDecodeCorrectnessMixin, KitServer):
+    flags = (*COMMON, *GO_ON)
+    test_basic_math = needs_larger_model(basic_decode_correctness_kit.BasicDecodeCorrectnessMixin.test_basic_math)
+    test_color_completion = needs_larger_model(
+        basic_decode_correctness_kit.BasicDecodeCorrectnessMixin.test_color_completion
+    )
+
+
+class TestBasicSchedulerStress(basic_scheduler_stress_kit.BasicSchedulerStressMixin, KitServer):
+    flags = (*COMMON, *GO_ON)
+
+
 class TestPauseGeneration(pause_generation_kit.PauseResumeInPlaceMixin, KitServer):
+    flags = (*COMMON, *GO_ON)
     if not ON_GPU:
         pause_num_requests, pause_max_new_tokens = 8, 64
 
 
 class TestCacheHit(KitServer):
+    """The prompts are ours: SGLang downloads its own."""
+
     def test_multi_turn_cache_hits(self) -> None:
+        lines = (REPO / "benchmarks" / "data" / "aime24.jsonl").read_text(encoding="utf-8").splitlines()
+        talks = [{"conversations": [{"value": json.loads(line)[key]} for key in ("problem", "solution")]} for line in lines]
+        data = self.folder / "conversations.json"
+        data.write_text(json.dumps(talks))
         size: dict[str, int] = {} if ON_GPU else {"num_clients": 3, "request_length": 64, "output_length": 20}
-        cache_hit_kit.run_multiturn_cache_hit_test(self.base_url, self.model, **size)
+        cache_hit_kit.run_multiturn_cache_hit_test(self.base_url, self.model, dataset_path=str(data), **size)
 
 
 class TestKLDivergence(kl_divergence_kit.KLDivergenceMixin, KitServer):
