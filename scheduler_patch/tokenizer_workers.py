@@ -24,7 +24,7 @@ def note_what_is_served(result: Any, port_args: Any, server_args: Any, *args: An
 def serve_app_with_plugins(original: Callable[..., Any], app: Any, *args: Any, **kwargs: Any) -> Any:
     """``uvicorn.run``: SGLang has its workers, which are new processes, import its application, and loads no plugins there.
 
-    Without them the workers would check no request, and would not know SPARSESPEC's settings.
+    Without them the workers do not know SPARSESPEC, and end.
     """
     if app == SGLANG_APP and _serving.get():
         app = APP_WITH_PLUGINS

@@ -160,6 +160,7 @@ def test_drafts_without_the_adapters_would_be_refused_by_verification(server: Se
     assert server.accept_length() < 0.8 * before
 
 
+@pytest.mark.nightly
 def test_staggered_rounds_leave_adapters_to_lockstep(requests_: Requests) -> None:
     with EngineProcess(sparsespec_schedule="unified", **engine_args(requests_)) as engine:
         assert requests_.run(engine) == requests_.expected

@@ -91,6 +91,7 @@ def test_seeds_give_plain_sglangs_tokens_in_unified_batches(checkpoint: Path, ex
         assert generate(engine) == expected
 
 
+@pytest.mark.nightly
 def test_noise_of_other_positions_would_be_found(
     checkpoint: Path, expected: list[list[int]], tmp_path: Path
 ) -> None:

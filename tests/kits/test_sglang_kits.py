@@ -220,6 +220,9 @@ class TestBasicDecodeCorrectness(basic_decode_correctness_kit.BasicDecodeCorrect
 
 class TestBasicSchedulerStress(basic_scheduler_stress_kit.BasicSchedulerStressMixin, KitServer):
     flags = (*COMMON, *GO_ON)
+    test_concurrent_requests = needs_larger_model(
+        basic_scheduler_stress_kit.BasicSchedulerStressMixin.test_concurrent_requests
+    )
 
 
 class TestPauseGeneration(pause_generation_kit.PauseResumeInPlaceMixin, KitServer):
@@ -258,13 +261,14 @@ class TestKLDivergence(kl_divergence_kit.KLDivergenceMixin, KitServer):
         utils._cached_input_ids[key] = prompts
 
 
-class StreamingSessionServer(KitServer):
-    flags = (*COMMON, "--enable-streaming-session", "--chunked-prefill-size", "128")
-    environment: ClassVar[dict[str, str]] = {"SGLANG_CHECK_KV_PAGE_INVARIANTS": "1"}
+class TestStreamingSession(streaming_session_kit.StreamingSessionKitMixin, KitServer):
+    """Some requests ask for 100,000 tokens, and are aborted; SGLang must think that the model has such a context."""
 
-
-class TestStreamingSession(streaming_session_kit.StreamingSessionKitMixin, StreamingSessionServer):
-    pass
+    flags = (*COMMON, *GO_ON, "--enable-streaming-session", "--chunked-prefill-size", "128", "--context-length", "131072")
+    environment: ClassVar[dict[str, str]] = {
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+        "SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1",
+    }
 
 
 class TestAbortLeak(streaming_session_kit.AbortLeakReproKitMixin, KitServer):

@@ -9,8 +9,11 @@ from typing import Any
 import pytest
 import requests
 from engine_process import install_plugin
+from quickstart import ServerError
 from server_client import GREEDY, Client, assert_healthy, serving
 from tiny_model import VOCAB, write_tiny_llama
+
+from sglang_sparsespec import ALGORITHM
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly]
 
@@ -64,8 +67,10 @@ def test_every_worker_is_a_whole_server(checkpoint: Path, tmp_path: Path) -> Non
         assert_healthy(server)
 
 
-def test_workers_without_plugins_would_be_found(checkpoint: Path, tmp_path: Path) -> None:
+def test_workers_without_plugins_do_not_start(checkpoint: Path, tmp_path: Path) -> None:
     environment = install_plugin(tmp_path, "zz_without_plugins", WITHOUT_PLUGINS)
     flags = (*FLAGS, "--tokenizer-worker-num", "2")
-    with serving(str(checkpoint), tmp_path / "server.log", *flags, environment=environment) as (_, client):
-        assert refusals(client) == {False}
+    with pytest.raises(ServerError, match="the server ended"):
+        with serving(str(checkpoint), tmp_path / "server.log", *flags, environment=environment):
+            pass
+    assert f"Unknown speculative algorithm name: {ALGORITHM}" in (tmp_path / "server.log").read_text()
