@@ -47,7 +47,9 @@ ON_GPU = os.environ.get("SPARSESPEC_TEST_DEVICE", "cpu") == "cuda"
 IS_PLAIN = os.environ.get("SPARSESPEC_TEST_KITS") == "plain"
 COMMON = ("--enable-return-hidden-states", "--max-running-requests", "32")
 CPU = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "20000")
+#: With few graphs to capture, and without the penalties of a model's generation_config.json.
 GPU = ("--dtype", "bfloat16", "--attention-backend", "triton", "--mem-fraction-static", "0.7")
+GPU += ("--cuda-graph-max-bs-decode", "32", "--sampling-defaults", "openai")
 
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="takes hours on a CPU")
 #: These fail with plain SGLang as well.
@@ -55,8 +57,10 @@ needs_larger_model = pytest.mark.skipif(not ON_GPU, reason="SmolLM2-135M does no
 needs_spec = pytest.mark.skipif(IS_PLAIN, reason="asks for what only speculation reports")
 
 
-#: SmolLM2-135M ends some of the kits' prompts at once. They are for models that go on.
-GO_ON = () if ON_GPU else ("--preferred-sampling-params", '{"ignore_eos": true}')
+#: The kit has the end tokens of Llama's models, one of which is SmolLM2's.
+needs_end_token = pytest.mark.skipif(ON_GPU, reason="the model's end token is not among those of the kit")
+#: Small models end some of the kits' prompts at once. They are for models that go on.
+GO_ON = ("--preferred-sampling-params", '{"ignore_eos": true}')
 
 
 class Servers:
@@ -138,10 +142,6 @@ class KitServer(spec_eagle_fixture.SpecEagleServerBase):
 # ------------------------------------------------------------------------------ spec_server_kits
 
 
-class TestSpecCorrectness(spec_server_kits.SpecCorrectnessKit, KitServer):
-    test_acc_length = needs_spec(spec_server_kits.SpecCorrectnessKit.test_acc_length)
-
-
 class TestSpecParity(spec_server_kits.SpecParityKit, KitServer):
     """On a GPU the two may differ where two tokens are tied within the rounding of 16 bits."""
 
@@ -151,6 +151,10 @@ class TestSpecParity(spec_server_kits.SpecParityKit, KitServer):
         url = f"http://127.0.0.1:{cls.serve(plain=True).port}"
         cls.parity_ref_outputs = {prompt: spec_server_kits._greedy(url, prompt) for prompt in cls.parity_prompts}
         KitServer.setUpClass.__func__(cls)
+
+
+class TestSpecCorrectness(spec_server_kits.SpecCorrectnessKit, KitServer):
+    test_acc_length = needs_spec(spec_server_kits.SpecCorrectnessKit.test_acc_length)
 
 
 class TestSpecLogprob(spec_server_kits.SpecLogprobKit, KitServer):
@@ -188,6 +192,7 @@ class TestSpecPenalty(spec_server_kits.SpecPenaltyKit, KitServer):
 
 class TestMatchedStop(matched_stop_kit.MatchedStopMixin, KitServer):
     test_finish_stop_str = needs_larger_model(matched_stop_kit.MatchedStopMixin.test_finish_stop_str)
+    test_finish_stop_eos = needs_end_token(matched_stop_kit.MatchedStopMixin.test_finish_stop_eos)
 
 
 class TestJSONConstrained(json_constrained_kit.JSONConstrainedMixin, KitServer):

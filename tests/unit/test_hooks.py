@@ -201,6 +201,7 @@ def validate(
     manager = object.__new__(TokenizerManager)
     args = SimpleNamespace(
         speculative_algorithm=algorithm,
+        enable_deterministic_inference=False,
         return_hidden_states_mode=None,
         enable_return_hidden_states=False,
         enable_custom_logit_processor=True,
