@@ -15,12 +15,14 @@ from sglang_sparsespec.scheduler_patch import (
     hooks,
     internal_state,
     logprobs,
+    lora,
     metrics_hooks,
     penalties,
     prefill_interleave,
     request_checks,
     slots,
     stop_patterns,
+    tokenizer_workers,
 )
 from sglang_sparsespec.scheduler_patch.kv_manager import hooks as kv_manager_hooks
 
@@ -42,3 +44,5 @@ def register_all_hooks() -> None:
     grammars.register_hooks()
     penalties.register_hooks()
     logprobs.register_hooks()
+    lora.register_hooks()
+    tokenizer_workers.register_hooks()

@@ -19,6 +19,7 @@ import xgrammar
 from sglang.srt.mem_cache.pool_host import base
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.runtime_context import get_server_args
+from torch.overrides import TorchFunctionMode
 
 from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
@@ -32,6 +33,11 @@ def serving_sparsespec_on_cpu() -> bool:
     """Whether this process serves SPARSESPEC without a GPU."""
     args = get_server_args()
     return is_sparsespec(args) and args.device == "cpu"
+
+
+def runs_on_bridge() -> bool:
+    """Whether this process serves without a GPU, SPARSESPEC or a plain baseline."""
+    return os.environ.get(CPU_BRIDGE_ENV) == "1" or serving_sparsespec_on_cpu()
 
 
 # ------------------------------------------------------------------- rotary embeddings
@@ -92,8 +98,7 @@ def rotary_embedding_on_cpu(original: Callable[..., None], module: Any, *args: A
 
     vLLM is not needed otherwise. A real one is left alone.
     """
-    wanted = os.environ.get(CPU_BRIDGE_ENV) == "1" or serving_sparsespec_on_cpu()
-    if not wanted or "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
+    if not runs_on_bridge() or "vllm" in sys.modules or importlib.util.find_spec("vllm") is not None:
         return original(module, *args, **kwargs)
     with stand_in_for_vllm():
         return original(module, *args, **kwargs)
@@ -180,6 +185,79 @@ def apply_backend_grammar_on_cpu(original: Callable[..., None], logits: torch.Te
     return xgrammar.apply_token_bitmask_inplace(logits, vocab_mask)
 
 
+# ----------------------------------------------------------------------- seeded sampling
+
+
+def _rotate_left(x: torch.Tensor, bits: int) -> torch.Tensor:
+    return ((x << bits) | (x >> (32 - bits))) & 0xFFFFFFFF
+
+
+def murmur_hash(seed: torch.Tensor, positions: torch.Tensor, col_indices: torch.Tensor) -> torch.Tensor:
+    """MurmurHash3 (x86, 32 bits) of the 16 bytes of a seed (64 bits), a position and a column: uint32 [rows, columns].
+
+    Args:
+        seed, positions: int [rows].
+        col_indices: int [columns].
+    """
+    seed = seed.to(torch.int64)
+    words = (seed & 0xFFFFFFFF, (seed >> 32) & 0xFFFFFFFF, positions.to(torch.int64) & 0xFFFFFFFF)
+    hashed = torch.zeros((len(seed), 1), dtype=torch.int64)
+    for word in (*(word.unsqueeze(1) for word in words), col_indices.to(torch.int64).unsqueeze(0)):
+        # Products wrap around at 64 bits, which leaves their low 32 as they are.
+        mixed = _rotate_left((word * 0xCC9E2D51) & 0xFFFFFFFF, 15) * 0x1B873593 & 0xFFFFFFFF
+        hashed = (_rotate_left(hashed ^ mixed, 13) * 5 + 0xE6546B64) & 0xFFFFFFFF
+    hashed = hashed ^ 16
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35)):
+        hashed = ((hashed ^ (hashed >> shift)) * factor) & 0xFFFFFFFF
+    return (hashed ^ (hashed >> 16)).to(torch.uint32)
+
+
+def murmur_hash_on_cpu(original: Callable[..., torch.Tensor], seed: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+    """``murmur_hash.murmur_hash32``: SGLang makes the noise of seeded sampling in Triton."""
+    return (original if seed.is_cuda else murmur_hash)(seed, *args, **kwargs)
+
+
+def seeded_draw_on_cpu(
+    original: Callable[..., torch.Tensor], logprobs: torch.Tensor, *args: Any, **kwargs: Any
+) -> torch.Tensor:
+    """``sampler.multinomial_with_seed``: SGLang compiles it, which needs a C++ compiler on a CPU."""
+    if logprobs.is_cuda:
+        return original(logprobs, *args, **kwargs)
+    with torch.compiler.set_stance("force_eager"):
+        return original(logprobs, *args, **kwargs)
+
+
+def no_invariant_kernels_on_cpu(original: Callable[..., None], model_runner: Any) -> None:
+    """``ModelRunner.maybe_enable_batch_invariant_mode``: SGLang puts Triton kernels in place of PyTorch's products.
+
+    They exist for GPUs only. On a CPU a product's last bits depend on how many rows it has.
+    """
+    if not runs_on_bridge():
+        original(model_runner)
+
+
+# ---------------------------------------------------------------------------------- LoRA
+
+
+class UnpinnedMemory(TorchFunctionMode):
+    """Inside, memory that is asked for as pinned is ordinary memory: to pin needs CUDA."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run ``func`` without ``pin_memory``."""
+        if func is torch.Tensor.pin_memory:
+            return args[0]
+        kwargs = {name: value for name, value in (kwargs or {}).items() if name != "pin_memory"}
+        return func(*args, **kwargs)
+
+
+def adapters_on_cpu(original: Callable[..., Any], manager: Any, *args: Any, **kwargs: Any) -> Any:
+    """``LoRAManager``'s methods that make tensors: SGLang pins adapters and what it tells its kernels of a batch."""
+    if not runs_on_bridge():
+        return original(manager, *args, **kwargs)
+    with UnpinnedMemory():
+        return original(manager, *args, **kwargs)
+
+
 # -------------------------------------------------------------------------- host KV tier
 
 
@@ -234,4 +312,14 @@ def register_hooks() -> None:
     add_hook(grammars + "_allocate_token_bitmask", grammar_mask_on_cpu, "around")
     add_hook(grammars + "XGrammarGrammar.apply_vocab_mask", apply_grammar_on_cpu, "around")
     add_hook(grammars + "XGrammarGrammarBackend.apply_vocab_mask", apply_backend_grammar_on_cpu, "around")
+    add_hook("sglang.kernels.ops.sampling.murmur_hash.murmur_hash32", murmur_hash_on_cpu, "around")
+    add_hook("sglang.srt.layers.sampler.multinomial_with_seed", seeded_draw_on_cpu, "around")
+    add_hook(
+        "sglang.srt.model_executor.model_runner.ModelRunner.maybe_enable_batch_invariant_mode",
+        no_invariant_kernels_on_cpu,
+        "around",
+    )
+    loading = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras")
+    for name in (*loading, "prepare_lora_batch"):
+        add_hook(f"sglang.srt.lora.lora_manager.LoRAManager.{name}", adapters_on_cpu, "around")
     add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

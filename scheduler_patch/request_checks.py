@@ -21,8 +21,8 @@ from fastapi import HTTPException
 from pydantic_core import CoreSchema, core_schema
 from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
-from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 from sglang.srt.runtime_context import get_server_args
+from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_POSITIONS, are_bounded
@@ -423,6 +423,19 @@ def check_recorder(tokenizer_manager: Any, *args: Any, **kwargs: Any) -> None:
         raise HTTPException(400, "Start the server with --expert-distribution-recorder-mode to record expert distributions.")
 
 
+def check_seeded_request(tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
+    """``TokenizerManager._validate_one_request``: SGLang asserts in its scheduler that no seeded request has a min-p.
+
+    That ends the server.
+    """
+    server_args = tokenizer_manager.server_args
+    if not is_sparsespec(server_args) or not server_args.enable_deterministic_inference:
+        return
+    params = {**(tokenizer_manager.preferred_sampling_params or {}), **(getattr(obj, "sampling_params", None) or {})}
+    if (params.get("min_p") or 0) > 0:
+        raise ValueError("min_p must be 0 with --enable-deterministic-inference: SGLang has no seeded sampling with it.")
+
+
 def register_hooks() -> None:
     """Register the hooks of this module."""
     chat = "sglang.srt.entrypoints.openai.protocol.ChatCompletionRequest."
@@ -432,3 +445,4 @@ def register_hooks() -> None:
     add_hook(manager + "_validate_one_request", check_tokens, "before")
     for name in ("start", "stop", "dump"):
         add_hook(manager + f"{name}_expert_distribution_record", check_recorder, "before")
+    add_hook(manager + "_validate_one_request", check_seeded_request, "before")

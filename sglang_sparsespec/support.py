@@ -81,6 +81,11 @@ def _is_unknown_base_backend(context: Context) -> bool:
     return base is not None and (base == ATTENTION_BACKEND or base not in ATTENTION_BACKENDS)
 
 
+def serves_lora(args: ServerArgs) -> bool:
+    """Whether requests may name a LoRA adapter. SGLang sets ``enable_lora`` where only paths are given."""
+    return bool(args.enable_lora or (args.lora_paths and args.enable_lora is not False))
+
+
 _NO_HOST_TIER = "remove it, or use --sparsespec-host-kv-gb 0"
 
 REFUSALS = (
@@ -119,12 +124,6 @@ REFUSALS = (
         "--sparsespec-base-attention-backend {settings.base_attention_backend}",
         "it is not an attention backend of SGLang",
         "leave it out for the default of the device",
-    ),
-    Refusal(
-        lambda c: c.args.enable_deterministic_inference and c.args.device == "cpu",
-        "--enable-deterministic-inference",
-        "SGLang has seeded sampling on GPUs only",
-        "remove it",
     ),
     Refusal(
         lambda c: c.args.speculative_draft_model_path is not None,
@@ -187,10 +186,10 @@ REFUSALS = (
         "use --tp-size",
     ),
     Refusal(
-        lambda c: bool(c.args.enable_lora or c.args.lora_paths),
-        "--enable-lora",
-        "SGLang supports LoRA with NGRAM speculation only",
-        "merge the adapter",
+        lambda c: serves_lora(c.args) and c.args.device == "cuda" and c.args.lora_backend != "csgmv",
+        "--lora-backend {args.lora_backend}",
+        "what it keeps of a batch has no room for verifications",
+        "use --lora-backend csgmv",
     ),
     Refusal(
         lambda c: c.args.enable_two_batch_overlap,
@@ -247,10 +246,10 @@ REFUSALS = (
         "use --page-size 1",
     ),
     Refusal(
-        lambda c: c.args.tokenizer_worker_num > 1,
-        "--tokenizer-worker-num above 1",
-        "SGLang does not load plugins in its tokenizer workers",
-        "use one tokenizer worker",
+        lambda c: c.args.tokenizer_worker_num > 1 and c.args.enable_http2,
+        "--tokenizer-worker-num above 1 with --enable-http2",
+        "the workers of SGLang's HTTP/2 server start without plugins",
+        "remove one of the two",
     ),
     Refusal(
         lambda c: c.settings.has_host_tier and c.args.disable_radix_cache,
@@ -396,6 +395,8 @@ def resolve_server_args(server_args: ServerArgs) -> None:
     if settings.draft_weights == AUTO:
         settings = dataclasses.replace(settings, draft_weights=_auto_draft_weights(server_args, settings))
     attach_settings(server_args, settings)
+    if serves_lora(server_args) and server_args.device == "cpu":
+        server_args.lora_backend = "torch_native"  # SGLang's others are kernels for GPUs
     if settings.has_host_tier:
         _resolve_host_tier(server_args, settings)
     _resolve_graphs(server_args)

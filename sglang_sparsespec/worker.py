@@ -19,6 +19,7 @@ from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.draft_weights.copies import draft_weights_of
 from sglang_sparsespec.hook_registry import assert_hooks_applied
 from sglang_sparsespec.metrics import DraftMetrics
+from sglang_sparsespec.rounds.adapters import Adapters
 from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome, SparseSpecResult
 from sglang_sparsespec.rounds.graphs import StepGraphs, capture_prefill_selection, decode_batch_sizes
 from sglang_sparsespec.rounds.lockstep import LockstepRounds, SparseDrafter
@@ -108,6 +109,8 @@ class SparseSpecWorker(BaseSpecWorker):
         settings = settings_of(self.server_args)
         num_rows, vocab_size = self.req_to_token_pool.req_to_token.shape[0], self.model_runner.model_config.vocab_size
         self.penalties = Penalties(num_rows, vocab_size, self.device, use_triton=self.device == "cuda")
+        capture = self._captures_steps()
+        most_captured = decode_batch_sizes(self.model_runner)[-1] if capture else None
         context = RoundContext(
             target_worker=self._target_worker,
             model_runner=self.model_runner,
@@ -117,7 +120,8 @@ class SparseSpecWorker(BaseSpecWorker):
             simulated=SimulatedAcceptance.from_environment(self.speculative_num_draft_tokens),
             logits_dtype=draft_logits_dtype(self.model_runner),
             penalties=self.penalties,
-            capture=self._captures_steps(),
+            capture=capture,
+            adapters=Adapters.of(self.model_runner, most_captured),
         )
         self._compile(context)
         self._choose_draft_weights()

@@ -21,7 +21,7 @@ FOLDERS = {
 #: From the top to the bottom: a module may import those of its own layer and of lower ones. A module named here stands for
 #: its submodules too, unless these are named themselves; "" is the package's own ``__init__.py``.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("plugin",),
+    ("plugin", "worker_app"),
     ("scheduler_patch",),
     ("algorithm", "flags", "support"),
     ("worker",),

@@ -16,6 +16,7 @@ from sglang.srt.model_executor.forward_context import ForwardContext, forward_co
 from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
 from sglang_sparsespec.attention_backend.forward_plan import ForwardPlan
 from sglang_sparsespec.metrics import DraftMetrics
+from sglang_sparsespec.rounds.adapters import Adapters
 from sglang_sparsespec.sampling.penalties import Penalties
 from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
@@ -91,6 +92,7 @@ class RoundContext:
         logits_dtype: of kept draft logits, see ``sampling.sampler.draft_logits_dtype``.
         penalties: of the requests.
         capture: whether steps are captured as CUDA graphs.
+        adapters: LoRA adapters of steps, None without LoRA.
     """
 
     target_worker: TpModelWorker
@@ -102,6 +104,7 @@ class RoundContext:
     logits_dtype: torch.dtype
     penalties: Penalties
     capture: bool
+    adapters: Adapters | None = None
 
     @property
     def device(self) -> torch.device:

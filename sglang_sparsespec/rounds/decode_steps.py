@@ -64,6 +64,8 @@ class DecodeSteps:
         """
         size = len(batch.seq_lens)
         self._sampler.begin_round(batch.sampling_info, batch.reqs, num_slots=size, num_draws=steps + 1)
+        if self._context.adapters is not None:
+            self._context.adapters.use([req.lora_id for req in batch.reqs])
         graph_size = self.graphs.size_for(size) if self.graphs is not None else None
         if graph_size is not None:
             return self._replay(batch, steps, graph_size), True
@@ -228,6 +230,8 @@ class CapturedDecodeStep:
         self._rows[:batch_size] = 0
         self._positions[:batch_size] = -1
         self._step.zero_()
+        if self._context.adapters is not None:
+            self._context.adapters.use([None] * batch_size)
         logits_buffer = shared_logits_buffer(self._context.model_runner, batch_size)
         return lambda: self._record(batch_size, logits_buffer)
 

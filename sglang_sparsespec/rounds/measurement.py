@@ -117,6 +117,8 @@ class Measurement:
             if self._on_gpu:
                 self._fill_keys(used)
             backend.begin_lockstep_round(self._context.window - 1)
+            if self._context.adapters is not None:
+                self._context.adapters.use_none()
             dearest = 0.0
             for batch, context in self._grid:
                 begun = time.perf_counter()

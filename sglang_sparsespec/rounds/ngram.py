@@ -146,6 +146,8 @@ class NgramDrafter:
             inputs.flatten(), rows, positions, seq_lens, torch.where(live, slots, 0), batch.spec_algorithm, batch.spec_info
         )
         context.metrics.note_forward(draft_tokens=size * queries, verify_tokens=0)
+        if context.adapters is not None:
+            context.adapters.use([req.lora_id for req in batch.reqs for _ in range(queries)])
         context.backend.count_draft_queries(rows, seq_lens)
         logits = context.forward(context.backend.plan_draft(rows, seq_lens), forward_batch)
         # Drafts may be penalised by less than their place asks for: by what is committed.

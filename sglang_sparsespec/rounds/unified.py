@@ -44,6 +44,8 @@ class UnifiedRounds:
         self._uploaded: tuple[tuple[StaggeredForward, ...], torch.Tensor] | None = None
         self._captured: CapturedForward | None = None
         self.graphs: StepGraphs | None = None
+        if context.adapters is not None:
+            context.adapters.use_none()
         if context.capture:
             sizes = decode_batch_sizes(context.model_runner)
             self._captured = CapturedForward(self.windows, sizes[-1])
@@ -66,6 +68,8 @@ class UnifiedRounds:
             return "a grammar (its mask needs the whole window on the host before the verification)"
         if batch.return_hidden_states:
             return "hidden states"
+        if any(req.lora_id is not None for req in batch.reqs):
+            return "LoRA adapters (its forwards mix drafts and verifications in changing numbers)"
         return None
 
     def _forwards(self, batch: ScheduleBatch) -> tuple[StaggeredForward, ...]:
@@ -89,6 +93,8 @@ class UnifiedRounds:
     def run(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
         """Run one staggered round of ``batch``."""
         context, windows, size = self.context, self.windows, len(batch.reqs)
+        if context.adapters is not None:
+            context.adapters.use_none()
         record_stream_for_v2_verify(batch, None, context.stream)
         rows = batch.req_pool_indices.long()
         forwards = self._forwards(batch)

@@ -63,7 +63,7 @@ class ToyRunner:
         self.war_fastpath_read_done_event = None
         self.dtype = torch.float32
         self.model_config = SimpleNamespace(hf_text_config=SimpleNamespace(), vocab_size=VOCAB)
-        self.server_args = SimpleNamespace(enable_fp32_lm_head=False)
+        self.server_args = SimpleNamespace(enable_fp32_lm_head=False, enable_lora=False)
         self.attn_backend = ToyBackend()
         self.decode_cuda_graph_runner = None
         self.spec_algorithm = SpeculativeAlgorithm.from_string(ALGORITHM)

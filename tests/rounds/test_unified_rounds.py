@@ -402,11 +402,17 @@ def test_a_plan_is_uploaded_once_while_nothing_changes(rule_server: Callable[[bo
 
 @pytest.mark.parametrize("feature", ["has_grammar", "return_hidden_states"])
 def test_batches_that_cannot_be_staggered_say_why(rule_server: Callable[[bool], RuleServer], feature: str) -> None:
-    batch: Any = SimpleNamespace(has_grammar=False, return_hidden_states=False)
+    batch: Any = SimpleNamespace(has_grammar=False, return_hidden_states=False, reqs=[SimpleNamespace(lora_id=None)])
     rounds = rule_server(False).rounds
     assert rounds.lockstep_reason(batch) is None
     setattr(batch, feature, True)
     assert feature.split("_")[-1] in (rounds.lockstep_reason(batch) or "").replace(" ", "_")
+
+
+def test_batches_with_an_adapter_are_not_staggered(rule_server: Callable[[bool], RuleServer]) -> None:
+    batch: Any = SimpleNamespace(has_grammar=False, return_hidden_states=False)
+    batch.reqs = [SimpleNamespace(lora_id=None), SimpleNamespace(lora_id="adapter")]
+    assert "LoRA" in (rule_server(False).rounds.lockstep_reason(batch) or "")
 
 
 def test_requests_whose_round_ran_in_lockstep_begin_new_windows(rule_server: Callable[[bool], RuleServer]) -> None:

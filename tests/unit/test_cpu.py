@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import inspect
+import struct
 import sys
 import types
 from collections.abc import Callable
@@ -29,11 +30,13 @@ from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.scheduler_patch.cpu import (
     CPU_BRIDGE_ENV,
     CpuHostPool,
+    UnpinnedMemory,
     apply_backend_grammar_on_cpu,
     apply_grammar_on_cpu,
     assign_slots_on_cpu,
     grammar_mask_on_cpu,
     host_pool_on_cpu,
+    murmur_hash,
     relay_on_cpu,
     rotary_embedding,
 )
@@ -298,3 +301,44 @@ def test_the_host_pool_needs_no_pinned_memory() -> None:
 @pytest.mark.usefixtures("serving_plain")
 def test_other_servers_have_sglangs_host_pool() -> None:
     assert host_pool_on_cpu(lambda device_pool: object, None) is object
+
+
+# ---------------------------------------------------------------------- seeded sampling
+
+
+def murmur3(data: bytes) -> int:
+    """MurmurHash3_x86_32 with seed 0, of whole words, from its definition."""
+
+    def rotate(x: int, bits: int) -> int:
+        return ((x << bits) | (x >> (32 - bits))) % 2**32
+
+    state = 0
+    for (word,) in struct.iter_unpack("<I", data):
+        state ^= rotate(word * 0xCC9E2D51 % 2**32, 15) * 0x1B873593 % 2**32
+        state = (rotate(state, 13) * 5 + 0xE6546B64) % 2**32
+    state ^= len(data)
+    state = (state ^ (state >> 16)) * 0x85EBCA6B % 2**32
+    state = (state ^ (state >> 13)) * 0xC2B2AE35 % 2**32
+    return state ^ (state >> 16)
+
+
+def test_the_noise_of_seeds_is_murmur_hash() -> None:
+    seeds, positions, columns = [0, 42, 2**63 - 1, -5], [0, 7, 131071, 3], [0, 1, 1023, 151935]
+    found = murmur_hash(torch.tensor(seeds).to(torch.uint64), torch.tensor(positions), torch.tensor(columns))
+    expected = [
+        [murmur3(struct.pack("<QII", seed % 2**64, position, column)) for column in columns]
+        for seed, position in zip(seeds, positions, strict=True)
+    ]
+    assert found.dtype == torch.uint32 and found.to(torch.int64).tolist() == expected
+
+
+# ---------------------------------------------------------------------------------- LoRA
+
+
+def test_pinned_memory_is_ordinary_memory_inside() -> None:
+    with UnpinnedMemory():
+        made = [torch.tensor([1.0], pin_memory=True), torch.zeros(1, pin_memory=True), torch.ones(1).pin_memory()]
+    assert torch.cat(made).tolist() == [1.0, 0.0, 1.0]
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError):
+            torch.zeros(1, pin_memory=True)

@@ -20,7 +20,12 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.scheduler_patch import request_checks
-from sglang_sparsespec.scheduler_patch.request_checks import PROMPT_RULES, REQUEST_RULES, SAMPLING_RULES
+from sglang_sparsespec.scheduler_patch.request_checks import (
+    PROMPT_RULES,
+    REQUEST_RULES,
+    SAMPLING_RULES,
+    check_seeded_request,
+)
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -28,13 +33,19 @@ VOCAB, HIDDEN = 32, 4
 
 
 def manager(
-    algorithm: str | None = ALGORITHM, preferred: dict[str, Any] | None = None, processors: bool = False
+    algorithm: str | None = ALGORITHM,
+    preferred: dict[str, Any] | None = None,
+    processors: bool = False,
+    seeded: bool = False,
 ) -> TokenizerManager:
     """A tokenizer process as far as requests are checked in it; its model has no context to spare."""
     made = object.__new__(TokenizerManager)
     made.__dict__.update(
         server_args=SimpleNamespace(
-            speculative_algorithm=algorithm, enable_mis=False, enable_custom_logit_processor=processors
+            speculative_algorithm=algorithm,
+            enable_mis=False,
+            enable_custom_logit_processor=processors,
+            enable_deterministic_inference=seeded,
         ),
         preferred_sampling_params=preferred,
         model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN),
@@ -235,3 +246,17 @@ def test_a_recorder_that_does_not_exist_is_not_asked(name: str) -> None:
 
 def passed_on() -> None:
     raise PassedOnError
+
+
+@pytest.mark.parametrize(("of_request", "preferred"), [({"min_p": 0.1}, None), ({}, {"min_p": 0.1})])
+def test_min_p_is_refused_where_sampling_is_seeded(of_request: dict[str, Any], preferred: dict[str, Any] | None) -> None:
+    obj = GenerateReqInput(input_ids=[1], sampling_params=of_request)
+    with pytest.raises(ValueError, match="min_p must be 0 with --enable-deterministic-inference"):
+        check_seeded_request(manager(preferred=preferred, seeded=True), obj)
+    check_seeded_request(manager(preferred=preferred), obj)
+    check_seeded_request(manager(None, preferred, seeded=True), obj)
+
+
+@pytest.mark.parametrize("of_request", [None, {}, {"min_p": 0.0}, {"min_p": None}])
+def test_other_seeded_requests_go_to_sglangs_check(of_request: dict[str, Any] | None) -> None:
+    check_seeded_request(manager(seeded=True), GenerateReqInput(input_ids=[1], sampling_params=of_request))

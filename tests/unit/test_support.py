@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import re
+import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -239,11 +241,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--sparsespec-draft-weights fp8 is not supported",
         "--sparsespec-draft-weights model",
     ),
-    "seeded sampling on CPU": (
-        {"enable_deterministic_inference": True},
-        "--enable-deterministic-inference",
-        "GPUs only; remove it",
-    ),
     "budget ratio 0": ({"sparsespec_budget_ratio": 0.0}, "--sparsespec-budget-ratio", "0.05 is the default"),
     "budget ratio 2": ({"sparsespec_budget_ratio": 2.0}, "--sparsespec-budget-ratio", r"in \(0, 1\]"),
     "min budget 0": ({"sparsespec_min_budget": 0}, "--sparsespec-min-budget", "128 is the default"),
@@ -345,8 +342,16 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "pipeline": ({"pp_size": 2}, "--pp-size", "use --tp-size"),
     "decode context parallelism": ({"dcp_size": 2, "tp_size": 2}, "--dcp-size", "use --tp-size"),
     "attention context parallelism": ({"attn_cp_size": 2, "tp_size": 2}, "--attn-cp-size", "use --tp-size"),
-    "lora": ({"enable_lora": True}, "--enable-lora", "merge the adapter"),
-    "lora paths": ({"lora_paths": ["a=x"]}, "--enable-lora", "merge the adapter"),
+    "lora backend": (
+        {"enable_lora": True, "lora_backend": "triton", "device": "cuda", "mem_fraction_static": 0.8},
+        "--lora-backend triton",
+        "use --lora-backend csgmv",
+    ),
+    "lora backend with paths": (
+        {"lora_paths": ["a=x"], "lora_backend": "torch_native", "device": "cuda", "mem_fraction_static": 0.8},
+        "--lora-backend torch_native",
+        "use --lora-backend csgmv",
+    ),
     "two batch overlap": ({"enable_two_batch_overlap": True}, "--enable-two-batch-overlap", "remove it"),
     "pdmux": ({"enable_pdmux": True}, "--enable-pdmux", "remove it"),
     "hisparse": ({"enable_hisparse": True}, "--enable-hisparse", "remove one of them"),
@@ -360,7 +365,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "use --kv-cache-dtype auto or fp8_e4m3",
     ),
     "page size": ({"page_size": 16}, "--page-size 16", "use --page-size 1"),
-    "tokenizer workers": ({"tokenizer_worker_num": 2}, "--tokenizer-worker-num", "use one tokenizer worker"),
+    "tokenizer workers of HTTP/2": (
+        {"tokenizer_worker_num": 2, "enable_http2": True},
+        "--tokenizer-worker-num above 1 with --enable-http2",
+        "remove one of the two",
+    ),
     "no steps": ({"speculative_num_steps": 0}, "--speculative-num-steps", "8 is the default"),
     "one draft token": (
         {"speculative_num_draft_tokens": 1},
@@ -397,8 +406,10 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_an_unsupported_combination_is_refused_with_flag_and_remedy(
-    case: str, llama: str, resolve: Callable[..., Any]
+    case: str, llama: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # SGLang asks for the package of its HTTP/2 server first.
+    monkeypatch.setitem(sys.modules, "granian", types.ModuleType("granian"))
     arguments, named, remedy = REFUSED[case]
     arguments = {name: llama if value == "LLAMA" else value for name, value in arguments.items()}
     with pytest.raises(ValueError, match=f"{re.escape(named)}.*{remedy}"):
@@ -536,3 +547,34 @@ def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE - 1, total=64e9))
     with pytest.raises(ValueError, match="--sparsespec-host-kv-gb auto: no host memory"):
         resolve(model_path=llama, sparsespec_host_kv_gb="auto")
+
+
+# ------------------------------------------------------------------------ LoRA
+
+
+@pytest.mark.parametrize(("device", "backend"), [("cpu", "torch_native"), ("cuda", "csgmv")])
+def test_adapters_are_served_by_the_backend_that_knows_verifications(
+    device: str, backend: str, resolve: Callable[..., Any]
+) -> None:
+    args = resolve(device=device, mem_fraction_static=0.8, lora_paths=["a=x"])
+    args.check_lora_server_args()
+    assert args.enable_lora and args.lora_backend == backend
+    assert args.speculative_algorithm == ALGORITHM
+    assert [ref.lora_name for ref in args.lora_paths] == ["a"]
+
+
+def test_sglang_refuses_adapters_under_other_algorithms(llama: str) -> None:
+    from sglang.srt.server_args import ServerArgs
+
+    args = ServerArgs(model_path=llama, device="cpu")
+    object.__setattr__(args, "speculative_algorithm", "EAGLE")
+    object.__setattr__(args, "enable_lora", True)
+    with pytest.raises(ValueError, match="NGRAM"):
+        args.check_lora_server_args()
+
+
+def test_arguments_that_sglang_refuses_leave_the_algorithm_in_place(resolve: Callable[..., Any]) -> None:
+    args = resolve(enable_lora=True)
+    with pytest.raises(AssertionError, match="lora-paths"):
+        args.check_lora_server_args()
+    assert args.speculative_algorithm == ALGORITHM
