@@ -25,7 +25,7 @@ from sglang.srt.runtime_context import get_server_args
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
 
 from sglang_sparsespec.hook_registry import add_hook
-from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_POSITIONS, are_bounded
+from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_SIZE, are_searchable
 from sglang_sparsespec.settings import is_sparsespec
 
 INT32_MAX, INT64_MIN, INT64_MAX = 2**31 - 1, -(2**63), 2**63 - 1
@@ -96,7 +96,7 @@ def _are_texts(value: Any) -> bool:
 
 
 def _are_patterns(value: Any) -> bool:
-    return _are_texts(value) and are_bounded([value] if isinstance(value, str) else value)
+    return _are_texts(value) and are_searchable([value] if isinstance(value, str) else value)
 
 
 def _is_schema(value: Any) -> bool:
@@ -175,8 +175,8 @@ SAMPLING_RULES: dict[str, Rule] = {
     ),
     "stop_regex": Rule(
         lambda value, _: _are_patterns(value),
-        "a regular expression of Python, or a list of them, with repeats only where there are no back-references and no "
-        f"look-around, and with at most {MAX_POSITIONS} positions (what is repeated counts as often as it may come)",
+        f"a regular expression of Python, or a list of them, of at most {MAX_SIZE} characters together (what is repeated "
+        "counts as often as it may come)",
     ),
     "temperature": Rule(_numbers(0, FLOAT32_MAX), "a finite number of at least 0"),
     "top_p": Rule(_numbers(MIN_TOP_P, 1), "a number above 0, and at most 1"),

@@ -14,7 +14,7 @@ BAD_PARAMS: list[tuple[str, Any]] = [
     *(("max_new_tokens", value) for value in ("x", -1, 1.5, True, [1], {}, HUGE)),
     *(("min_new_tokens", value) for value in ("x", -1, 1.5, [1], HUGE)),
     *(("stop", value) for value in (5, [5], [["a"]], {"a": 1}, "a" * 16385, ["a" * 99] * 166)),
-    *(("stop_regex", value) for value in (5, [5], "(", ["a", "a{99999999999}"], r"(a+)+\1b", "a{0,9999}b")),
+    *(("stop_regex", value) for value in (5, [5], "(", ["a", "a{99999999999}"], "((a{50}){50}){50}", "a{0,99999}b")),
     *(("stop_token_ids", value) for value in (5, "ab", ["x"], [[1]], [1.5], [HUGE], [True])),
     *(("temperature", value) for value in ("x", -1, 1e300, HUGE**9, True, [1])),
     *(("top_p", value) for value in ("x", 0, 1.1, 1e-300, [1])),
