@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.layers import sampler as sglang_sampler
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.forward_context import get_attn_backend
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
@@ -107,7 +108,7 @@ class ToyRunner:
         return SimpleNamespace(logits_output=logits, can_run_cuda_graph=False)
 
 
-def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3) -> Any:
+def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3, **batch_args: Any) -> Any:
     """One greedy round of two requests: k = 3, committed 10 and 7 tokens, last tokens 1 and 3."""
     for module in (base, planner):
         monkeypatch.setattr(module, "get_tp_group", lambda: SimpleNamespace(world_size=1, rank_in_group=0))
@@ -137,7 +138,6 @@ def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3) -> Any:
         sampling_info=SimpleNamespace(
             is_all_greedy=True,
             logit_bias=None,
-            has_custom_logit_processor=False,
             temperatures=None,
             top_ks=None,
             top_ps=None,
@@ -148,6 +148,8 @@ def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3) -> Any:
             need_min_p_sampling=False,
         ),
     )
+    batch.sampling_info.has_custom_logit_processor = batch_args.pop("has_processor", False)
+    batch.__dict__.update(batch_args)
     published: list[list[int]] = []
     result = worker.forward_batch_generation(batch, on_publish=lambda lens: published.append(lens.tolist()))
     return SimpleNamespace(runner=runner, result=result, published=published, metrics=worker.metrics)
@@ -242,3 +244,24 @@ def test_simulated_acceptance_accepts_no_more_drafts_than_were_made(monkeypatch:
     monkeypatch.setenv("SGLANG_SIMULATE_ACC_LEN", "4")  # all of k = 3
     assert run_round(monkeypatch, 3).result.accept_lens.tolist() == [4, 4]
     assert run_round(monkeypatch, 2).result.accept_lens.tolist() == [3, 3]
+
+
+def test_a_custom_logit_processor_is_called_for_the_next_token_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In a batch that must be verified: without drafts, and by the first row of each window."""
+    called: list[torch.Tensor] = []
+
+    def favour_7(logits: torch.Tensor, info: Any) -> None:
+        called.append(logits.argmax(-1))
+        logits[:, 7] = 2
+
+    monkeypatch.setattr(sglang_sampler, "apply_custom_logit_processor", favour_7)
+    found = run_round(monkeypatch, has_processor=True, return_hidden_states=True)
+    assert not found.runner.drafts
+    (verified,) = found.runner.verified
+    assert verified["tokens"] == [1, 1, 1, 1, 3, 3, 3, 3]
+    assert [tokens.tolist() for tokens in called] == [[2, 4]]
+    assert found.result.accept_lens.tolist() == [1, 1] and found.published == [[11, 8]]
+    assert found.result.next_token_ids.view(2, 4)[:, 0].tolist() == [7, 7]
+    outcome = found.result.outcome
+    assert (outcome.drafted, outcome.plain_steps) == (0, 1)
+    assert found.metrics.as_dict()["sparsespec_single_steps"] == 1
