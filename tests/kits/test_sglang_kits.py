@@ -196,7 +196,8 @@ class TestMatchedStop(matched_stop_kit.MatchedStopMixin, KitServer):
 
 
 class TestJSONConstrained(json_constrained_kit.JSONConstrainedMixin, KitServer):
-    pass
+    test_json_generate = needs_larger_model(json_constrained_kit.JSONConstrainedMixin.test_json_generate)
+    test_mix_json_and_other = needs_larger_model(json_constrained_kit.JSONConstrainedMixin.test_mix_json_and_other)
 
 
 class TestRegexConstrained(regex_constrained_kit.RegexConstrainedMixin, KitServer):
@@ -204,7 +205,12 @@ class TestRegexConstrained(regex_constrained_kit.RegexConstrainedMixin, KitServe
 
 
 class TestEBNFConstrained(ebnf_constrained_kit.EBNFConstrainedMixin, KitServer):
-    pass
+    test_ebnf_generate_complex_json = needs_larger_model(
+        ebnf_constrained_kit.EBNFConstrainedMixin.test_ebnf_generate_complex_json
+    )
+    test_ebnf_generate_custom_log_format = needs_larger_model(
+        ebnf_constrained_kit.EBNFConstrainedMixin.test_ebnf_generate_custom_log_format
+    )
 
 
 class TestBasicAPIContract(basic_api_contract_kit.BasicAPIContractMixin, KitServer):
