@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sglang_sparsespec.scheduler_patch import (
     accepted_run,
+    control_requests,
     cpu,
     draft_weights,
     grammars,
@@ -37,4 +38,5 @@ def register_all_hooks() -> None:
     internal_state.register_hooks()
     request_checks.register_hooks()
     grammars.register_hooks()
+    control_requests.register_hooks()
     logprobs.register_hooks()
