@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 from typing import Any
 
+import msgspec
 import pytest
 from sglang.srt.managers import io_struct
 from sglang.srt.managers.scheduler import Scheduler
@@ -36,7 +37,7 @@ def dispatcher(algorithm: str | None, plugin: None) -> Any:
 )
 def test_a_request_that_fails_is_answered_with_its_error(name: str, plugin: None) -> None:
     kind = getattr(io_struct, f"{name}ReqInput")
-    request = kind.__new__(kind)
+    request = kind(**{field.name: None for field in msgspec.structs.fields(kind) if field.required})
     answer = dispatcher("SPARSESPEC", plugin)(request)
     assert type(answer) is getattr(io_struct, f"{name}ReqOutput")
     assert not answer.success and "failed" in answer.message
