@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sglang_sparsespec.scheduler_patch import (
     accepted_run,
+    control_requests,
     cpu,
     draft_attention,
     draft_weights,
@@ -43,6 +44,7 @@ def register_all_hooks() -> None:
     request_checks.register_hooks()
     grammars.register_hooks()
     penalties.register_hooks()
+    control_requests.register_hooks()
     logprobs.register_hooks()
     lora.register_hooks()
     tokenizer_workers.register_hooks()
