@@ -38,6 +38,8 @@ LONGEST_FIRST = (
     "kernels/test_triton_kernels.py",
     "engine/test_triton_kernels.py",
     "engine/test_kv_manager.py",
+    "engine/test_lora.py",
+    "engine/test_seeds_and_hidden_states.py",
     "rounds/test_unified_rounds.py",
     "tools/test_scripts.py",
     "unit/test_internal_state.py",
