@@ -44,7 +44,7 @@ from _common import (
     stamp,
     write_record,
 )
-from parity import ALTERNATIVES, are_ties, divergences, load_prompts
+from parity import are_ties, divergences, load_prompts
 from serving import server, server_flags
 
 PERSON = {
@@ -73,6 +73,8 @@ SHARES = {
 COMPARED = ("greedy", "stream", "logprobs", "stops", "penalties")
 MEGABYTE = 1 << 20
 SHOWN = 20
+#: Log-probabilities of plain SGLang at each position: 16 bits may give the same logit to more tokens than a few.
+SHOWN_TOKENS = 20
 
 
 @dataclass(frozen=True)
@@ -160,9 +162,10 @@ def check_answer(request: Request, answer: dict[str, Any], events: Sequence[dict
         return
     expect(reason["type"] in ("stop", "length"), f"finish reason {reason}")
     expect(reason["type"] == "stop" or len(ids) == sampling["max_new_tokens"], "ended by its length before its length")
-    if reason["type"] == "stop" and isinstance(reason["matched"], str):
-        # Another stop string may stand before it in the same token.
-        expect(reason["matched"] not in answer["text"], f"the text holds {reason['matched']!r}")
+    # Before the stop string that ended the answer another may stand in the same token.
+    stops = sampling.get("stop", ()) if reason["type"] == "length" else [reason.get("matched")]
+    for stop in stops:
+        expect(not isinstance(stop, str) or stop not in answer["text"], f"the text holds {stop!r}")
     if request.kind == "regex" and reason["type"] == "stop":
         expect(re.fullmatch(DATE, answer["text"]), f"{answer['text']!r} is no date")
     if "return_logprob" in request.body:
@@ -303,10 +306,12 @@ def processes_of_children() -> dict[str, int]:
 
 
 def gpu_bytes() -> dict[str, int]:
-    """Used memory of each GPU; empty where there is no nvidia-smi."""
+    """Used memory of each GPU that this program may use; empty where there is no nvidia-smi."""
     if shutil.which("nvidia-smi") is None:
         return {}
     command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
+        command.append(f"--id={visible}")
     with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
         return {f"GPU {line.split(',')[0]}": int(line.split(",")[1]) * MEGABYTE for line in lines}
@@ -366,7 +371,7 @@ def is_empty(url: str, timeout: float) -> dict[str, Any]:
 
 def as_baseline(request: Request) -> Request:
     """The request as plain SGLang is asked it: not streamed, with the log-probabilities that show ties."""
-    body = {**request.body, "stream": False, "return_logprob": True, "top_logprobs_num": ALTERNATIVES}
+    body = {**request.body, "stream": False, "return_logprob": True, "top_logprobs_num": SHOWN_TOKENS}
     return Request(request.kind, request.route, {name: value for name, value in body.items() if name != "token_ids_logprob"})
 
 
@@ -434,6 +439,10 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         penalties = serves_penalties(url)
         asked = dict(enumerate(make_requests(args.requests, prompts, args.max_new_tokens, penalties)))
         say(f"ready after {record['start_s']} s; {len(asked)} requests, {args.concurrency} at once; penalties: {penalties}")
+        # What compiles at its first use, grammars and samples of prompts, would have all others wait.
+        first = {request.kind: index for index, request in reversed(asked.items())}
+        warm = run_requests(url, {index: asked[index] for index in first.values()}, len(first), deadline - reserve)
+        say(f"one of each kind took {warm.seconds:.0f} s")
         sampler = MemorySampler()
         sampler.start()
         outcome = run_requests(url, asked, args.concurrency, deadline - reserve)

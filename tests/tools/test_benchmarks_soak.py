@@ -46,7 +46,7 @@ def test_requests_are_of_all_kinds_and_the_same_in_every_run() -> None:
         (request("greedy"), answer([1, 2, 3]), []),
         (request("greedy"), answer([1, 2], completion_tokens=3), []),
         (request("greedy"), answer([1], "abort"), []),
-        (request("stops", stop=["x"]), answer([1], "stop"), []),
+        (request("stops", 1, stop=["x"]), answer([1]), []),
         (request("regex"), answer([1], "stop", "2024-1-1"), []),
         (
             request("logprobs"),
