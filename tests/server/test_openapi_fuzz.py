@@ -22,6 +22,9 @@ CALLS = int(os.environ.get("SPARSESPEC_TEST_CALLS", "3000"))
 #: Several at once, so that odd requests meet each other in batches.
 AT_ONCE = 4
 SECONDS = 60  # for one answer
+#: Routes for operators that plain SGLang answers with HTTP 500 too, with the server alive: a corpus or a profile that there
+#: is not.
+ALSO_WITHOUT_US = ("/remove_external_corpus", "/add_external_corpus", "/stop_profile")
 
 
 def test_no_request_ends_a_server(tmp_path: Path) -> None:
@@ -38,7 +41,11 @@ def test_no_request_ends_a_server(tmp_path: Path) -> None:
             sent.append((seed, call))
             server.check_alive()
             found = server_errors(client.url, iter([call]), SECONDS)
-            return [f"{seed}: {item.method} {item.path} {item.body[:300]!r}: {code} {text}" for item, code, text in found]
+            return [
+                f"{seed}: {item.method} {item.path} {item.body[:300]!r}: {code} {text}"
+                for item, code, text in found
+                if code == 0 or not item.path.startswith(ALSO_WITHOUT_US)
+            ]
 
         with ThreadPoolExecutor(AT_ONCE) as pool:
             try:

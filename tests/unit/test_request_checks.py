@@ -171,6 +171,12 @@ def test_embedding_requests_are_left_to_sglang() -> None:
         made._validate_one_request(EmbeddingReqInput(text="Hi", sampling_params={}), [VOCAB])
 
 
+@pytest.mark.parametrize("fields", [{"text": "Hi"}, {"text": "Hi", "rid": ["a"]}, {"text": ["a"], "sampling_params": 5}])
+def test_a_request_for_embeddings_is_refused_whatever_it_holds(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="served for generation"):
+        asyncio.run(manager().generate_request(EmbeddingReqInput(**fields)).__anext__())
+
+
 # ---------------------------------------------------------------------- bodies of chats
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
