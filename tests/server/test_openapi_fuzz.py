@@ -22,8 +22,8 @@ CALLS = int(os.environ.get("SPARSESPEC_TEST_CALLS", "3000"))
 #: Several at once, so that odd requests meet each other in batches.
 AT_ONCE = 4
 SECONDS = 60  # for one answer
-#: Routes whose handlers in SGLang's HTTP process answer some bodies with HTTP 500, or break off a stream; they know nothing of
-#: speculation, and the server lives on.
+#: Routes whose handlers in SGLang's HTTP process answer some bodies with HTTP 500, or break off a stream. They know nothing
+#: of speculation, and the server lives on.
 SGLANGS_OWN = (
     "/add_external_corpus",
     "/remove_external_corpus",
