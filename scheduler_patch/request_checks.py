@@ -323,10 +323,13 @@ def _values_of(obj: Any, name: str, prompts: int | None) -> Iterator[Any]:
 def check_request(tokenizer_manager: Any, obj: Any, *args: Any, **kwargs: Any) -> None:
     """``TokenizerManager.generate_request``: SGLang sends a request on with values of any type and size.
 
-    It expands the request by ``n`` and by its lists first, so this has to come before.
+    It expands the request by ``n`` and by its lists first, so this has to come before. A request for embeddings is refused
+    in any case, as SGLang does after that: no model is served for them.
     """
-    if not is_sparsespec(tokenizer_manager.server_args) or not isinstance(obj, GenerateReqInput):
+    if not is_sparsespec(tokenizer_manager.server_args):
         return
+    if not isinstance(obj, GenerateReqInput):
+        raise ValueError("This model is served for generation, not for embeddings, classes or scores of its own.")
     prompts = _num_prompts(obj)
     if prompts == 0:
         raise ValueError("A request must have at least one prompt.")

@@ -6,6 +6,7 @@ numbers, NaN, deep lists, odd texts, nothing at all.
 
 from __future__ import annotations
 
+import copy
 import json
 import random
 from collections.abc import Iterator
@@ -136,7 +137,7 @@ class Fuzz:
 
     def _value(self, schema: dict[str, Any], dice: random.Random, depth: int, name: str = "") -> Any:
         if name in SERVED and dice.random() < 0.8:
-            return dice.choice(SERVED[name])
+            return copy.deepcopy(dice.choice(SERVED[name]))
         if "$ref" in schema:
             return self._value(self._parts.get(schema["$ref"].rpartition("/")[2], {}), dice, depth, name)
         for key in ("anyOf", "oneOf", "allOf"):
@@ -146,9 +147,9 @@ class Fuzz:
             return dice.choice(schema.get("enum") or [schema.get("const")])
         kind = schema.get("type")
         if name == "sampling_params":
-            return {key: dice.choice(PARAMS[key]) for key in dice.sample(sorted(PARAMS), dice.randint(0, 3))} | {
-                "max_new_tokens": 3
-            }
+            return {
+                key: copy.deepcopy(dice.choice(PARAMS[key])) for key in dice.sample(sorted(PARAMS), dice.randint(0, 3))
+            } | {"max_new_tokens": 3}
         if kind == "object" or "properties" in schema:
             required = set(schema.get("required", ()))
             wanted = dice.random() * 0.4
@@ -168,7 +169,7 @@ class Fuzz:
                 else []
             )
         plain = {"string": ["Hi", "a"], "integer": [1, 3], "number": [0.5, 1], "boolean": [True, False], "null": [None]}
-        return dice.choice(plain.get(str(kind), EXTREMES))
+        return copy.deepcopy(dice.choice(plain.get(str(kind), EXTREMES)))
 
     def _damage(self, body: Any, dice: random.Random) -> None:
         """Replace, remove or add a value somewhere in ``body``."""
@@ -187,7 +188,7 @@ class Fuzz:
         elif dice.random() < 0.05:
             part[key] = json.loads("[" * 200 + "]" * 200)
         else:
-            part[key] = dice.choice(EXTREMES)
+            part[key] = copy.deepcopy(dice.choice(EXTREMES))
 
 
 def server_errors(url: str, calls: Iterator[Call], timeout: float = 60) -> Iterator[tuple[Call, int, str]]:

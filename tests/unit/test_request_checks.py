@@ -194,6 +194,12 @@ def test_a_processor_that_cannot_be_loaded_is_refused(processor: str) -> None:
     send({"text": ["a", "b"], "custom_logit_processor": [DisallowedTokensLogitsProcessor.to_str(), None]}, processors=True)
 
 
+@pytest.mark.parametrize("fields", [{"text": "Hi"}, {"text": "Hi", "rid": ["a"]}, {"text": ["a"], "sampling_params": 5}])
+def test_a_request_for_embeddings_is_refused_whatever_it_holds(fields: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="served for generation"):
+        asyncio.run(manager().generate_request(EmbeddingReqInput(**fields)).__anext__())
+
+
 # ---------------------------------------------------------------------- bodies of chats
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
