@@ -184,7 +184,6 @@ class TestSpecGrammar(spec_server_kits.SpecGrammarKit, KitServer):
     pass
 
 
-@pytest.mark.xfail(not IS_PLAIN, reason="penalties are answered with HTTP 400", strict=True)
 class TestSpecPenalty(spec_server_kits.SpecPenaltyKit, KitServer):
     pass
 
