@@ -63,9 +63,10 @@ def register():
 
     def broken_commit(self, rows, tokens, accept_lens):
         commit(self, rows, tokens, accept_lens)
-        if asked() == "{BROKEN[2]}" and tokens.shape[1] > 1 and self._counts_matter:
+        drafted = getattr(self, "candidates", None)
+        if asked() == "{BROKEN[2]}" and drafted is not None and drafted.shape == tokens.shape and self._counts_matter:
             rejected = torch.arange(1, tokens.shape[1]) >= accept_lens.unsqueeze(1)
-            places = rows.unsqueeze(1) * self._vocab_size + self.candidates[:, 1:]
+            places = rows.unsqueeze(1) * self._vocab_size + drafted[:, 1:]
             self._counts.view(-1).index_add_(0, places.flatten(), rejected.flatten().int())
 
     Penalties.apply, Penalties.commit = broken_apply, broken_commit
@@ -257,7 +258,7 @@ def test_a_model_whose_own_default_is_a_penalty_needs_no_flag(plain: EngineProce
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["message"]["content"]
 
-    command = server_command(str(folder), port)
+    command = server_command(str(folder), port, "--max-total-tokens", "8000")
     with ForkedServer(command, port, tmp_path / "server.log", server_environment(True)) as server:
         server.wait_until_ready(300)
         assert ask(chat)
