@@ -28,9 +28,9 @@ KINDS: dict[str, tuple[Sampling, int]] = {
     "min_p": (Sampling(temperature=0.9, min_p=0.1), 52),
     "all filters": (Sampling(temperature=1.2, top_k=5, top_p=0.9, min_p=0.02), 41),
     "greedy": (Sampling(temperature=0.0), 57),
-    "frequency penalty": (Sampling(frequency_penalty=0.9), 38),
+    "frequency penalty": (Sampling(frequency_penalty=2.0), 38),
     "presence penalty": (Sampling(presence_penalty=-1.5, top_p=0.9), 50),
-    "repetition penalty": (Sampling(repetition_penalty=1.8, temperature=0.8), 47),
+    "repetition penalty": (Sampling(repetition_penalty=0.5), 47),
 }
 
 
