@@ -1,4 +1,4 @@
-"""What SGLang 0.5.17 lacks to serve SPARSESPEC without a GPU, on any processor.
+"""What SGLang lacks to serve SPARSESPEC without a GPU, on any processor.
 
 SGLang's own CPU support needs AMX. Here are plain torch versions of the few functions that it
 runs in Triton, CUDA or AMX otherwise. They are for tests and for trying the plugin out.
@@ -23,6 +23,7 @@ from sglang.srt.runtime_context import get_server_args
 from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import HAS_HOST_TIER, in_force
 
 #: Set to "1" to let plain SGLang run a model on a CPU without AMX too, as a baseline.
 CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
@@ -31,7 +32,7 @@ CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
 def serving_sparsespec_on_cpu() -> bool:
     """Whether this process serves SPARSESPEC without a GPU."""
     args = get_server_args()
-    return is_sparsespec(args) and args.device == "cpu"
+    return is_sparsespec(args) and in_force(args).device == "cpu"
 
 
 # ------------------------------------------------------------------- rotary embeddings
@@ -234,4 +235,5 @@ def register_hooks() -> None:
     add_hook(grammars + "_allocate_token_bitmask", grammar_mask_on_cpu, "around")
     add_hook(grammars + "XGrammarGrammar.apply_vocab_mask", apply_grammar_on_cpu, "around")
     add_hook(grammars + "XGrammarGrammarBackend.apply_vocab_mask", apply_backend_grammar_on_cpu, "around")
-    add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")
+    if HAS_HOST_TIER:
+        add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_server_args, get_spec
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
@@ -47,14 +47,14 @@ def no_kv_move_kernel(original: Callable[..., Any], pool: Any) -> None:
     original(pool)
 
 
-def dummy_verify_input(result: Any, spec_algorithm: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+def dummy_verify_input(result: Any, spec_algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """``spec_info.create_dummy_verify_input``: SGLang returns None for unknown algorithms.
 
     The warm-up forward of the runners needs a verify input of our window.
     """
     if not isinstance(spec_algorithm, SparseSpecAlgorithm):
         return None  # None keeps the original result
-    return SparseSpecVerifyInput.for_capture(server_args.speculative_num_draft_tokens)
+    return SparseSpecVerifyInput.for_capture(get_spec().speculative_num_draft_tokens)
 
 
 def verify_graph_spec_info(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:

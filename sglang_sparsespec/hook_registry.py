@@ -9,19 +9,21 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang_sparsespec import SGLANG_VERSION
+from sglang_sparsespec.sglang_compat import UNNECESSARY_HOOKS, VERSION
 
 _TARGETS: list[str] = []
 
 
 def add_hook(target: str, hook: Callable[..., Any], kind: str) -> None:
-    """Register ``hook`` on the dotted path ``target`` and remember it for the check.
+    """Register ``hook`` on the dotted path ``target`` and remember it for the check, unless this SGLang does without it.
 
     Args:
         target: module path, class and attribute, as ``HookRegistry.register`` wants it.
         hook: see ``HookRegistry.register`` for its signature by kind.
         kind: ``before``, ``after``, ``around`` or ``replace``.
     """
+    if hook.__name__ in UNNECESSARY_HOOKS:
+        return
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     HookRegistry.register(target, hook, HookType(kind))
@@ -40,5 +42,5 @@ def assert_hooks_applied() -> None:
     if not _TARGETS or missing:
         raise RuntimeError(
             f"sglang-sparsespec is only partly loaded (hooks not applied: {missing or 'all'}); see the plugin errors logged "
-            f"above, and reinstall sglang=={SGLANG_VERSION} if its files were changed."
+            f"above, and reinstall sglang=={VERSION} if its files were changed."
         )

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_sparsespec import ALGORITHM, SGLANG_VERSION
+from sglang_sparsespec import ALGORITHM, sglang_compat
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +34,11 @@ def check_environment() -> None:
     Raises:
         PluginUnavailableError: wrong SGLang version, or CUDA without FlashInfer.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
-        # A source tree on PYTHONPATH without metadata: ask the package itself.
-        import sglang
-
-        found = getattr(sglang, "__version__", "unknown")
-    if found != SGLANG_VERSION:
+    if not sglang_compat.IS_SUPPORTED:
+        found, (*others, newest) = sglang_compat.VERSION, sglang_compat.SUPPORTED
         raise PluginUnavailableError(
-            f"sglang-sparsespec needs sglang=={SGLANG_VERSION}, but sglang {found} is installed; "
-            f"run `pip install sglang=={SGLANG_VERSION}`, or install the sglang-sparsespec release made for sglang {found}."
+            f"sglang-sparsespec needs sglang {', '.join(others)} or {newest}, but sglang {found} is installed; "
+            f"run `pip install sglang=={newest}`, or install the tag of sglang-sparsespec that was made for sglang {found}."
         )
     import torch
 
@@ -56,7 +48,7 @@ def check_environment() -> None:
         if find_spec("flashinfer") is None:
             raise PluginUnavailableError(
                 "sglang-sparsespec needs FlashInfer on CUDA, but it is not installed; "
-                "run `pip install flashinfer-python==0.6.15.post1`."
+                f"run `pip install flashinfer-python=={sglang_compat.FLASHINFER}`."
             )
 
 

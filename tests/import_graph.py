@@ -31,6 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("attention_backend.kernels",),
     ("attention_backend.page_table",),
     ("settings", "hook_registry", "spec_input", "metrics"),
+    ("sglang_compat",),
     ("",),
 )
 #: These of one layer must not import each other.

@@ -17,7 +17,7 @@ from sglang.srt.sampling.sampling_params import SamplingParams
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.scheduler_patch.request_checks import PROMPT_RULES, REQUEST_RULES, SAMPLING_RULES
 
-pytestmark = pytest.mark.usefixtures("plugin")
+pytestmark = pytest.mark.usefixtures("serving_plain")
 
 VOCAB, HIDDEN = 32, 4
 
@@ -28,7 +28,7 @@ def manager(algorithm: str | None = ALGORITHM, preferred: dict[str, Any] | None 
     made.__dict__.update(
         server_args=SimpleNamespace(speculative_algorithm=algorithm, enable_mis=False),
         preferred_sampling_params=preferred,
-        model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN),
+        model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN, joint_head_config=None, pointer_head=None),
         context_len=0,
         num_reserved_tokens=0,
         allow_auto_truncate=False,
