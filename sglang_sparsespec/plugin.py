@@ -101,18 +101,18 @@ def _register_unavailable(reason: str) -> None:
     def refuse(server_args: object) -> None:
         raise PluginUnavailableError(reason)
 
-    def refuse_settings(original: Callable[..., None], self: object, *args: Any, **kwargs: Any) -> None:
-        # ``sglang.Engine(sparsespec_min_budget=...)``: SGLang would call the keyword unexpected.
-        if any(name.startswith("sparsespec_") for name in kwargs):
-            raise PluginUnavailableError(reason)
-        original(self, *args, **kwargs)
+    def refusing_settings(make: Callable[..., Any]) -> Callable[..., Any]:
+        def server_args(*args: Any, **kwargs: Any) -> Any:
+            # ``sglang.Engine(sparsespec_min_budget=...)``: SGLang would call the keyword unexpected.
+            if any(name.startswith("sparsespec_") for name in kwargs):
+                raise PluginUnavailableError(reason)
+            return make(*args, **kwargs)
 
-    try:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+        return server_args
 
-        HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", refuse_settings, HookType.AROUND)
-    except (ImportError, AttributeError):
-        logger.warning("This SGLang has no hooks: sparsespec_* settings will be reported as unexpected.")
+    engine: Any = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is not None and hasattr(engine.Engine, "server_args_class"):
+        engine.Engine.server_args_class = staticmethod(refusing_settings(engine.Engine.server_args_class))
     # Either the registration is what failed, or it succeeded before something else failed; then its validator is replaced.
     spec = spec_registry.get_spec(ALGORITHM)
     if spec is not None:
