@@ -24,6 +24,7 @@ from sglang_sparsespec.settings import (
     settings_of,
 )
 from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, SUPPORTED, VERSION, model_config_of
+from sglang_sparsespec.start_checks import check_settings_arrive
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -349,6 +350,7 @@ def validate_server_args(server_args: ServerArgs) -> None:
     from sglang.srt.arg_groups.overrides import resolved_view
 
     assert_hooks_applied()
+    check_settings_arrive()
     settings = settings_of(server_args)
     settings.check()
     check_speculate(settings)
@@ -356,6 +358,9 @@ def validate_server_args(server_args: ServerArgs) -> None:
     for refusal in REFUSALS:
         if refusal.applies(context):
             raise ValueError(refusal.message(context))
+    if context.view.attention_backend != ATTENTION_BACKEND:
+        found = context.view.attention_backend
+        raise RuntimeError(f"sglang-sparsespec does not fit this sglang {VERSION}: the attention backend is {found}.")
     _check_draft_length(server_args, settings)
     model = model_config_of(server_args)
     for applies, what in MODEL_REFUSALS:

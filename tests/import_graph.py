@@ -25,6 +25,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheduler_patch",),
     ("algorithm", "flags", "support"),
     ("worker",),
+    ("start_checks",),
     ("rounds",),
     ("sampling", "attention_backend"),
     ("draft_weights",),
