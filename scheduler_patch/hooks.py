@@ -12,6 +12,7 @@ from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
+from sglang_sparsespec.start_checks import check_relay, check_row_width
 from sglang_sparsespec.worker import SparseSpecWorker
 
 #: Request parameters whose effect on a token depends on the tokens just before it, with the
@@ -75,6 +76,8 @@ def time_rounds(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """
     worker = scheduler.draft_worker
     if isinstance(worker, SparseSpecWorker):
+        check_row_width(worker.model_runner)
+        check_relay(worker.model_runner)
         worker.measure_rounds()
 
 

@@ -56,6 +56,8 @@ if not _IS_0_5_17:
         }
     )
 
+#: ``ForwardBatch``'s fields for the number of tokens without padding, with "_cpu" or without.
+NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
 _LOADS_RECEIVED = "update_weights_from_distributed" if _IS_0_5_17 else "load_weights_from_distributed"
 WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")

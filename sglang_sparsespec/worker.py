@@ -33,7 +33,6 @@ from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.settings import settings_of
 from sglang_sparsespec.sglang_compat import in_force
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
-from sglang_sparsespec.start_checks import check_relay, check_row_width
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -90,9 +89,7 @@ class SparseSpecWorker(BaseSpecWorker):
         return self.model_runner.attn_backend
 
     def init_attention_backends(self) -> None:
-        """The target's pools and backend exist now; its counters become the worker's metrics."""
-        check_row_width(self.model_runner)
-        check_relay(self.model_runner)
+        """The target's backend exists now; its counters become the worker's metrics."""
         steps = self.speculative_num_steps
         self.metrics = DraftMetrics(steps, self.attn_backend.kv_read)
         settings = settings_of(self.server_args)

@@ -42,6 +42,11 @@ def publishing() -> Iterator[Callable[[Any], Any]]:
         runtime_context.restore_context(before)
 
 
+def request_in(row: int, **values: Any) -> Any:
+    """A request in ``row`` of ``req_to_token``, wherever SGLang keeps that."""
+    return SimpleNamespace(req_pool_idx=row, kv=SimpleNamespace(req_pool_idx=row), **values)
+
+
 def needs_hook(name: str) -> pytest.MarkDecorator:
     """Skips a test of a hook that this SGLang does without."""
     return pytest.mark.skipif(name in UNNECESSARY_HOOKS, reason="SGLang does by itself what this hook is for")

@@ -91,16 +91,21 @@ def test_sglang_sizes_the_kv_pool_after_capture_and_tells_no_worker() -> None:
 def test_rounds_are_timed_when_the_workers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     class Worker:
         measured = 0
+        model_runner = "runner"
 
         def measure_rounds(self) -> None:
             self.measured += 1
 
     monkeypatch.setattr(hooks, "SparseSpecWorker", Worker)
+    checked: list[tuple[str, Any]] = []
+    for check in ("check_row_width", "check_relay"):
+        monkeypatch.setattr(hooks, check, lambda runner, check=check: checked.append((check, runner)))
     worker = Worker()
     time_rounds(None, SimpleNamespace(draft_worker=worker))
     time_rounds(None, SimpleNamespace(draft_worker=None))
     time_rounds(None, SimpleNamespace(draft_worker=SimpleNamespace()))
     assert worker.measured == 1
+    assert checked == [("check_row_width", "runner"), ("check_relay", "runner")]
 
 
 # ------------------------------------------------------------ no draft worker, no draft pool
