@@ -19,6 +19,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 from sglang.srt.layers.rotary_embedding.base import RotaryEmbedding
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
@@ -35,6 +36,7 @@ from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelecti
 from sglang_sparsespec.attention_backend.side_stream import SideStream
 from sglang_sparsespec.draft_weights.copies import DraftWeights, draft_weights_of
 from sglang_sparsespec.settings import settings_of
+from sglang_sparsespec.sglang_compat import in_force
 
 if TYPE_CHECKING:
     from sglang.srt.layers.layernorm import RMSNorm
@@ -43,6 +45,9 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
 logger = logging.getLogger(__name__)
+
+#: What SGLang asks a backend about the prefills that it runs, where it has such a property.
+PREFILL_PROPERTIES = ("extend_attention_block_m", "extend_dummy_seqs_capped_by_req_pool")
 
 
 class SparseSpecAttnBackend(AttentionBackend):
@@ -65,9 +70,12 @@ class SparseSpecAttnBackend(AttentionBackend):
         super().__init__()
         settings = settings_of(model_runner.server_args)
         self.base = base
+        for name in PREFILL_PROPERTIES:
+            if hasattr(base, name):
+                setattr(self, name, getattr(base, name))
         self.req_to_token_pool = model_runner.req_to_token_pool
         self.token_to_kv_pool = model_runner.token_to_kv_pool
-        self.window: int = model_runner.server_args.speculative_num_draft_tokens
+        self.window: int = in_force(model_runner.server_args).speculative_num_draft_tokens
         self.device = torch.device(model_runner.device)
         # Draft and verify read lengths on the device; only the reference kernels and the CPU's prefill read them on the
         # host, where that costs nothing.
@@ -495,6 +503,13 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def support_triton(self) -> bool:
         return self.base.support_triton()
+
+    def shared_read_ends(self, mode: Any) -> Any:
+        """Unknown: SGLang must wait for the end of a forward before it writes to ``req_to_token``.
+
+        All layers read it. SGLang takes for granted that attention of verifications reads it for its plan alone.
+        """
+        return base_attn_backend.SharedReadEnds.UNKNOWN
 
 
 def backend_in_use() -> SparseSpecAttnBackend | None:

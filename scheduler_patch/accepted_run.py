@@ -13,6 +13,7 @@ from sglang.srt.runtime_context import get_server_args
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import kv_of
 
 
 def finish_token_by_token(original: Callable[..., None], req: Any, new_accepted_len: int = 1) -> None:
@@ -37,7 +38,8 @@ def finish_token_by_token(original: Callable[..., None], req: Any, new_accepted_
         req.reasoning_tokens = min(req.reasoning_tokens, req.finished_len)
         # As in plain decoding, the KV of the last token is never written.
         last = len(req.origin_input_ids) + req.finished_len - 1
-        req.kv_committed_len = min(req.kv_committed_len, last)
+        kv = kv_of(req)
+        kv.kv_committed_len = min(kv.kv_committed_len, last)
 
 
 def _walk(original: Callable[..., None], req: Any, new_accepted_len: int) -> None:

@@ -1,4 +1,4 @@
-"""What SGLang 0.5.17 lacks to serve SPARSESPEC without a GPU, on any processor.
+"""What SGLang lacks to serve SPARSESPEC without a GPU, on any processor.
 
 SGLang's own CPU support needs AMX. Here are plain torch versions of the few functions that it
 runs in Triton, CUDA or AMX otherwise. They are for tests and for trying the plugin out.
@@ -24,6 +24,7 @@ from torch.overrides import TorchFunctionMode
 from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import HAS_HOST_TIER, in_force
 
 #: Set to "1" to let plain SGLang run a model on a CPU without AMX too, as a baseline.
 CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
@@ -32,7 +33,7 @@ CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
 def serving_sparsespec_on_cpu() -> bool:
     """Whether this process serves SPARSESPEC without a GPU."""
     args = get_server_args()
-    return is_sparsespec(args) and args.device == "cpu"
+    return is_sparsespec(args) and in_force(args).device == "cpu"
 
 
 def runs_on_bridge() -> bool:
@@ -322,4 +323,5 @@ def register_hooks() -> None:
     loading = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras")
     for name in (*loading, "prepare_lora_batch"):
         add_hook(f"sglang.srt.lora.lora_manager.LoRAManager.{name}", adapters_on_cpu, "around")
-    add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")
+    if HAS_HOST_TIER:
+        add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

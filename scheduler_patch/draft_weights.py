@@ -14,6 +14,7 @@ from sglang_sparsespec.attention_backend.backend import backend_in_use
 from sglang_sparsespec.draft_weights.copies import DraftWeights, attach_draft_weights, draft_weights_of
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import FP8_WEIGHTS, is_sparsespec, settings_of
+from sglang_sparsespec.sglang_compat import WEIGHT_UPDATES, in_force
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def copy_weights(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> N
         return
     # As the weights themselves, so that they leave the GPU and come back together.
     with model_runner.memory_saver_adapter.region(
-        GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=server_args.enable_weights_cpu_backup
+        GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=in_force(server_args).enable_weights_cpu_backup
     ):
         weights = DraftWeights(model_runner.model)
     if not len(weights):
@@ -58,10 +59,11 @@ def use_copy_of_head(
     hidden_states: torch.Tensor,
     lm_head: torch.nn.Module,
     embedding_bias: torch.Tensor | None = None,
+    **buffers: Any,
 ) -> torch.Tensor:
     """``LogitsProcessor._compute_lm_head``: SGLang multiplies with the head's weight itself, without a linear method."""
     out = _product_of_copy(lm_head, hidden_states, None)
-    return original(processor, hidden_states, lm_head, embedding_bias) if out is None else out
+    return original(processor, hidden_states, lm_head, embedding_bias, **buffers) if out is None else out
 
 
 def _product_of_copy(layer: torch.nn.Module, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor | None:
@@ -76,11 +78,12 @@ def quantise_norm(
     x: torch.Tensor,
     residual: torch.Tensor | None = None,
     post_residual_addition: torch.Tensor | None = None,
+    **fusion: Any,
 ) -> Any:
     """``RMSNorm.forward_cuda``: SGLang's norm yields 16 bits; the products of a draft step want FP8."""
     weights = weights_in_use()
     out = weights.norm(norm, x, residual) if weights is not None and post_residual_addition is None else None
-    return original(norm, x, residual, post_residual_addition) if out is None else out
+    return original(norm, x, residual, post_residual_addition, **fusion) if out is None else out
 
 
 def quantise_activation(original: Callable[..., torch.Tensor], activation: Any, x: torch.Tensor) -> torch.Tensor:
@@ -97,7 +100,7 @@ def weights_in_use() -> DraftWeights | None:
 
 
 def requantise(result: Any, updater: Any, *args: Any, **kwargs: Any) -> None:
-    """``WeightUpdater.update_weights_from_*``: SGLang replaces the model's weights, of which the copies are made.
+    """``WeightUpdater``'s methods of ``WEIGHT_UPDATES``: SGLang replaces the model's weights, of which the copies are made.
 
     An update that failed may have replaced some of them.
     """
@@ -117,5 +120,5 @@ def register_hooks() -> None:
     add_hook("sglang.srt.layers.layernorm.RMSNorm.forward_cuda", quantise_norm, "around")
     add_hook("sglang.srt.layers.activation.SiluAndMul.forward_cuda", quantise_activation, "around")
     updater = "sglang.srt.model_executor.model_runner_components.weight_updater.WeightUpdater."
-    for source in ("disk", "distributed", "tensor", "ipc"):
-        add_hook(f"{updater}update_weights_from_{source}", requantise, "after")
+    for update in WEIGHT_UPDATES:
+        add_hook(updater + update, requantise, "after")

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from sglang.srt.runtime_context import get_server_args
+from sglang.srt.runtime_context import get_server_args, get_spec
 
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
+from sglang_sparsespec.start_checks import check_relay, check_row_width
 from sglang_sparsespec.worker import SparseSpecWorker
 
 
@@ -37,14 +38,14 @@ def no_kv_move_kernel(original: Callable[..., Any], pool: Any) -> None:
     original(pool)
 
 
-def dummy_verify_input(result: Any, spec_algorithm: Any, server_args: Any, *args: Any, **kwargs: Any) -> Any:
+def dummy_verify_input(result: Any, spec_algorithm: Any, *args: Any, **kwargs: Any) -> Any:
     """``spec_info.create_dummy_verify_input``: SGLang returns None for unknown algorithms.
 
     The warm-up forward of the runners needs a verify input of our window.
     """
     if not isinstance(spec_algorithm, SparseSpecAlgorithm):
         return None  # None keeps the original result
-    return SparseSpecVerifyInput.for_capture(server_args.speculative_num_draft_tokens)
+    return SparseSpecVerifyInput.for_capture(get_spec().speculative_num_draft_tokens)
 
 
 def verify_graph_spec_info(result: Any, runner: Any, *args: Any, **kwargs: Any) -> Any:
@@ -65,6 +66,8 @@ def time_rounds(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -> None:
     """
     worker = scheduler.draft_worker
     if isinstance(worker, SparseSpecWorker):
+        check_row_width(worker.model_runner)
+        check_relay(worker.model_runner)
         worker.measure_rounds()
 
 

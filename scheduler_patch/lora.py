@@ -10,6 +10,7 @@ from sglang.srt.runtime_context import get_server_args
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import LORA_CAN_BE_ALLOWED
 
 
 def allow_lora(original: Callable[..., None], server_args: Any) -> None:
@@ -56,7 +57,8 @@ def chunk_size_of_verification(original: Callable[..., int], backend: Any, forwa
 
 def register_hooks() -> None:
     """Register the hooks of this module."""
-    add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora, "around")
+    if LORA_CAN_BE_ALLOWED:
+        add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora, "around")
     add_hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", refuse_expert_adapters, "after")
     add_hook(
         "sglang.srt.lora.backend.chunked_backend.ChunkedSgmvLoRABackend._determine_chunk_size",

@@ -6,6 +6,7 @@ from typing import Any
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.kv_manager.hooks import manager_of
+from sglang_sparsespec.sglang_compat import COUNTS_CORRECT_DRAFTS
 from sglang_sparsespec.worker import SparseSpecWorker
 
 
@@ -28,6 +29,9 @@ def count_verifications(result: Any, processor: Any, round_result: Any, batch: A
     if outcome is None:
         return
     if outcome.plain_steps:
+        if COUNTS_CORRECT_DRAFTS:
+            # SGLang is about to add them.
+            processor.metrics_reporter.spec_num_correct_drafts -= sum(round_result.num_correct_drafts_per_req_cpu)
         _count_plain_steps(processor, batch, outcome.plain_steps)
         return
     drafts = zip(batch.reqs, round_result.num_correct_drafts_per_req_cpu, strict=True)

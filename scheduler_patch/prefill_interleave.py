@@ -12,12 +12,13 @@ from typing import Any
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import settings_of
+from sglang_sparsespec.sglang_compat import prefix_len
 
 
 def tokens_of_chunks_to_come(scheduler: Any) -> int:
     """KV tokens that the prompt in mid-prefill has yet to be given; 0 if there is none."""
     req = scheduler.chunked_req
-    return len(req.full_untruncated_fill_ids) - len(req.prefix_indices) if req is not None else 0
+    return len(req.full_untruncated_fill_ids) - prefix_len(req) if req is not None else 0
 
 
 def round_is_due(scheduler: Any, running: Any) -> bool:

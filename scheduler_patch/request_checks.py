@@ -23,6 +23,7 @@ from sglang.srt.managers.embed_types import PositionalEmbeds
 from sglang.srt.managers.io_struct import GenerateReqInput
 from sglang.srt.runtime_context import get_server_args
 from sglang.srt.sampling.custom_logit_processor import CustomLogitProcessor
+from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.stop_patterns import MAX_SIZE, are_searchable
@@ -205,6 +206,13 @@ SAMPLING_RULES: dict[str, Rule] = {
         lambda value, _: _are_custom(value), "an object with scalars, or lists or objects of scalars, as values"
     ),
 }
+#: Parameters that not every supported SGLang has.
+NEWER_SAMPLING_RULES: dict[str, Rule] = {
+    "beam_width": Rule(lambda value, _: _is_integer(value, 1, 1), "1: speculation has no beam search"),
+    "watermark": Rule(lambda value, _: False, "absent: accepted tokens would not carry it"),
+    "ebnf_full_assistant": FLAG,
+}
+SAMPLING_RULES |= {name: rule for name, rule in NEWER_SAMPLING_RULES.items() if name in SamplingParams.__struct_fields__}
 
 
 def check_sampling_params(params: Any, preferred: Mapping[str, Any] | None, vocab_size: int) -> None:
@@ -287,6 +295,13 @@ REQUEST_RULES: dict[str, Rule] = {
     "routing_key": TEXT,
     "http_worker_ipc": Rule(lambda value, _: False, "absent: SGLang sets it between its own processes"),
 }
+#: Fields that not every supported SGLang has.
+NEWER_REQUEST_RULES: dict[str, Rule] = {
+    "watermark": NEWER_SAMPLING_RULES["watermark"],
+    "return_flat_raw_output_top_logprobs": FLAG,
+    "data_parallel_rank": INTEGER,
+}
+REQUEST_RULES |= {name: rule for name, rule in NEWER_REQUEST_RULES.items() if name in GenerateReqInput.__dataclass_fields__}
 
 
 def _num_prompts(obj: Any) -> int | None:

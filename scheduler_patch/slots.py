@@ -36,9 +36,11 @@ def row_room_for_reserve(result: int, server_args: Any = None, *args: Any, **kwa
     rounds, see above). At page size 1 SGLang does not count that in; with W above 4, a request near
     the context limit would write its slots into the row of another.
     """
-    if not is_sparsespec(server_args):
+    if not is_sparsespec(server_args if server_args is not None else get_server_args()):
         return None  # None keeps the original result
-    return max(result, allocation_sizing.get_alloc_reserve_per_decode(server_args))
+    # SGLang passes its arguments to both functions, or to none.
+    given = () if server_args is None else (server_args,)
+    return max(result, allocation_sizing.get_alloc_reserve_per_decode(*given))
 
 
 def register_hooks() -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 class SparseSpecAlgorithm(CustomSpecAlgo):
     """The registered algorithm object.
 
-    ``CustomSpecAlgo`` of SGLang 0.5.17 lacks three methods that the scheduler calls on every speculative algorithm
+    ``CustomSpecAlgo`` lacks three methods that the scheduler calls on every speculative algorithm
     (``create_future_map`` and ``carries_draft_hidden_states`` at start-up, ``need_topk`` at the first relayed token). They
     are defined here.
     """

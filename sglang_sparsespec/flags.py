@@ -1,7 +1,7 @@
 """The plugin's flags: ``--sparsespec-*`` on the command line, and ``sglang.Engine(sparsespec_*=...)``.
 
-Both are generated from the fields of ``settings.Settings`` and reach the plugin through hooks on SGLang's ``ServerArgs``,
-which is a dataclass without a place for foreign fields: it carries the settings beside them.
+Both are generated from the fields of ``settings.Settings``. SGLang's ``ServerArgs`` has no place for foreign fields: it
+carries the settings beside them, which are taken out of what it is made from.
 """
 
 from __future__ import annotations
@@ -15,7 +15,16 @@ from typing import Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
-from sglang_sparsespec.settings import FLAGS, Settings, attach_settings, flag_of, make_settings
+from sglang_sparsespec.settings import (
+    FLAGS,
+    Settings,
+    attach_settings,
+    flag_of,
+    is_sparsespec,
+    make_settings,
+    settings_of,
+)
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, in_force
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +94,8 @@ def around_from_cli_args(original: Callable[..., Any], cls: type, args: argparse
     """``ServerArgs.from_cli_args``: SGLang hands over its own flags alone."""
     asked = vars(args)
     given = {name: asked[f"sparsespec_{name}"] for name in FLAGS if f"sparsespec_{name}" in asked}
+    if DECLARES_RESOLUTION:
+        return _with_settings(original(cls, args), given)
     token = _from_command_line.set(given)
     try:
         return original(cls, args)
@@ -93,44 +104,95 @@ def around_from_cli_args(original: Callable[..., Any], cls: type, args: argparse
 
 
 def around_init(original: Callable[..., None], self: Any, *args: Any, **kwargs: Any) -> None:
-    """``ServerArgs.__init__``: SGLang takes an unknown keyword for an error.
+    """``ServerArgs.__init__``: SGLang takes an unknown keyword for an error, and resolves all others at once.
 
     Raises:
         ValueError: a flag or value that is gone was asked for, or another attention backend.
     """
-    given = dict(_from_command_line.get({}))
-    for name in (*FLAGS, *REMOVED_FLAGS):
-        if (keyword := f"sparsespec_{name}") in kwargs:
-            given[name] = kwargs.pop(keyword)
-    for name, value in given.items():
-        if (removal := removal_of(name, value)) is not None:
-            raise ValueError(removal)
-    settings = make_settings(**given)
+    given = {**_from_command_line.get({}), **_taken_from(kwargs)}
+    settings = _settings_given(given, kwargs.get("speculative_algorithm"))
     if str(kwargs.get("speculative_algorithm") or "").upper() == ALGORITHM:
-        settings = claim_attention_backend(kwargs, settings)
-    elif given:
-        logger.warning("sparsespec_* settings have no effect without speculative_algorithm=%r.", ALGORITHM)
+        claimed, settings = claim_attention_backend(kwargs.get, settings)
+        kwargs.update(claimed)
     attach_settings(self, settings)
     original(self, *args, **kwargs)
 
 
-def claim_attention_backend(kwargs: dict[str, Any], settings: Settings) -> Settings:
-    """Make ``sparsespec`` the attention backend in ``kwargs``, and keep the user's choice as the prefill one.
+def server_args_of_keywords(**kwargs: Any) -> Any:
+    """``Engine.server_args_class``: ``ServerArgs`` of an engine's keywords, which SGLang takes for an error if unknown.
 
-    This comes before ``ServerArgs`` resolves anything, so that SGLang's own resolution sees an explicit backend and does
-    not pick another.
+    Raises:
+        ValueError: a flag or value that is gone was asked for.
+    """
+    from sglang.srt.server_args import ServerArgs
+
+    given = _taken_from(kwargs)
+    return _with_settings(ServerArgs(**kwargs), given)
+
+
+def claim_before(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution step ``handle_hardware_runtime_validation``, the last one before SGLang looks for an attention backend.
+
+    Raises:
+        ValueError: another attention backend was asked for.
+    """
+    from sglang.srt.arg_groups.overrides import declare_resolution
+
+    if is_sparsespec(server_args):
+        view = in_force(server_args)
+        claimed, settings = claim_attention_backend(lambda name: getattr(view, name), settings_of(server_args))
+        attach_settings(server_args, settings)
+        declare_resolution(server_args, ALGORITHM, **claimed)
+    previous(server_args)
+
+
+def _taken_from(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The plugin's settings, taken out of ``kwargs``."""
+    names = (*FLAGS, *REMOVED_FLAGS)
+    return {name: kwargs.pop(f"sparsespec_{name}") for name in names if f"sparsespec_{name}" in kwargs}
+
+
+def _with_settings(server_args: Any, given: dict[str, Any]) -> Any:
+    attach_settings(server_args, _settings_given(given, server_args.speculative_algorithm))
+    return server_args
+
+
+def _settings_given(given: dict[str, Any], algorithm: Any) -> Settings:
+    """The settings of what was asked for by name, with a warning if the server has another ``algorithm``.
+
+    Raises:
+        ValueError: a flag or value that is gone was asked for.
+    """
+    for name, value in given.items():
+        if (removal := removal_of(name, value)) is not None:
+            raise ValueError(removal)
+    if given and str(algorithm or "").upper() != ALGORITHM:
+        logger.warning("sparsespec_* settings have no effect without speculative_algorithm=%r.", ALGORITHM)
+    return make_settings(**given)
+
+
+def claim_attention_backend(asked_for: Callable[[str], Any], settings: Settings) -> tuple[dict[str, Any], Settings]:
+    """Make ``sparsespec`` the attention backend, and keep the user's choice as the prefill one.
+
+    This comes before SGLang resolves backends, so that it sees an explicit one and does not pick another.
+
+    Args:
+        asked_for: the value that the user gave to an argument of SGLang, None if he gave none.
+
+    Returns:
+        SGLang's arguments to set, and the settings.
 
     Raises:
         ValueError: two different backends were asked for, or a split one.
     """
     for name in ("prefill_attention_backend", "decode_attention_backend"):
-        if kwargs.get(name) not in (None, ATTENTION_BACKEND):
+        if (value := asked_for(name)) not in (None, ATTENTION_BACKEND):
             raise ValueError(
-                f"--{name.replace('_', '-')} {kwargs[name]} cannot be combined with --speculative-algorithm {ALGORITHM}, "
-                f"whose own backend runs draft and verify; use --sparsespec-base-attention-backend {kwargs[name]} to choose "
+                f"--{name.replace('_', '-')} {value} cannot be combined with --speculative-algorithm {ALGORITHM}, "
+                f"whose own backend runs draft and verify; use --sparsespec-base-attention-backend {value} to choose "
                 "the prefill backend."
             )
-    asked = kwargs.get("attention_backend")
+    asked = asked_for("attention_backend")
     if asked not in (None, ATTENTION_BACKEND):
         if settings.base_attention_backend not in (None, asked):
             raise ValueError(
@@ -138,13 +200,19 @@ def claim_attention_backend(kwargs: dict[str, Any], settings: Settings) -> Setti
                 "contradict each other; give one of them."
             )
         settings = dataclasses.replace(settings, base_attention_backend=asked)
-    kwargs["attention_backend"] = ATTENTION_BACKEND
-    return settings
+    return {"attention_backend": ATTENTION_BACKEND}, settings
 
 
 def register_flags() -> None:
-    """Hook the plugin's flags into ``ServerArgs``."""
+    """Let SGLang's command line and ``sglang.Engine`` take the plugin's flags."""
     prefix = "sglang.srt.server_args.ServerArgs."
     add_hook(prefix + "add_cli_args", after_add_cli_args, "after")
     add_hook(prefix + "from_cli_args", around_from_cli_args, "around")
-    add_hook(prefix + "__init__", around_init, "around")
+    if DECLARES_RESOLUTION:
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+        from sglang.srt.entrypoints.engine import Engine
+
+        Engine.server_args_class = staticmethod(server_args_of_keywords)
+        register_resolution_hook("handle_hardware_runtime_validation")(claim_before)
+    else:
+        add_hook(prefix + "__init__", around_init, "around")

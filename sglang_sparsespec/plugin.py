@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from sglang_sparsespec import ALGORITHM, SGLANG_VERSION
+from sglang_sparsespec import ALGORITHM, sglang_compat
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +34,11 @@ def check_environment() -> None:
     Raises:
         PluginUnavailableError: wrong SGLang version, or CUDA without FlashInfer.
     """
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        found = version("sglang")
-    except PackageNotFoundError:
-        # A source tree on PYTHONPATH without metadata: ask the package itself.
-        import sglang
-
-        found = getattr(sglang, "__version__", "unknown")
-    if found != SGLANG_VERSION:
+    if not sglang_compat.IS_SUPPORTED:
+        found, (*others, newest) = sglang_compat.VERSION, sglang_compat.SUPPORTED
         raise PluginUnavailableError(
-            f"sglang-sparsespec needs sglang=={SGLANG_VERSION}, but sglang {found} is installed; "
-            f"run `pip install sglang=={SGLANG_VERSION}`, or install the sglang-sparsespec release made for sglang {found}."
+            f"sglang-sparsespec needs sglang {', '.join(others)} or {newest}, but sglang {found} is installed; "
+            f"run `pip install sglang=={newest}`, or install the tag of sglang-sparsespec that was made for sglang {found}."
         )
     import torch
 
@@ -56,7 +48,7 @@ def check_environment() -> None:
         if find_spec("flashinfer") is None:
             raise PluginUnavailableError(
                 "sglang-sparsespec needs FlashInfer on CUDA, but it is not installed; "
-                "run `pip install flashinfer-python==0.6.15.post1`."
+                f"run `pip install flashinfer-python=={sglang_compat.FLASHINFER}`."
             )
 
 
@@ -109,18 +101,18 @@ def _register_unavailable(reason: str) -> None:
     def refuse(server_args: object) -> None:
         raise PluginUnavailableError(reason)
 
-    def refuse_settings(original: Callable[..., None], self: object, *args: Any, **kwargs: Any) -> None:
-        # ``sglang.Engine(sparsespec_min_budget=...)``: SGLang would call the keyword unexpected.
-        if any(name.startswith("sparsespec_") for name in kwargs):
-            raise PluginUnavailableError(reason)
-        original(self, *args, **kwargs)
+    def refusing_settings(make: Callable[..., Any]) -> Callable[..., Any]:
+        def server_args(*args: Any, **kwargs: Any) -> Any:
+            # ``sglang.Engine(sparsespec_min_budget=...)``: SGLang would call the keyword unexpected.
+            if any(name.startswith("sparsespec_") for name in kwargs):
+                raise PluginUnavailableError(reason)
+            return make(*args, **kwargs)
 
-    try:
-        from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+        return server_args
 
-        HookRegistry.register("sglang.srt.server_args.ServerArgs.__init__", refuse_settings, HookType.AROUND)
-    except (ImportError, AttributeError):
-        logger.warning("This SGLang has no hooks: sparsespec_* settings will be reported as unexpected.")
+    engine: Any = sys.modules.get("sglang.srt.entrypoints.engine")
+    if engine is not None and hasattr(engine.Engine, "server_args_class"):
+        engine.Engine.server_args_class = staticmethod(refusing_settings(engine.Engine.server_args_class))
     # Either the registration is what failed, or it succeeded before something else failed; then its validator is replaced.
     spec = spec_registry.get_spec(ALGORITHM)
     if spec is not None:

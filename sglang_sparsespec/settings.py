@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sglang_sparsespec import ALGORITHM
+from sglang_sparsespec.sglang_compat import record_of
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class Settings:
 FLAGS: dict[str, Mapping[str, Any]] = {
     field.name: field.metadata for field in dataclasses.fields(Settings) if field.metadata
 }
-_ATTRIBUTE = "sparsespec_settings"
+_ATTRIBUTE = "_sparsespec_settings"
 
 
 def make_settings(**given: Any) -> Settings:
@@ -276,7 +277,7 @@ def settings_of(server_args: Any) -> Settings:
 
 def attach_settings(server_args: Any, settings: Settings) -> None:
     """Let ``server_args`` carry ``settings``; they are pickled with it for the scheduler process."""
-    object.__setattr__(server_args, _ATTRIBUTE, settings)
+    vars(record_of(server_args))[_ATTRIBUTE] = settings
 
 
 def is_sparsespec(server_args: Any) -> bool:

@@ -23,6 +23,8 @@ from sglang_sparsespec.settings import (
     draft_steps,
     settings_of,
 )
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, SUPPORTED, VERSION, model_config_of
+from sglang_sparsespec.start_checks import check_settings_arrive
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -88,7 +90,7 @@ def serves_lora(args: ServerArgs) -> bool:
 
 _NO_HOST_TIER = "remove it, or use --sparsespec-host-kv-gb 0"
 
-REFUSALS = (
+REFUSALS: tuple[Refusal, ...] = (
     Refusal(
         lambda c: c.args.device not in ("cpu", "cuda"),
         "--device {args.device}",
@@ -156,8 +158,9 @@ REFUSALS = (
         "serve without disaggregation",
     ),
     Refusal(
-        lambda c: c.view.enable_dp_attention,
-        "--enable-dp-attention",
+        # A newer SGLang turns the flag into a number of groups, and resets it.
+        lambda c: c.view.enable_dp_attention or getattr(c.view, "attn_dp_size", 1) > 1,
+        "--enable-dp-attention (--attn-dp-size)",
         "draft steps are not padded across ranks",
         "use --dp-size replicas",
     ),
@@ -252,30 +255,57 @@ REFUSALS = (
         "remove one of the two",
     ),
     Refusal(
-        lambda c: c.settings.has_host_tier and c.args.disable_radix_cache,
-        "--disable-radix-cache with --sparsespec-host-kv-gb",
-        "requests are kept in the radix cache",
-        _NO_HOST_TIER,
-    ),
-    Refusal(
-        lambda c: c.settings.has_host_tier and c.args.enable_hierarchical_cache,
-        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
-        "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
-        _NO_HOST_TIER,
-    ),
-    Refusal(
-        lambda c: c.settings.has_host_tier and c.args.strip_thinking_cache,
-        "--strip-thinking-cache with --sparsespec-host-kv-gb",
-        "an offloaded request's whole output is in the radix cache",
-        _NO_HOST_TIER,
-    ),
-    Refusal(
-        lambda c: c.settings.host_kv_gb == AUTO_HOST_KV and c.args.nnodes > 1,
-        f"--sparsespec-host-kv-gb {AUTO_HOST_KV} with --nnodes {{args.nnodes}}",
-        "nodes have different amounts of free memory, and their host tiers must be equal",
-        "give a size in GB",
+        lambda c: c.args.enable_unified_memory,
+        "--enable-unified-memory",
+        "slots of its pool are not the rows that the kernels read",
+        "remove it",
     ),
 )
+if DECLARES_RESOLUTION:
+    REFUSALS += (
+        Refusal(
+            lambda c: c.args.enable_watermark,
+            "--enable-watermark",
+            "accepted tokens would not carry the watermark",
+            "remove it",
+        ),
+    )
+if HAS_HOST_TIER:
+    REFUSALS += (
+        Refusal(
+            lambda c: c.settings.has_host_tier and c.args.disable_radix_cache,
+            "--disable-radix-cache with --sparsespec-host-kv-gb",
+            "requests are kept in the radix cache",
+            _NO_HOST_TIER,
+        ),
+        Refusal(
+            lambda c: c.settings.has_host_tier and c.args.enable_hierarchical_cache,
+            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+            "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
+            _NO_HOST_TIER,
+        ),
+        Refusal(
+            lambda c: c.settings.has_host_tier and c.args.strip_thinking_cache,
+            "--strip-thinking-cache with --sparsespec-host-kv-gb",
+            "an offloaded request's whole output is in the radix cache",
+            _NO_HOST_TIER,
+        ),
+        Refusal(
+            lambda c: c.settings.host_kv_gb == AUTO_HOST_KV and c.args.nnodes > 1,
+            f"--sparsespec-host-kv-gb {AUTO_HOST_KV} with --nnodes {{args.nnodes}}",
+            "nodes have different amounts of free memory, and their host tiers must be equal",
+            "give a size in GB",
+        ),
+    )
+else:
+    REFUSALS += (
+        Refusal(
+            lambda c: c.settings.has_host_tier,
+            "--sparsespec-host-kv-gb {settings.host_kv_gb}",
+            f"the host tier does not work with the radix cache of sglang {VERSION} yet",
+            f"use --sparsespec-host-kv-gb 0, or `pip install sglang=={SUPPORTED[0]}`",
+        ),
+    )
 
 
 def _has_mla(model: ModelConfig) -> bool:
@@ -319,6 +349,7 @@ def validate_server_args(server_args: ServerArgs) -> None:
     from sglang.srt.arg_groups.overrides import resolved_view
 
     assert_hooks_applied()
+    check_settings_arrive()
     settings = settings_of(server_args)
     settings.check()
     check_speculate(settings)
@@ -326,8 +357,11 @@ def validate_server_args(server_args: ServerArgs) -> None:
     for refusal in REFUSALS:
         if refusal.applies(context):
             raise ValueError(refusal.message(context))
+    if context.view.attention_backend != ATTENTION_BACKEND:
+        found = context.view.attention_backend
+        raise RuntimeError(f"sglang-sparsespec does not fit this sglang {VERSION}: the attention backend is {found}.")
     _check_draft_length(server_args, settings)
-    model = server_args.get_model_config()
+    model = model_config_of(server_args)
     for applies, what in MODEL_REFUSALS:
         if applies(model):
             raise ValueError(
@@ -452,15 +486,16 @@ def _resolve_graphs(server_args: ServerArgs) -> None:
 
     graphs = server_args.cuda_graph_config
     if server_args.device == "cpu":
-        # There are no graphs on CPU without torch.compile; SGLang 0.5.17 stops at prefill graph capture unless they are
-        # disabled.
+        # There are no graphs on CPU without torch.compile; SGLang stops at prefill graph capture unless they are disabled.
         server_args.disable_cuda_graph = True
-        graphs.decode.backend = Backend.DISABLED
-        graphs.prefill.backend = Backend.DISABLED
+        decode = dataclasses.replace(graphs.decode, backend=Backend.DISABLED)
+        prefill = dataclasses.replace(graphs.prefill, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = dataclasses.replace(graphs, decode=decode, prefill=prefill)
     elif graphs.prefill.backend not in (Backend.DISABLED, Backend.BREAKABLE):
         # A whole prefill graph would capture attention with the base backend's metadata and skip the scores of the prompt's
         # last queries. Breakable graphs leave attention out.
-        graphs.prefill.backend = Backend.DISABLED
+        prefill = dataclasses.replace(graphs.prefill, backend=Backend.DISABLED)
+        server_args.cuda_graph_config = dataclasses.replace(graphs, prefill=prefill)
         logger.info(
             "Prefill CUDA graphs are off: with %s only --cuda-graph-backend-prefill breakable can be captured (decode and "
             "draft graphs stay on).",

@@ -33,6 +33,7 @@ from sglang_sparsespec.sampling.penalties import PenalisedPrompts, Penalties
 from sglang_sparsespec.sampling.sampler import compile_kernels, draft_logits_dtype
 from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.settings import settings_of
+from sglang_sparsespec.sglang_compat import in_force
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 
 if TYPE_CHECKING:
@@ -61,23 +62,18 @@ class SparseSpecWorker(BaseSpecWorker):
     planner: Planner
     penalties: Penalties
 
-    def __init__(
-        self,
-        server_args: ServerArgs,
-        gpu_id: int,
-        ps: Any,
-        nccl_port: int,
-        target_worker: TpModelWorker,
-    ) -> None:
+    def __init__(self, server_args: ServerArgs, target_worker: TpModelWorker, **placement: Any) -> None:
+        """SGLang also says which GPU and ports a draft worker would have."""
         super().__init__()
         assert_hooks_applied()
         self.server_args = server_args
         self._target_worker = target_worker
         self.model_runner = target_worker.model_runner
-        self.device = server_args.device
+        args = in_force(server_args)
+        self.device = args.device
         # SGLang reads these two by name.
-        self.speculative_num_steps: int = server_args.speculative_num_steps
-        self.speculative_num_draft_tokens: int = server_args.speculative_num_draft_tokens
+        self.speculative_num_steps: int = args.speculative_num_steps
+        self.speculative_num_draft_tokens: int = args.speculative_num_draft_tokens
         self._lockstep: LockstepRounds | None = None
         self._plain: PlainRounds | None = None
         self._unified: UnifiedRounds | None = None
@@ -162,7 +158,7 @@ class SparseSpecWorker(BaseSpecWorker):
             return False
         if not isinstance(self.model_runner.decode_cuda_graph_runner, DecodeCudaGraphRunner):
             return False
-        if self.server_args.cuda_graph_config.decode.backend != Backend.FULL:
+        if in_force(self.server_args).cuda_graph_config.decode.backend != Backend.FULL:
             logger.warning("Draft steps run without CUDA graphs; use --cuda-graph-backend-decode full.")
             return False
         return True

@@ -102,8 +102,8 @@ def plugin() -> None:
 
 @pytest.fixture
 def serving_args(plugin: None) -> Iterator[object]:
-    """Publish ``ServerArgs`` as SGLang's process-wide ones: ``serving_args(args)``."""
-    from sglang.srt.runtime_context import get_context
+    """Resolve ``ServerArgs``, and publish them as SGLang's process-wide ones: ``serving_args(args)``."""
+    from sglang_parts import publishing
 
-    with get_context().preserve_config():
-        yield get_context().set_server_args
+    with publishing() as publish:
+        yield publish

@@ -25,12 +25,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("scheduler_patch",),
     ("algorithm", "flags", "support"),
     ("worker",),
+    ("start_checks",),
     ("rounds",),
     ("sampling", "attention_backend"),
     ("draft_weights",),
     ("attention_backend.kernels",),
     ("attention_backend.page_table",),
     ("settings", "hook_registry", "spec_input", "metrics"),
+    ("sglang_compat",),
     ("",),
 )
 #: These of one layer must not import each other.

@@ -2,16 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 from typing import Any
 
+import pytest
 import torch
 from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
+from sglang.srt.runtime_context import get_server_args
 
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, UNNECESSARY_HOOKS
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
+
+
+def resolved(server_args: Any) -> Any:
+    """``server_args``, resolved as at the start of a server."""
+    if DECLARES_RESOLUTION:
+        server_args.resolve_once()
+    return server_args
+
+
+@contextmanager
+def publishing() -> Iterator[Callable[[Any], Any]]:
+    """A function that resolves ``ServerArgs`` and makes them the process's, until the end of the block."""
+    from sglang.srt import runtime_context
+
+    if not DECLARES_RESOLUTION:
+        context = runtime_context.get_context()
+        with context.preserve_config():
+            yield context.set_server_args
+        return
+    before = runtime_context.snapshot_context()
+    try:
+        yield lambda server_args: runtime_context.publish(resolved(server_args), role="scheduler")
+    finally:
+        runtime_context.restore_context(before)
+
+
+def request_in(row: int, **values: Any) -> Any:
+    """A request in ``row`` of ``req_to_token``, wherever SGLang keeps that."""
+    return SimpleNamespace(req_pool_idx=row, kv=SimpleNamespace(req_pool_idx=row), **values)
+
+
+def needs_hook(name: str) -> pytest.MarkDecorator:
+    """Skips a test of a hook that this SGLang does without."""
+    return pytest.mark.skipif(name in UNNECESSARY_HOOKS, reason="SGLang does by itself what this hook is for")
+
+
+def dummy_verify_input(create: Callable[..., Any], algorithm: Any, mask: torch.Tensor, width: int) -> Any:
+    """What ``spec_info.create_dummy_verify_input`` (or its original) makes of the published arguments."""
+    given = () if DECLARES_RESOLUTION else (get_server_args(),)
+    return create(algorithm, *given, mask, width, False)
 
 
 def verify_graph_runner(width: int, algorithm: Any = None) -> Any:
@@ -29,6 +73,7 @@ def verify_graph_runner(width: int, algorithm: Any = None) -> Any:
         is_dllm=False,
         max_bs=8,
         capture_hidden_mode=None,
+        record_nolora_graph=False,
         model_runner=SimpleNamespace(
             spec_algorithm=algorithm,
             device_timer=None,

@@ -9,12 +9,12 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers import schedule_policy
-from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.kv_manager.host_tier import HostTier
 from sglang_sparsespec.scheduler_patch.kv_manager.manager import RESTORE_ROUNDS, KVManager
 from sglang_sparsespec.settings import is_sparsespec, settings_of
+from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
 
 _ATTRIBUTE = "sparsespec_kv_manager"
 #: Room for output that a request needs to be admitted, in units of the growth that is kept
@@ -36,6 +36,8 @@ def manager_of(scheduler: Any) -> KVManager | None:
 def _make_manager(scheduler: Any) -> KVManager | None:
     if not _has_host_tier(scheduler.server_args):
         return None
+    from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
+
     tree = scheduler.tree_cache
     if not isinstance(tree, HiRadixCache):
         raise RuntimeError(
@@ -132,7 +134,9 @@ def name_the_flag(original: Callable[..., None], tree: Any, *args: Any, **kwargs
 
 
 def register_hooks() -> None:
-    """Register the hooks of this module."""
+    """Register the hooks of this module, where SGLang has the radix cache that they are for."""
+    if not HAS_HOST_TIER:
+        return
     scheduler = "sglang.srt.managers.scheduler.Scheduler."
     add_hook(scheduler + "get_new_batch_prefill", manage_kv, "around")
     add_hook(scheduler + "_add_request_to_queue", count_retraction, "after")

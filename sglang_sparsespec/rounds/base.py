@@ -22,7 +22,6 @@ from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 
 if TYPE_CHECKING:
-    from sglang.srt.managers.schedule_batch import ScheduleBatch
     from sglang.srt.managers.tp_worker import TpModelWorker
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
@@ -141,14 +140,6 @@ class RoundContext:
         if group.world_size == 1 or (is_all_greedy and self.simulated is None):
             return tensors
         return tuple(group.broadcast(tensor.contiguous(), src=0) for tensor in tensors)
-
-    def compute_logprobs(self, batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:
-        """Add log-probabilities of ``tokens`` (int64 [batch, W]) to ``logits_output``."""
-        from sglang.srt.layers.logprob_processor import compute_spec_v2_logprobs
-
-        # A chain's accepted tokens are its first ones, so every row is its own index.
-        index = torch.arange(tokens.numel(), device=tokens.device).view(tokens.shape)
-        compute_spec_v2_logprobs(batch, logits_output, tokens.flatten(), index, self.window - 1)
 
 
 def pad_window(tokens: torch.Tensor, window: int) -> torch.Tensor:

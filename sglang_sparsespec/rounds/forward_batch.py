@@ -12,6 +12,7 @@ from sglang.srt.model_executor.forward_batch_info import (
     enable_num_token_non_padded,
 )
 
+from sglang_sparsespec.sglang_compat import NUM_TOKENS
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
 
 
@@ -85,8 +86,8 @@ def verify_forward_batch(
         spec_info=spec_info,
         capture_hidden_mode=CaptureHiddenMode.NULL,
         global_forward_mode=ForwardMode.TARGET_VERIFY,
-        num_token_non_padded_cpu=windows.numel(),
     )
+    setattr(forward_batch, f"{NUM_TOKENS}_cpu", windows.numel())
     if enable_num_token_non_padded():
-        forward_batch.num_token_non_padded = torch.tensor(windows.numel(), dtype=torch.int32, device=windows.device)
+        setattr(forward_batch, NUM_TOKENS, torch.tensor(windows.numel(), dtype=torch.int32, device=windows.device))
     return forward_batch

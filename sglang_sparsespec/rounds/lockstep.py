@@ -21,6 +21,7 @@ from sglang.srt.speculative.spec_utils import (
 from sglang_sparsespec.rounds.base import Publish, RoundContext, RoundOutcome, pad_window
 from sglang_sparsespec.rounds.decode_steps import DecodeSteps
 from sglang_sparsespec.sampling.sampler import Sampler
+from sglang_sparsespec.sglang_compat import compute_logprobs
 from sglang_sparsespec.spec_input import SparseSpecVerifyInput
 
 if TYPE_CHECKING:
@@ -107,7 +108,7 @@ class LockstepRounds:
         new_seq_lens = seq_lens + accept_lens
         publish(new_seq_lens)
         if batch.return_logprob:
-            context.compute_logprobs(batch, logits_output, tokens)
+            compute_logprobs(batch, logits_output, tokens)
         return RoundOutcome(
             kind=self.drafter.kind,
             tokens=tokens,

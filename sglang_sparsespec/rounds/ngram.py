@@ -21,6 +21,7 @@ import torch
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.forward_batch import decode_forward_batch
 from sglang_sparsespec.sampling.sampler import Sampler
+from sglang_sparsespec.sglang_compat import kv_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import ScheduleBatch
@@ -96,7 +97,8 @@ class NgramDrafter:
 
     def note_prompts(self, batch: ScheduleBatch) -> None:
         """Take over the tokens of a prefill batch."""
-        self.history.note_prompts([req.req_pool_idx for req in batch.reqs], [req.get_fill_ids() for req in batch.reqs])
+        rows = [kv_of(req).req_pool_idx for req in batch.reqs]
+        self.history.note_prompts(rows, [req.get_fill_ids() for req in batch.reqs])
 
     def draft(self, batch: ScheduleBatch, num_drafts: int) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Draft up to k tokens per request, whatever ``num_drafts`` says; see :meth:`lockstep.Drafter.draft`."""

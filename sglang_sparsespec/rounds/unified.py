@@ -19,6 +19,7 @@ from sglang_sparsespec.rounds.graphs import StepGraphs, decode_batch_sizes
 from sglang_sparsespec.rounds.unified_schedule import StaggeredForward, UnifiedSchedule, forward_capacity
 from sglang_sparsespec.rounds.windows import CapturedForward, ForwardWork, Windows, pack_round
 from sglang_sparsespec.sampling.sampler import Sampler
+from sglang_sparsespec.sglang_compat import compute_logprobs, kv_of
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
@@ -55,11 +56,11 @@ class UnifiedRounds:
 
     def forget(self, batch: ScheduleBatch) -> None:
         """The requests of a prefill batch have no drafts."""
-        self.schedule.forget(req.req_pool_idx for req in batch.reqs)
+        self.schedule.forget(kv_of(req).req_pool_idx for req in batch.reqs)
 
     def lose_drafts(self, reqs: Iterable[Req]) -> None:
         """The KV of these requests' drafts is gone; they begin a new window, in the phase that they had."""
-        self.schedule.lose_drafts(req.req_pool_idx for req in reqs)
+        self.schedule.lose_drafts(kv_of(req).req_pool_idx for req in reqs)
 
     @staticmethod
     def lockstep_reason(batch: ScheduleBatch) -> str | None:
@@ -73,7 +74,7 @@ class UnifiedRounds:
         return None
 
     def _forwards(self, batch: ScheduleBatch) -> tuple[StaggeredForward, ...]:
-        rows = [req.req_pool_idx for req in batch.reqs]
+        rows = [kv_of(req).req_pool_idx for req in batch.reqs]
         # The generation tells a request from itself before a retraction, should no prefill be between.
         generations = self._pool.req_generation[rows].tolist()
         owners = zip((req.rid for req in batch.reqs), generations, strict=True)
@@ -187,7 +188,7 @@ class UnifiedRounds:
         logits = window_logits.flatten(0, 1) if window_logits is not None else None
         logits_output = LogitsProcessorOutput(next_token_logits=logits)
         if batch.return_logprob:
-            self.context.compute_logprobs(batch, logits_output, tokens)
+            compute_logprobs(batch, logits_output, tokens)
         return RoundOutcome(
             kind=self.kind,
             tokens=tokens,

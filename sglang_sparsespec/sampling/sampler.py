@@ -19,6 +19,7 @@ import torch
 
 from sglang_sparsespec.sampling import reference, triton_sampling
 from sglang_sparsespec.sampling.parameters import RowParameters, has_filters
+from sglang_sparsespec.sglang_compat import in_force
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -175,7 +176,8 @@ def draft_logits_dtype(model_runner: ModelRunner) -> torch.dtype:
     would be lossless as well: drafts are drawn from what is kept. But fewer would be accepted.)
     """
     config = model_runner.model_config.hf_text_config
-    in_float32 = model_runner.server_args.enable_fp32_lm_head or getattr(config, "final_logit_softcapping", None)
+    args = in_force(model_runner.server_args)
+    in_float32 = args.enable_fp32_lm_head or getattr(config, "final_logit_softcapping", None)
     return torch.float32 if in_float32 else model_runner.dtype
 
 

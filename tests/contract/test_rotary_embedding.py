@@ -1,4 +1,4 @@
-"""Where SGLang 0.5.17 imports vLLM's rotary embedding; ``scheduler_patch.cpu`` stands in for it there and nowhere else."""
+"""Where SGLang imports vLLM's rotary embedding; ``scheduler_patch.cpu`` stands in for it there and nowhere else."""
 
 from __future__ import annotations
 

@@ -116,7 +116,7 @@ def run_round(monkeypatch: pytest.MonkeyPatch, drafts: int = 3, **batch_args: An
     target: Any = SimpleNamespace(model_runner=runner, forward_batch_generation=runner.verify)
     args: Any = SimpleNamespace(device="cpu", speculative_num_steps=3, speculative_num_draft_tokens=4)
     attach_settings(args, Settings(speculate="always"))
-    worker = SparseSpecWorker(args, 0, SimpleNamespace(tp_rank=0, dp_rank=None), 0, target)
+    worker = SparseSpecWorker(server_args=args, target_worker=target)
     worker.alloc_memory_pool(req_to_token_pool=runner.attn_backend.req_to_token_pool)
     worker.init_attention_backends()
     worker.init_cuda_graphs()

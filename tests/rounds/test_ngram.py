@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from sglang_parts import request_in
 
 from sglang_sparsespec.rounds.base import RoundContext
 from sglang_sparsespec.rounds.ngram import NgramDrafter, TokenHistory
@@ -99,7 +100,7 @@ def drafted(monkeypatch: pytest.MonkeyPatch) -> Any:
     context = RoundContext(worker, runner, backend, WINDOW, metrics, None, torch.float32, penalties, capture=False)
     drafter = NgramDrafter(context)
     prompts = [[10, 11, 12, 13, 10, 11, 12, 13], [1, 2, 3]]
-    reqs = [SimpleNamespace(req_pool_idx=row, get_fill_ids=lambda p=p: p) for row, p in zip((2, 1), prompts, strict=True)]
+    reqs = [request_in(row, get_fill_ids=lambda p=p: p) for row, p in zip((2, 1), prompts, strict=True)]
     info = SimpleNamespace(
         is_all_greedy=True, temperatures=None, top_ks=None, top_ps=None, min_ps=None, sampling_seed=None,
         need_top_k_sampling=False, need_top_p_sampling=False, need_min_p_sampling=False,

@@ -18,6 +18,7 @@ import torch
 from interpreter_child import assert_passes_in_the_interpreter
 from penalty_checks import ENDS, request
 from scipy.stats import chi2
+from sglang_parts import request_in
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.attention_backend.forward_plan import Mixed
@@ -227,13 +228,15 @@ class RuleServer:
         needs = ("need_top_k_sampling", "need_top_p_sampling", "need_min_p_sampling")
         sampling_info = SimpleNamespace(**{**dict.fromkeys(names), **dict.fromkeys(needs, False), **info})
         batch: Any = SimpleNamespace(
-            reqs=[SimpleNamespace(req_pool_idx=row, rid=f"request {row}") for row in rows],
+            reqs=[request_in(row, rid=f"request {row}") for row in rows],
             req_pool_indices=torch.tensor(rows),
             seq_lens=torch.tensor([len(sequence) - 1 for sequence in sequences]),
             sampling_info=sampling_info,
             has_grammar=False,
             return_hidden_states=False,
             return_logprob=False,
+            top_logprobs_nums=None,
+            token_ids_logprobs=None,
         )
         batch.__dict__.update(batch_args)
         bonus_tokens = torch.tensor([sequence[-1] for sequence in sequences])
@@ -420,7 +423,7 @@ def test_requests_whose_round_ran_in_lockstep_begin_new_windows(rule_server: Cal
     for row in (1, 2):
         server.admit(row, 5)
     server.round([1, 2])
-    reqs: Any = [SimpleNamespace(req_pool_idx=row) for row in (1, 2)]
+    reqs: Any = [request_in(row) for row in (1, 2)]
     server.rounds.lose_drafts(reqs)
     server.round([1, 2])
     phases = [server.rounds.schedule.phase(row) for row in (1, 2)]
@@ -440,7 +443,7 @@ def test_a_request_whose_kv_was_moved_verifies_new_drafts_only(
     phase = server.rounds.schedule.phase(2)
     assert phase == 2 and len(server.sequences[2]) == 7
     if moved:
-        req: Any = SimpleNamespace(req_pool_idx=2)
+        req: Any = request_in(2)
         server.rounds.lose_drafts([req])
     server.round([1])  # without it
     count = server.round([1, 2]).accept_lens.tolist()[1]
@@ -530,8 +533,8 @@ def sampled_round(server: RuleServer, rows: list[int]) -> Any:
         "need_min_p_sampling": any(min_p > 0 for *_, min_p in given),
     }
     reqs = [
-        SimpleNamespace(
-            req_pool_idx=row,
+        request_in(
+            row,
             rid=f"request {row}",
             sampling_params=SimpleNamespace(top_k=k, top_p=1.0, min_p=SAMPLED[row][2]),
         )

@@ -19,10 +19,20 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture
 def resolve(plugin: None, llama: str) -> Callable[..., Any]:
-    """``ServerArgs`` that ask for SPARSESPEC on CPU; keyword arguments are added."""
-    from sglang.srt.server_args import ServerArgs
+    """``ServerArgs`` that ask for SPARSESPEC on CPU, resolved; keyword arguments are added, as to ``sglang.Engine``."""
+    from sglang.srt.entrypoints.engine import Engine
+    from sglang_parts import resolved
 
     def make(**kwargs: Any) -> Any:
-        return ServerArgs(**{"model_path": llama, "device": "cpu", "speculative_algorithm": ALGORITHM, **kwargs})
+        asked = {"model_path": llama, "device": "cpu", "speculative_algorithm": ALGORITHM, **kwargs}
+        return resolved(Engine.server_args_class(**asked))
 
     return make
+
+
+@pytest.fixture
+def serving_plain(serving_args: Callable[[Any], None], llama: str) -> None:
+    """This process serves on CPU without speculation."""
+    from sglang.srt.server_args import ServerArgs
+
+    serving_args(ServerArgs(model_path=llama, device="cpu"))

@@ -9,12 +9,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from sglang_parts import needs_hook
 
 from sglang_sparsespec.scheduler_patch.accepted_run import (
     finish_token_by_token,
     top_logprobs_of_each_token,
     true_accept_length,
 )
+from sglang_sparsespec.sglang_compat import kv_of
 
 VOCAB = 12
 #: The text of each token: some are two letters, so that a stop string can begin or end inside of a token.
@@ -72,7 +74,7 @@ def outcome(req: Any) -> tuple[Any, ...]:
     kept = req.output_ids_through_stop
     reason = req.finished_reason.to_json() if req.finished_reason else None
     # The output streamer settles the length of a request that ended without one.
-    return list(kept), reason, req.kv_committed_len if reason else None, req.reasoning_tokens
+    return list(kept), reason, kv_of(req).kv_committed_len if reason else None, req.reasoning_tokens
 
 
 def decode(req: Any, update: Any, tokens: list[int], runs: list[int], think_end: int = 9, grammar_end: int = 10**9) -> Any:
@@ -85,7 +87,7 @@ def decode(req: Any, update: Any, tokens: list[int], runs: list[int], think_end:
         if not accepted or req.finished():
             break
         done += len(accepted)
-        req.kv_committed_len += len(accepted)
+        kv_of(req).kv_committed_len += len(accepted)
         if req.grammar is not None:
             req.grammar.ended = done >= grammar_end
         req.output_ids.extend(accepted)
@@ -118,7 +120,7 @@ def settle(case: int, update: Any, original: Any) -> tuple[tuple[Any, ...], tupl
     found = []
     for rule, runs in ((original, [1] * 40), (update, [dice.randint(1, 9) for _ in range(40)])):
         req = make_request(**sampling)
-        req.kv_committed_len = len(PROMPT) - 1
+        kv_of(req).kv_committed_len = len(PROMPT) - 1
         if has_grammar:
             req.grammar = Grammar()
         found.append(outcome(decode(req, rule, tokens, runs, grammar_end=grammar_end if has_grammar else 10**9)))
@@ -169,6 +171,7 @@ def test_accept_length_is_that_of_verifications(algorithm: str, expected: float)
     assert nothing == {}
 
 
+@needs_hook("top_logprobs_of_each_token")
 @pytest.mark.parametrize("algorithm", ["SPARSESPEC", "NGRAM"])
 def test_streamed_tokens_have_their_own_top_logprobs(algorithm: str, plugin: None) -> None:
     from sglang.srt.entrypoints.openai.serving_chat import OpenAIServingChat

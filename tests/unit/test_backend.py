@@ -6,8 +6,20 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from sglang.srt.layers.attention import base_attn_backend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
-from small_backend import CONTEXT, HEAD_DIM, NUM_KV_HEADS, NUM_LAYERS, NUM_Q_HEADS, ROWS, WINDOW, SmallServer, attended
+from small_backend import (
+    CONTEXT,
+    HEAD_DIM,
+    NUM_KV_HEADS,
+    NUM_LAYERS,
+    NUM_Q_HEADS,
+    ROWS,
+    WINDOW,
+    BaseBackend,
+    SmallServer,
+    attended,
+)
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft
 from sglang_sparsespec.attention_backend.lse_hints import LseHints
@@ -243,3 +255,19 @@ def test_a_tail_of_plain_tokens_never_exceeds_what_the_kernels_were_told() -> No
         assert len(seen) == min(longest, len(server.selected(1)) + length + WINDOW - (40 - WINDOW))
         assert {*server.selected(1), length, length + WINDOW - 1} <= seen, "the newest tokens are kept"
     assert int(server.backend.table.tail_start[2]) == 20 - WINDOW
+
+
+@pytest.mark.skipif(not hasattr(base_attn_backend, "SharedReadEnds"), reason="SGLang asks no backend when its reads end")
+@pytest.mark.parametrize("mode", [ForwardMode.DECODE, ForwardMode.TARGET_VERIFY, ForwardMode.EXTEND])
+def test_the_scheduler_waits_for_whole_forwards(mode: ForwardMode) -> None:
+    """Every layer reads ``req_to_token``; SGLang would write to it again once a verification has been planned."""
+    backend = SmallServer().backend
+    assert backend.shared_read_ends(mode) is base_attn_backend.SharedReadEnds.UNKNOWN
+    early = base_attn_backend.AttentionBackend.shared_read_ends(backend, ForwardMode.TARGET_VERIFY)
+    assert early is base_attn_backend.SharedReadEnds.IN_REPLAY, "SGLang's own answer has changed"
+
+
+def test_properties_of_prefill_are_the_base_backends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(BaseBackend, "extend_dummy_seqs_capped_by_req_pool", True, raising=False)
+    assert SmallServer().backend.extend_dummy_seqs_capped_by_req_pool
+    assert not hasattr(SmallServer().backend, "extend_attention_block_m")

@@ -24,7 +24,7 @@ from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
 from sglang.srt.speculative.spec_utils import GrammarTree, build_grammar_vocab_mask
 from sglang.srt.utils import common
-from sglang_parts import relay_a_round
+from sglang_parts import needs_hook, relay_a_round
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.scheduler_patch.cpu import (
@@ -128,14 +128,24 @@ def test_positions_are_rotated_as_in_sglangs_reference(is_neox: bool) -> None:
 # ---------------------------------------------------------------------- Triton kernels
 
 
+def let_triton_work(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SGLang believes that it runs on a platform with Triton, as on a host with a GPU."""
+    platform = SimpleNamespace(capabilities=SimpleNamespace(supports_triton=True))
+    monkeypatch.setattr(common, "current_platform", platform, raising=False)
+
+
 @pytest.mark.usefixtures("serving")
-def test_sglang_takes_the_backend_for_one_with_triton() -> None:
+def test_sglang_takes_the_backend_for_one_with_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    let_triton_work(monkeypatch)
     assert common.support_triton.__wrapped__(ATTENTION_BACKEND) is True
     assert common.support_triton(ATTENTION_BACKEND) is False
 
 
-def test_triton_is_used_on_cuda(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) -> None:
+def test_triton_is_used_on_cuda(
+    serving_args: Callable[[Any], None], resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     serving_args(resolve(device="cuda", mem_fraction_static=0.8))
+    let_triton_work(monkeypatch)
     assert common.support_triton(ATTENTION_BACKEND) is True
 
 
@@ -175,6 +185,7 @@ def relay() -> FutureMap:
 
 
 @pytest.mark.usefixtures("serving")
+@needs_hook("relay_on_cpu")
 def test_sglang_cannot_relay_drafts_on_cpu(relay: FutureMap) -> None:
     """It calls ``record_stream`` with a CPU stream, which is none."""
     with pytest.raises(RuntimeError):
@@ -225,13 +236,19 @@ END = [False] * 11 + [True]
 ANY = [True] * 12
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had")
+@needs_hook("apply_grammar_on_cpu")
 @pytest.mark.usefixtures("serving")
-def test_sglang_pins_grammar_masks_everywhere(grammar: Any) -> None:
-    with pytest.raises(RuntimeError):
-        inspect.unwrap(xgrammar_backend._allocate_token_bitmask)(len(TOKENS), 1)
+def test_sglang_applies_grammar_masks_on_gpus_only(grammar: Any) -> None:
     with pytest.raises(RuntimeError, match="Unsupported device"):
         inspect.unwrap(type(grammar).apply_vocab_mask)(grammar, torch.zeros(1, 12), torch.zeros(1, 1, dtype=torch.int32))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="pinned memory can be had")
+@needs_hook("grammar_mask_on_cpu")
+@pytest.mark.usefixtures("serving")
+def test_sglang_pins_grammar_masks_everywhere() -> None:
+    with pytest.raises(RuntimeError):
+        inspect.unwrap(xgrammar_backend._allocate_token_bitmask)(len(TOKENS), 1)
 
 
 @pytest.mark.usefixtures("serving")

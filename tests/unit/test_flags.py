@@ -11,10 +11,12 @@ from typing import Any
 
 import make_docs
 import pytest
+from sglang_parts import resolved
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.flags import REMOVED, REMOVED_FLAGS, add_cli_args, removal_of
 from sglang_sparsespec.settings import FLAGS, POLICIES, Settings, flag_of, make_settings, settings_of
+from sglang_sparsespec.sglang_compat import HAS_HOST_TIER, in_force
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -64,16 +66,16 @@ def test_every_setting_is_a_flag_in_help(help_text: str) -> None:
     assert "Default: 0.05 (0.07 with vegas)." in help_text
 
 
-@pytest.mark.parametrize("setting", OTHER_VALUES)
+@pytest.mark.parametrize("setting", [name for name in OTHER_VALUES if name != "host_kv_gb" or HAS_HOST_TIER])
 def test_a_setting_is_accepted_on_the_command_line(setting: str, llama: str) -> None:
     asked = ["--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM]
-    found = settings_of(parse(*asked, flag_of(setting), str(OTHER_VALUES[setting])))
+    found = settings_of(resolved(parse(*asked, flag_of(setting), str(OTHER_VALUES[setting]))))
     assert getattr(found, setting) == OTHER_VALUES[setting]
-    expected = dataclasses.replace(settings_of(parse(*asked)), **{setting: OTHER_VALUES[setting]})
+    expected = dataclasses.replace(settings_of(resolved(parse(*asked))), **{setting: OTHER_VALUES[setting]})
     assert found == expected, "another setting changed with it"
 
 
-@pytest.mark.parametrize("setting", OTHER_VALUES)
+@pytest.mark.parametrize("setting", [name for name in OTHER_VALUES if name != "host_kv_gb" or HAS_HOST_TIER])
 def test_a_setting_is_accepted_as_a_keyword(setting: str, resolve: Callable[..., Any]) -> None:
     found = settings_of(resolve(**{f"sparsespec_{setting}": OTHER_VALUES[setting]}))
     assert getattr(found, setting) == OTHER_VALUES[setting]
@@ -159,13 +161,14 @@ def test_vegas_has_a_draft_length_and_ratio_of_its_own(llama: str, resolve: Call
         parse("--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM,
               "--sparsespec-draft-policy", "vegas"),
     ):  # fmt: skip
+        args = in_force(resolved(args))
         assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (6, 7)
         assert settings_of(args).budget_ratio == 0.07
 
 
 def test_a_given_draft_length_and_ratio_are_kept_with_vegas(resolve: Callable[..., Any]) -> None:
     args = resolve(sparsespec_draft_policy="vegas", speculative_num_steps=8, sparsespec_budget_ratio=0.05)
-    assert args.speculative_num_steps == 8 and settings_of(args).budget_ratio == 0.05
+    assert in_force(args).speculative_num_steps == 8 and settings_of(args).budget_ratio == 0.05
 
 
 # ----------------------------------------------------------------------------- removed

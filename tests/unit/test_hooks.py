@@ -1,4 +1,4 @@
-"""What SGLang 0.5.17 assumes of a speculative algorithm, shown and avoided.
+"""What SGLang assumes of a speculative algorithm, shown and avoided.
 
 A test named ``sglang_...`` shows what SGLang does without the hook: when it fails after an update of SGLang, the hook may
 have become unnecessary or wrong.
@@ -17,11 +17,10 @@ from sglang.srt.managers.scheduler import Scheduler
 from sglang.srt.mem_cache import kv_cache_builder
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
-from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative import spec_info
 from sglang.srt.speculative.ngram_info import NgramVerifyInput
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
-from sglang_parts import draft_batch, verify_graph_runner
+from sglang_parts import draft_batch, dummy_verify_input, needs_hook, verify_graph_runner
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.algorithm import SparseSpecAlgorithm
@@ -45,12 +44,6 @@ def serving(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) ->
     serving_args(resolve())
 
 
-@pytest.fixture
-def serving_plain(serving_args: Callable[[Any], None], llama: str) -> None:
-    """This process serves on CPU without speculation."""
-    serving_args(ServerArgs(model_path=llama, device="cpu"))
-
-
 # ------------------------------------------------------------- the algorithm's interface
 
 
@@ -62,6 +55,7 @@ def test_the_algorithm_has_every_method_of_sglangs_own() -> None:
         if callable(value) and not name.startswith("_") and not isinstance(value, SpeculativeAlgorithm)
     }
     methods -= {"from_string", "register"}  # class methods of the enum
+    methods -= {"get_platform_worker_cls"}  # of workers that SGLang has itself
     assert {"create_future_map", "carries_draft_hidden_states", "need_topk"} < methods
     assert methods <= set(dir(SparseSpecAlgorithm))
 
@@ -81,28 +75,35 @@ def test_the_algorithm_relays_only_tokens_and_lengths(algorithm: Any) -> None:
 def test_sglang_sizes_the_kv_pool_after_capture_and_tells_no_worker() -> None:
     """``SGLANG_ENABLE_POST_CAPTURE_KV_SIZING``: when workers capture, slots have no memory behind them yet."""
     source = inspect.getsource(inspect.unwrap(Scheduler.init_model_worker))
-    capture, resize = source.index("self.init_all_cuda_graphs()"), source.index("post_capture_resize_kv_pool()")
-    assert capture < resize and "self.draft_worker." not in source[resize:]
+    capture, resize = source.index("self.init_all_cuda_graphs()"), source.index("post_capture_resize_kv_pool(")
+    told = source[resize:].replace("self.draft_worker._draft_model_runners()", "")  # a draft model's pool is resized too
+    assert capture < resize and "self.draft_worker." not in told
 
 
 def test_rounds_are_timed_when_the_workers_are_ready(monkeypatch: pytest.MonkeyPatch) -> None:
     class Worker:
         measured = 0
+        model_runner = "runner"
 
         def measure_rounds(self) -> None:
             self.measured += 1
 
     monkeypatch.setattr(hooks, "SparseSpecWorker", Worker)
+    checked: list[tuple[str, Any]] = []
+    for check in ("check_row_width", "check_relay"):
+        monkeypatch.setattr(hooks, check, lambda runner, check=check: checked.append((check, runner)))
     worker = Worker()
     time_rounds(None, SimpleNamespace(draft_worker=worker))
     time_rounds(None, SimpleNamespace(draft_worker=None))
     time_rounds(None, SimpleNamespace(draft_worker=SimpleNamespace()))
     assert worker.measured == 1
+    assert checked == [("check_row_width", "runner"), ("check_relay", "runner")]
 
 
 # ------------------------------------------------------------ no draft worker, no draft pool
 
 
+@needs_hook("no_draft_kv_pool")
 def test_sglang_looks_for_a_draft_kv_pool_in_an_absent_draft_worker(algorithm: Any) -> None:
     worker: Any = SimpleNamespace(draft_worker=None)
     args: Any = SimpleNamespace(enable_multi_layer_eagle=False)
@@ -112,6 +113,7 @@ def test_sglang_looks_for_a_draft_kv_pool_in_an_absent_draft_worker(algorithm: A
     assert kv_cache_builder.get_draft_kv_pool(**asked) is None
 
 
+@needs_hook("no_draft_kv_pool")
 def test_other_algorithms_draft_kv_pool_is_found() -> None:
     pool = object()
     runner = SimpleNamespace(token_to_kv_pool=pool)
@@ -154,11 +156,11 @@ def test_sglang_replays_the_verify_graph_for_one_token_batches(algorithm: Any) -
     assert not runner.can_run_graph(draft_batch(SparseSpecDraftInput(torch.zeros(2), torch.zeros(2))))
 
 
+@pytest.mark.usefixtures("serving")
 def test_sglang_captures_unknown_algorithms_without_a_verify_input(algorithm: Any) -> None:
-    args: Any = SimpleNamespace(speculative_num_draft_tokens=9)
     mask = torch.ones(1, dtype=torch.bool)
-    assert spec_info.create_dummy_verify_input.__wrapped__(algorithm, args, mask, 9, False) is None
-    captured = spec_info.create_dummy_verify_input(algorithm, args, mask, 9, False)
+    assert dummy_verify_input(spec_info.create_dummy_verify_input.__wrapped__, algorithm, mask, 9) is None
+    captured = dummy_verify_input(spec_info.create_dummy_verify_input, algorithm, mask, 9)
     assert isinstance(captured, SparseSpecVerifyInput)
     assert captured.draft_token_num == captured.num_tokens_per_req == 9 and captured.custom_mask is None
     assert captured.is_verify_input() and not captured.is_draft_input()
@@ -171,11 +173,12 @@ def test_sglang_captures_the_verify_graph_of_unknown_algorithms_without_one(algo
     assert isinstance(captured, SparseSpecVerifyInput) and captured.num_tokens_per_req == 9
 
 
+@pytest.mark.usefixtures("serving")
 def test_other_algorithms_capture_their_own_verify_input() -> None:
-    args: Any = SimpleNamespace(speculative_num_draft_tokens=5)
     mask = torch.ones(1, dtype=torch.bool)
-    assert spec_info.create_dummy_verify_input(SpeculativeAlgorithm.NONE, args, mask, 5, False) is None
-    ngram = spec_info.create_dummy_verify_input(SpeculativeAlgorithm.NGRAM, args, mask, 5, False)
+    create = spec_info.create_dummy_verify_input
+    assert dummy_verify_input(create, SpeculativeAlgorithm.NONE, mask, 9) is None
+    ngram = dummy_verify_input(create, SpeculativeAlgorithm.NGRAM, mask, 9)
     assert isinstance(ngram, NgramVerifyInput) and ngram.custom_mask is mask
 
 

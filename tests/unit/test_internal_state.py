@@ -54,7 +54,7 @@ def scheduler_of(worker: Any, policy: str = "pillar") -> SimpleNamespace:
     settings = Settings(draft_policy=policy)
     return SimpleNamespace(
         draft_worker=worker,
-        server_args=SimpleNamespace(speculative_algorithm="SPARSESPEC", sparsespec_settings=settings),
+        server_args=SimpleNamespace(speculative_algorithm="SPARSESPEC", _sparsespec_settings=settings),
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: 90),
         max_total_num_tokens=100,
     )

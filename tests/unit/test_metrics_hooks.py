@@ -9,6 +9,7 @@ import pytest
 
 from sglang_sparsespec.scheduler_patch import metrics_hooks
 from sglang_sparsespec.scheduler_patch.metrics_hooks import count_verifications, report_draft_metrics
+from sglang_sparsespec.sglang_compat import COUNTS_CORRECT_DRAFTS
 
 
 class Worker:
@@ -47,7 +48,7 @@ def settle(worker: Any, reqs: list[Req], accepted: list[int], **outcome: Any) ->
     """SGLang settles a round of ``reqs``; the metrics reporter."""
     values = {"plain_steps": 0, "drafted": 8, **outcome}
     result = SimpleNamespace(outcome=SimpleNamespace(**values), num_correct_drafts_per_req_cpu=accepted)
-    reporter = SimpleNamespace(spec_num_forward_ct=10)
+    reporter = SimpleNamespace(spec_num_forward_ct=10, spec_num_correct_drafts=20)
     processor = SimpleNamespace(model_worker=worker, metrics_reporter=reporter)
     count_verifications(None, processor, result, SimpleNamespace(reqs=reqs))
     return reporter
@@ -74,6 +75,8 @@ def test_plain_rounds_count_as_forwards_of_one_token(worker: Worker) -> None:
     reporter = settle(worker, reqs, [3, 3], plain_steps=4, drafted=0)
     assert worker.told == []
     assert reporter.spec_num_forward_ct == 10 + 3 * 2
+    # SGLang is about to add 3 + 3 where it has such a counter.
+    assert reporter.spec_num_correct_drafts == (20 - 6 if COUNTS_CORRECT_DRAFTS else 20)
     assert (reqs[0].spec_verify_ct, reqs[0].spec_num_correct_drafts) == (4, 0)
     assert reqs[0].spec_correct_drafts_histogram == [4, 0, 0, 0]
     assert (reqs[1].spec_verify_ct, reqs[1].spec_num_correct_drafts) == (1, 3)

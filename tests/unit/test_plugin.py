@@ -16,19 +16,28 @@ from typing import Any
 import pytest
 import torch
 from preloaded import start_program
+from sglang_parts import resolved
 
-from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND, SGLANG_VERSION, hook_registry
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND, hook_registry
 from sglang_sparsespec import plugin as plugin_module
 from sglang_sparsespec.plugin import PluginUnavailableError
+from sglang_sparsespec.sglang_compat import SUPPORTED, VERSION
 
-OTHER_VERSION = "0.5.16"
+OTHER_VERSION = "0.5.22"
 SENTENCE = (
-    f"sglang-sparsespec needs sglang=={SGLANG_VERSION}, but sglang {OTHER_VERSION} is installed; "
-    f"run `pip install sglang=={SGLANG_VERSION}`"
+    f"sglang-sparsespec needs sglang {SUPPORTED[0]} or {SUPPORTED[1]}, but sglang {OTHER_VERSION} is installed; run `pip "
+    f"install sglang=={SUPPORTED[-1]}`, or install the tag of sglang-sparsespec that was made for sglang {OTHER_VERSION}."
 )
+#: In a program: a function that resolves ``ServerArgs`` where that does not happen as they are made.
+RESOLVE = """
+def resolved(args):
+    if hasattr(args, "resolve_once"):
+        args.resolve_once()
+    return args
+"""
 
 #: Engine and ServerArgs under a wrong SGLang version; prints one JSON object.
-WRONG_VERSION_IN_CODE = """
+WRONG_VERSION_IN_CODE = RESOLVE + """
 import json, sys
 import sglang
 from sglang.srt.plugins import load_plugins
@@ -39,8 +48,8 @@ asked = dict(model_path=model, device="cpu", speculative_algorithm="SPARSESPEC")
 attempts = {
     "engine": lambda: sglang.Engine(**asked),
     "engine_with_settings": lambda: sglang.Engine(**asked, sparsespec_min_budget=64),
-    "server_args": lambda: ServerArgs(**asked),
-    "not_asked_for": lambda: ServerArgs(model_path=model, device="cpu"),
+    "server_args": lambda: resolved(ServerArgs(**asked)),
+    "not_asked_for": lambda: resolved(ServerArgs(model_path=model, device="cpu")),
 }
 for name, attempt in attempts.items():
     try:
@@ -52,12 +61,15 @@ print("ANSWER " + json.dumps(found))
 """
 
 #: What SGLang resolves without SPARSESPEC; prints one JSON object.
-RESOLVED_ARGS = """
+RESOLVED_ARGS = RESOLVE + """
 import dataclasses, json, os, sys
 from sglang.srt.plugins import load_plugins
 load_plugins()
 prometheus = "prometheus_client" in sys.modules
 from sglang.srt import server_args as sa
+def values(args):
+    fields = args.resolved_dict() if hasattr(args, "resolved_dict") else dataclasses.asdict(args)
+    return json.loads(json.dumps(fields, default=str))
 common = dict(model_path=sys.argv[1], random_seed=1, port=31150, nccl_port=31151)
 cases = {
     "cpu": dict(device="cpu"),
@@ -69,9 +81,9 @@ cases = {
 }
 found = {}
 for name, case in cases.items():
-    found[name] = json.loads(json.dumps(dataclasses.asdict(sa.ServerArgs(**common, **case)), default=str))
+    found[name] = values(resolved(sa.ServerArgs(**common, **case)))
 line = ["--model-path", sys.argv[1], "--device", "cpu", "--random-seed", "1", "--port", "31150"]
-found["command line"] = json.loads(json.dumps(dataclasses.asdict(sa.prepare_server_args(line)), default=str))
+found["command line"] = values(resolved(sa.prepare_server_args(line)))
 found["vllm"] = "vllm" in sys.modules
 found["prometheus"] = prometheus
 found["loaded"] = "sglang_sparsespec.worker" in sys.modules
@@ -206,12 +218,12 @@ def test_the_command_line_is_read_as_sglang_reads_it(argv: list[str], asked: boo
 @pytest.fixture
 def scratch_registry(plugin: None, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """SGLang's registries and arguments, to be changed without leaving traces."""
+    from sglang.srt.entrypoints.engine import Engine
     from sglang.srt.plugins.hook_registry import HookRegistry
-    from sglang.srt.server_args import ServerArgs
     from sglang.srt.speculative import spec_registry
 
     registry: dict[str, Any] = {}
-    monkeypatch.setattr(ServerArgs, "__init__", ServerArgs.__init__)
+    monkeypatch.setattr(Engine, "server_args_class", vars(Engine)["server_args_class"])
     hooks = {target: list(registered) for target, registered in HookRegistry._hooks.items()}
     monkeypatch.setattr(HookRegistry, "_hooks", defaultdict(list, hooks))
     monkeypatch.setattr(spec_registry, "_REGISTRY", registry)
@@ -268,7 +280,7 @@ def test_a_plugin_that_failed_halfway_refuses_its_algorithm(
     register_and_fail(step, monkeypatch)
     assert list(scratch_registry) == [ALGORITHM]
     with pytest.raises(PluginUnavailableError, match="failed to load: RuntimeError: broken"):
-        ServerArgs(model_path=llama, device="cpu", speculative_algorithm=ALGORITHM)
+        resolved(ServerArgs(model_path=llama, device="cpu", speculative_algorithm=ALGORITHM))
 
 
 def test_cuda_without_flashinfer_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -289,7 +301,7 @@ def half_applied(plugin: None, monkeypatch: pytest.MonkeyPatch) -> str:
     """One hook of the plugin is not in force; returns its target."""
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    target = "sglang.srt.mem_cache.kv_cache_builder.get_draft_kv_pool"
+    target = "sglang.srt.mem_cache.memory_pool.MHATokenToKVPool._init_kv_copy_and_warmup"
     assert target in HookRegistry._patched
     monkeypatch.setattr(HookRegistry, "_patched", HookRegistry._patched - {target})
     return target
@@ -306,7 +318,7 @@ def test_a_hook_that_sglang_could_not_apply_is_only_logged_by_sglang(
     missing = "sglang.srt.mem_cache.kv_cache_builder.a_function_that_was_renamed"
     hook_registry.add_hook(missing, lambda result: None, "after")
     HookRegistry.apply_hooks()
-    with pytest.raises(RuntimeError, match=f"partly loaded.*{missing}.*reinstall sglang=={SGLANG_VERSION}"):
+    with pytest.raises(RuntimeError, match=f"partly loaded.*{missing}.*reinstall sglang=={VERSION}"):
         hook_registry.assert_hooks_applied()
 
 
@@ -314,7 +326,7 @@ def test_half_applied_hooks_are_refused_at_start_up(half_applied: str, llama: st
     from sglang.srt.server_args import ServerArgs
 
     with pytest.raises(RuntimeError, match=half_applied):
-        ServerArgs(model_path=llama, device="cpu", speculative_algorithm=ALGORITHM)
+        resolved(ServerArgs(model_path=llama, device="cpu", speculative_algorithm=ALGORITHM))
 
 
 def test_half_applied_hooks_are_refused_by_the_worker(half_applied: str) -> None:
@@ -323,7 +335,7 @@ def test_half_applied_hooks_are_refused_by_the_worker(half_applied: str) -> None
 
     nothing: Any = None
     with pytest.raises(RuntimeError, match=half_applied):
-        SparseSpecWorker(nothing, 0, nothing, 0, nothing)
+        SparseSpecWorker(server_args=nothing, target_worker=nothing)
 
 
 def test_no_hooks_at_all_are_refused(plugin: None, monkeypatch: pytest.MonkeyPatch) -> None:

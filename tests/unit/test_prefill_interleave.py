@@ -41,11 +41,11 @@ class Metrics:
 def scheduler(last: str | None = "prefill", **changes: Any) -> Any:
     """A scheduler after a batch, with a prompt of 100 tokens of which 40 are prefilled, and ample memory."""
     batch = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: last == "prefill"))
-    args = SimpleNamespace(sparsespec_settings=Settings(prefill_beside_decoding=True))
+    args = SimpleNamespace(_sparsespec_settings=Settings(prefill_beside_decoding=True))
     values = {
         "server_args": args,
         "last_batch": batch if last else None,
-        "chunked_req": SimpleNamespace(full_untruncated_fill_ids=range(100), prefix_indices=range(40)),
+        "chunked_req": SimpleNamespace(full_untruncated_fill_ids=range(100), prefix_indices=range(40), prefix_len=40),
         "waiting_queue": [],
         "free": 500,
         "evictable": 500,
@@ -87,7 +87,7 @@ def test_prefill_goes_on_where_nothing_decodes() -> None:
 
 
 def test_prefill_goes_first_without_the_flag() -> None:
-    plain = SimpleNamespace(sparsespec_settings=Settings())
+    plain = SimpleNamespace(_sparsespec_settings=Settings())
     assert choose(scheduler(server_args=plain), Running(False)) == "prefill"
     other_algorithm = SimpleNamespace()
     assert choose(scheduler(server_args=other_algorithm), Running(False)) == "prefill"

@@ -27,7 +27,7 @@ from sglang_sparsespec.scheduler_patch.request_checks import (
     check_seeded_request,
 )
 
-pytestmark = pytest.mark.usefixtures("plugin")
+pytestmark = pytest.mark.usefixtures("serving_plain")
 
 VOCAB, HIDDEN = 32, 4
 
@@ -48,7 +48,7 @@ def manager(
             enable_deterministic_inference=seeded,
         ),
         preferred_sampling_params=preferred,
-        model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN),
+        model_config=SimpleNamespace(vocab_size=VOCAB, hidden_size=HIDDEN, joint_head_config=None, pointer_head=None),
         context_len=0,
         num_reserved_tokens=0,
         allow_auto_truncate=False,

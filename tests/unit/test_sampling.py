@@ -53,6 +53,7 @@ def sglang_distribution(
     own.enable_deterministic = own.use_log_softmax_logprob = own.use_ascend_backend = False
     pytorch_backend = SimpleNamespace(kernel=SimpleNamespace(sampling_backend="pytorch"))
     monkeypatch.setattr(sglang_sampler, "get_exec", lambda: pytorch_backend)
+    monkeypatch.setenv("SGLANG_OPT_USE_GUMBEL_SAMPLE", "0")
     rows = torch.arange(len(logits))
     found = torch.zeros(len(logits), VOCAB, dtype=torch.float64)
     for index in range(VOCAB):

@@ -11,23 +11,40 @@ from sglang.srt.mem_cache import allocation_sizing
 
 from sglang_sparsespec.rounds.unified_schedule import UnifiedSchedule
 from sglang_sparsespec.scheduler_patch.slots import reserve_for_staggered_rounds, row_room_for_reserve
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
+
+
+@pytest.fixture
+def serve(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) -> Callable[..., tuple[int, int]]:
+    """What SGLang reserves and what it widens rows by, in a server with the given arguments."""
+
+    def sizes(**kwargs: Any) -> tuple[int, int]:
+        args = resolve(**kwargs)
+        serving_args(args)
+        # SGLang hands its arguments over, or has them published.
+        given = () if DECLARES_RESOLUTION else (args,)
+        return (
+            allocation_sizing.get_alloc_reserve_per_decode(*given),
+            allocation_sizing.get_req_to_token_extra_context_len(*given),
+        )
+
+    return sizes
 
 
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
-def test_two_windows_are_reserved_per_request(steps: int, resolve: Callable[..., Any]) -> None:
+def test_two_windows_are_reserved_per_request(steps: int, serve: Callable[..., tuple[int, int]]) -> None:
     """One for the round being launched, one because the CPU commits the last round's tokens late."""
-    assert allocation_sizing.get_alloc_reserve_per_decode(resolve(speculative_num_steps=steps)) == 2 * (steps + 1)
+    assert serve(speculative_num_steps=steps)[0] == 2 * (steps + 1)
 
 
 @pytest.mark.parametrize("overlap", [True, False])
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
 def test_a_staggered_round_stays_within_its_reserve(
-    steps: int, overlap: bool, resolve: Callable[..., Any]
+    steps: int, overlap: bool, serve: Callable[..., tuple[int, int]]
 ) -> None:
     """All phases and accept lengths: the last position written is C + 3W - 2 if the CPU lags a round behind."""
     window = steps + 1
-    args = resolve(speculative_num_steps=steps, sparsespec_schedule="unified")
-    reserve = allocation_sizing.get_alloc_reserve_per_decode(args)
+    reserve, _ = serve(speculative_num_steps=steps, sparsespec_schedule="unified")
     assert reserve == 3 * window
     schedule = UnifiedSchedule(window)
     requests = [(row, row) for row in range(1, 2 * window + 1)]
@@ -48,15 +65,14 @@ def test_a_staggered_round_stays_within_its_reserve(
 @pytest.mark.parametrize("schedule", ["lockstep", "unified"])
 @pytest.mark.parametrize("steps", [1, 3, 8, 16])
 def test_a_request_at_the_context_limit_has_room_for_its_reserve(
-    steps: int, schedule: str, resolve: Callable[..., Any]
+    steps: int, schedule: str, serve: Callable[..., tuple[int, int]]
 ) -> None:
     """SGLang widens the rows of ``req_to_token`` by W + 4 entries, but a decode fills up to 2W, or 3W."""
-    args = resolve(speculative_num_steps=steps, sparsespec_schedule=schedule)
+    reserve, room = serve(speculative_num_steps=steps, sparsespec_schedule=schedule)
     # A running request has committed at most the context length less 4: one token for the
     # request limit, one for the scheduler's own, one for the output still to come, and one
     # because the last token's KV is not written yet.
-    room = allocation_sizing.get_req_to_token_extra_context_len(args)
-    assert room >= allocation_sizing.get_alloc_reserve_per_decode(args) - 4
+    assert room >= reserve - 4
 
 
 def test_other_algorithms_keep_their_reserve() -> None:

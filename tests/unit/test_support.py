@@ -16,6 +16,7 @@ from model_configs import write_config
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.settings import Settings, settings_of
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, in_force
 from sglang_sparsespec.support import MODEL_REFUSALS, REFUSALS
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -136,7 +137,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 def test_defaults(resolve: Callable[..., Any]) -> None:
-    args = resolve()
+    args = in_force(resolve())
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens, args.speculative_eagle_topk) == (
         8,
         9,
@@ -172,20 +173,18 @@ def test_drafts_use_fp8_weights_where_that_is_faster(
 
 
 @pytest.mark.parametrize("given", [{"speculative_num_steps": 3}, {"speculative_num_draft_tokens": 4}])
-def test_either_flag_of_the_draft_length_sets_the_other(
-    given: dict[str, int], resolve: Callable[..., Any]
-) -> None:
-    args = resolve(**given)
+def test_either_flag_of_the_draft_length_sets_the_other(given: dict[str, int], resolve: Callable[..., Any]) -> None:
+    args = in_force(resolve(**given))
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (3, 4)
 
 
 def test_the_algorithms_name_is_case_insensitive(resolve: Callable[..., Any]) -> None:
-    args = resolve(speculative_algorithm="SparseSpec")
+    args = in_force(resolve(speculative_algorithm="SparseSpec"))
     assert args.speculative_algorithm == ALGORITHM and args.attention_backend == ATTENTION_BACKEND
 
 
 def test_the_users_attention_backend_runs_prefill(resolve: Callable[..., Any]) -> None:
-    args = resolve(attention_backend="triton")
+    args = in_force(resolve(attention_backend="triton"))
     assert args.attention_backend == ATTENTION_BACKEND
     assert settings_of(args).base_attention_backend == "triton"
 
@@ -193,29 +192,29 @@ def test_the_users_attention_backend_runs_prefill(resolve: Callable[..., Any]) -
 def test_graphs_are_off_on_cpu_and_overlap_scheduling_stays(resolve: Callable[..., Any]) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    args = resolve()
+    args = in_force(resolve())
     assert args.disable_cuda_graph
     assert args.cuda_graph_config.decode.backend == args.cuda_graph_config.prefill.backend == Backend.DISABLED
 
 
-@pytest.mark.parametrize(("asked", "kept"), [("full", "disabled"), ("tc_piecewise", "disabled"), ("breakable", "breakable")])
+@pytest.mark.parametrize(("asked", "kept"), [("full", "disabled"), ("breakable", "breakable")])
 def test_prefill_graphs_that_would_capture_attention_are_off(asked: str, kept: str, resolve: Callable[..., Any]) -> None:
     from sglang.srt.model_executor.cuda_graph_config import Backend
 
-    args = resolve(device="cuda", mem_fraction_static=0.8, cuda_graph_backend_prefill=asked)
+    args = in_force(resolve(device="cuda", mem_fraction_static=0.8, cuda_graph_backend_prefill=asked))
     assert args.cuda_graph_config.prefill.backend == kept
     assert args.cuda_graph_config.decode.backend != Backend.DISABLED
 
 
 def test_the_users_request_limit_is_kept(resolve: Callable[..., Any]) -> None:
-    assert resolve(max_running_requests=5).max_running_requests == 5
+    assert in_force(resolve(max_running_requests=5)).max_running_requests == 5
 
 
 def test_mixed_chunks_become_rounds_between_chunks(
     resolve: Callable[..., Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     with caplog.at_level("INFO"):
-        args = resolve(enable_mixed_chunk=True)
+        args = in_force(resolve(enable_mixed_chunk=True))
     assert args.enable_mixed_chunk is False  # SGLang asserts so
     assert settings_of(args).prefill_beside_decoding
     assert "--enable-mixed-chunk" in caplog.text and "take turns" in caplog.text
@@ -285,21 +284,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     ),
     "negative host tier": ({"sparsespec_host_kv_gb": -1.0}, "--sparsespec-host-kv-gb", "0 for no host tier"),
     "host tier by name": ({"sparsespec_host_kv_gb": "all"}, "--sparsespec-host-kv-gb", "'auto'"),
-    "host tier without radix cache": (
-        {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
-        "--disable-radix-cache with --sparsespec-host-kv-gb",
-        "--sparsespec-host-kv-gb 0",
-    ),
-    "two host tiers": (
-        {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
-        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
-        "remove it",
-    ),
-    "host tier and stripped thinking": (
-        {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
-        "--strip-thinking-cache with --sparsespec-host-kv-gb",
-        "remove it",
-    ),
     "draft model": ({"speculative_draft_model_path": "LLAMA"}, "--speculative-draft-model-path", "remove it"),
     "eagle topk": ({"speculative_eagle_topk": 2}, "--speculative-eagle-topk", "remove it"),
     "adaptive": ({"speculative_adaptive": True}, "--speculative-adaptive", "remove it"),
@@ -334,11 +318,6 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "use --ep-size without it",
     ),
     "dense layers on one rank": ({"moe_dense_tp_size": 1, "tp_size": 2}, "--moe-dense-tp-size 1", "remove it"),
-    "host tiers of several nodes by their free memory": (
-        {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
-        "--sparsespec-host-kv-gb auto with --nnodes 2",
-        "give a size in GB",
-    ),
     "pipeline": ({"pp_size": 2}, "--pp-size", "use --tp-size"),
     "decode context parallelism": ({"dcp_size": 2, "tp_size": 2}, "--dcp-size", "use --tp-size"),
     "attention context parallelism": ({"attn_cp_size": 2, "tp_size": 2}, "--attn-cp-size", "use --tp-size"),
@@ -401,7 +380,43 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--attention-backend torch_native and --sparsespec-base-attention-backend triton",
         "give one of them",
     ),
+    "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory", "remove it"),
 }
+if HAS_HOST_TIER:
+    REFUSED |= {
+        "host tier without radix cache": (
+            {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
+            "--disable-radix-cache with --sparsespec-host-kv-gb",
+            "--sparsespec-host-kv-gb 0",
+        ),
+        "two host tiers": (
+            {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
+            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+            "remove it",
+        ),
+        "host tier and stripped thinking": (
+            {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
+            "--strip-thinking-cache with --sparsespec-host-kv-gb",
+            "remove it",
+        ),
+        "host tiers of several nodes by their free memory": (
+            {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
+            "--sparsespec-host-kv-gb auto with --nnodes 2",
+            "give a size in GB",
+        ),
+    }
+else:
+    REFUSED["host tier"] = (
+        {"sparsespec_host_kv_gb": 1.0},
+        "--sparsespec-host-kv-gb 1.0",
+        "use --sparsespec-host-kv-gb 0, or `pip install sglang==",
+    )
+if DECLARES_RESOLUTION:
+    REFUSED |= {
+        "groups of dp attention": ({"attn_dp_size": 2, "tp_size": 2}, "--enable-dp-attention", "use --dp-size replicas"),
+        "watermark": ({"enable_watermark": True, "watermark_key": "a"}, "--enable-watermark", "remove it"),
+    }
+needs_host_tier = pytest.mark.skipif(not HAS_HOST_TIER, reason="the host tier is not written for this SGLang")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -428,7 +443,8 @@ def test_every_refusal_is_tested() -> None:
 
 def test_another_device_is_refused(resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     # SGLang asks the missing device for its memory before anything is validated.
-    monkeypatch.setattr("sglang.srt.server_args.get_device_memory_capacity", lambda device: None)
+    where = "arg_groups.memory_hook" if DECLARES_RESOLUTION else "server_args"
+    monkeypatch.setattr(f"sglang.srt.{where}.get_device_memory_capacity", lambda device: None)
     with pytest.raises(ValueError, match="--device musa.*use --device cuda or cpu"):
         resolve(device="musa")
 
@@ -528,6 +544,7 @@ def test_an_unknown_prefill_backend_is_refused(name: str, resolve: Callable[...,
         resolve(sparsespec_base_attention_backend=name)
 
 
+@needs_host_tier
 def test_the_host_tier_is_sglangs_hierarchical_cache(llama: str, resolve: Callable[..., Any]) -> None:
     args = resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2)
     assert args.enable_hierarchical_cache and args.hicache_size == 1.5
@@ -536,6 +553,7 @@ def test_the_host_tier_is_sglangs_hierarchical_cache(llama: str, resolve: Callab
     assert not resolve(model_path=llama).enable_hierarchical_cache
 
 
+@needs_host_tier
 def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     llama: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
