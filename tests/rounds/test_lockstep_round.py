@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import SimpleNamespace
 from typing import Any
 
@@ -250,6 +251,7 @@ def test_a_custom_logit_processor_is_called_for_the_next_token_alone(monkeypatch
     """In a batch that must be verified: without drafts, and by the first row of each window."""
     called: list[torch.Tensor] = []
 
+    @functools.wraps(sglang_sampler.apply_custom_logit_processor)  # whose parameters are looked at
     def favour_7(logits: torch.Tensor, info: Any) -> None:
         called.append(logits.argmax(-1))
         logits[:, 7] = 2
