@@ -6,8 +6,11 @@ have become unnecessary or wrong.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -35,6 +38,7 @@ from sglang_sparsespec.scheduler_patch.hooks import (
     verify_graph_spec_info,
 )
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
+from sglang_sparsespec.worker import SparseSpecWorker
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -281,3 +285,18 @@ def test_penalties_are_accepted_without_the_algorithm() -> None:
     manager = SimpleNamespace(server_args=SimpleNamespace(speculative_algorithm=None))
     request = SimpleNamespace(sampling_params={"frequency_penalty": 0.5}, custom_logit_processor="x")
     refuse_inexact_request(None, manager, request)
+
+
+# ---------------------------------------------------------------------------- the worker
+
+
+@pytest.mark.parametrize("name", ["__init__", "forward_batch_generation"])
+def test_the_worker_takes_what_sglang_passes_to_its_own(name: str) -> None:
+    """SGLang's n-gram worker, as its source has it (it needs a GPU to be imported), has no draft model either."""
+    found = importlib.util.find_spec("sglang.srt.speculative.ngram_worker")
+    assert found is not None and found.origin is not None
+    functions = [node for node in ast.walk(ast.parse(Path(found.origin).read_text())) if isinstance(node, ast.FunctionDef)]
+    (theirs,) = (node for node in functions if node.name == name and node.args.args[-1].arg != "self")
+    names = [argument.arg for argument in theirs.args.args]
+    inspect.signature(getattr(SparseSpecWorker, name)).bind(**dict.fromkeys(names))
+    assert names[-1] in ("target_worker", "on_publish", "pp_proxy_tensors")
