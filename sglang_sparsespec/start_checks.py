@@ -16,7 +16,8 @@ from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.mem_cache import allocation_sizing
 from sglang.srt.server_args import ServerArgs
 
-from sglang_sparsespec.settings import Settings, flag_of, settings_of
+from sglang_sparsespec import ALGORITHM
+from sglang_sparsespec.settings import Settings, settings_of
 from sglang_sparsespec.sglang_compat import VERSION
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 
@@ -35,12 +36,12 @@ def check_settings_arrive() -> None:
     """
     parser = argparse.ArgumentParser()
     ServerArgs.add_cli_args(parser)
-    asked = parser.parse_args(["--model-path", "dummy", "--device", "cpu", flag_of(NAME), str(PROBE)])
+    # SGLang resolves nothing of a dummy model.
+    asked = {"model_path": "dummy", "device": "cpu", "speculative_algorithm": ALGORITHM, f"sparsespec_{NAME}": PROBE}
+    line = [f"--{name.replace('_', '-')}={value}" for name, value in asked.items()]
     makers = {
-        "flags of the command line": lambda: ServerArgs.from_cli_args(asked),
-        "keywords of sglang.Engine": lambda: Engine.server_args_class(
-            model_path="dummy", device="cpu", **{f"sparsespec_{NAME}": PROBE}
-        ),
+        "flags of the command line": lambda: ServerArgs.from_cli_args(parser.parse_args(line)),
+        "keywords of sglang.Engine": lambda: Engine.server_args_class(**asked),
     }
     for what, make in makers.items():
         if getattr(settings_of(pickle.loads(pickle.dumps(make()))), NAME) != PROBE:

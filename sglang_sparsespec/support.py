@@ -158,9 +158,8 @@ REFUSALS: tuple[Refusal, ...] = (
         "serve without disaggregation",
     ),
     Refusal(
-        # A newer SGLang turns the flag into a number of groups, and resets it.
-        lambda c: c.view.enable_dp_attention or getattr(c.view, "attn_dp_size", 1) > 1,
-        "--enable-dp-attention (--attn-dp-size)",
+        lambda c: c.view.enable_dp_attention,
+        "--enable-dp-attention",
         "draft steps are not padded across ranks",
         "use --dp-size replicas",
     ),
@@ -263,6 +262,13 @@ REFUSALS: tuple[Refusal, ...] = (
 )
 if DECLARES_RESOLUTION:
     REFUSALS += (
+        Refusal(
+            # SGLang turns --enable-dp-attention into this, and resets it.
+            lambda c: c.view.attn_dp_size > 1,
+            "--enable-dp-attention (--attn-dp-size {view.attn_dp_size})",
+            "draft steps are not padded across ranks",
+            "use --dp-size replicas",
+        ),
         Refusal(
             lambda c: c.args.enable_watermark,
             "--enable-watermark",

@@ -212,7 +212,10 @@ class SparseSpecWorker(BaseSpecWorker):
     # ------------------------------------------------------------------------ batches
 
     def forward_batch_generation(
-        self, batch: ScheduleBatch, on_publish: Callable[[torch.Tensor], None] | None = None
+        self,
+        batch: ScheduleBatch,
+        on_publish: Callable[[torch.Tensor], None] | None = None,
+        pp_proxy_tensors: None = None,
     ) -> GenerationBatchResult:
         """Run a prefill batch, or one round of a decode batch.
 
@@ -220,6 +223,7 @@ class SparseSpecWorker(BaseSpecWorker):
             batch: SGLang's batch; edits are rolled back by the scheduler.
             on_publish: to be called with the new committed lengths (int64 [batch]) as soon
                 as they exist on the device (overlap scheduling).
+            pp_proxy_tensors: of pipeline parallelism, which is refused at start-up.
         """
         publish = on_publish or (lambda new_seq_lens: None)
         if not batch.forward_mode.is_decode():

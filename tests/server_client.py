@@ -41,8 +41,8 @@ class Client:
         return requests.get(f"{self.url}/server_info", timeout=60).json()["internal_states"][0]
 
     def running(self) -> int:
-        loads = requests.get(f"{self.url}/get_load", timeout=60).json()
-        return sum(load["num_reqs"] for load in loads)
+        loads = requests.get(f"{self.url}/v1/loads", timeout=60).json()["loads"]
+        return sum(load["num_running_reqs"] for load in loads)
 
     def assert_pool_empties(self, timeout: float = 60) -> None:
         """Wait until idle, flush the radix cache, and compare free tokens with the pool's size."""

@@ -19,6 +19,8 @@ from quickstart import Server
 from server_client import GREEDY, Client, assert_healthy, serving
 from tiny_model import VOCAB, write_tiny_llama
 
+from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
+
 pytestmark = pytest.mark.slow
 
 CONTEXT = 2048
@@ -90,7 +92,11 @@ def expected(plain_engine: EngineProcess) -> list[list[int]]:
 
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=pytest.mark.nightly if "no overlap" in name else ()) for name in SERVERS],
+    params=[
+        pytest.param(name, marks=pytest.mark.nightly if "no overlap" in name else ())
+        for name in SERVERS
+        if HAS_HOST_TIER or name != "KV manager"
+    ],
 )
 def server(
     request: pytest.FixtureRequest, tiny_model: str, plain_engine: EngineProcess, tmp_path_factory: pytest.TempPathFactory

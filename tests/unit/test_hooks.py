@@ -6,8 +6,11 @@ have become unnecessary or wrong.
 
 from __future__ import annotations
 
+import ast
+import importlib.util
 import inspect
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -27,6 +30,7 @@ from sglang_sparsespec.algorithm import SparseSpecAlgorithm
 from sglang_sparsespec.scheduler_patch import hooks
 from sglang_sparsespec.scheduler_patch.hooks import no_kv_move_kernel, time_rounds, verify_graph_spec_info
 from sglang_sparsespec.spec_input import SparseSpecDraftInput, SparseSpecVerifyInput
+from sglang_sparsespec.worker import SparseSpecWorker
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -185,3 +189,18 @@ def test_other_algorithms_capture_their_own_verify_input() -> None:
 def test_other_algorithms_capture_graphs_with_their_own_input() -> None:
     runner = SimpleNamespace(model_runner=SimpleNamespace(spec_algorithm=SpeculativeAlgorithm.NGRAM))
     assert verify_graph_spec_info("original", runner) is None, "None keeps the original"
+
+
+# ---------------------------------------------------------------------------- the worker
+
+
+@pytest.mark.parametrize("name", ["__init__", "forward_batch_generation"])
+def test_the_worker_takes_what_sglang_passes_to_its_own(name: str) -> None:
+    """SGLang's n-gram worker, as its source has it (it needs a GPU to be imported), has no draft model either."""
+    found = importlib.util.find_spec("sglang.srt.speculative.ngram_worker")
+    assert found is not None and found.origin is not None
+    functions = [node for node in ast.walk(ast.parse(Path(found.origin).read_text())) if isinstance(node, ast.FunctionDef)]
+    (theirs,) = (node for node in functions if node.name == name and node.args.args[-1].arg != "self")
+    names = [argument.arg for argument in theirs.args.args]
+    inspect.signature(getattr(SparseSpecWorker, name)).bind(**dict.fromkeys(names))
+    assert names[-1] in ("target_worker", "on_publish", "pp_proxy_tensors")
