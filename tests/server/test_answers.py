@@ -43,8 +43,11 @@ def answers(url: str, model: Path, is_plain: bool = False) -> dict[int, tuple[An
     seeds = range(FIRST, FIRST + CASES)
     # Plain SGLang ends where such a request meets another one with log-probabilities.
     alone = [seed for seed in seeds if is_plain and "token_ids_logprob" in case_of(seed, vocab_size)[1]]
-    # Those with log-probabilities come last: a round of theirs is never plain.
-    together = sorted(set(seeds) - set(alone), key=lambda seed: ("logprob" in str(case_of(seed, vocab_size)), seed))
+    # Those with log-probabilities or biases come last: a round of theirs is never plain.
+    texts = {seed: str(case_of(seed, vocab_size)) for seed in seeds}
+    together = sorted(
+        set(seeds) - set(alone), key=lambda seed: ("logprob" in texts[seed] or "logit_bias" in texts[seed], seed)
+    )
     with ThreadPoolExecutor(AT_ONCE) as pool:
         found = dict(zip(together, pool.map(lambda seed: play(url, seed, vocab_size), together), strict=True))
     return found | {seed: play(url, seed, vocab_size) for seed in alone}
