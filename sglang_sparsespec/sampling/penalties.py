@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_sparsespec.sampling import triton_penalties
+from sglang_sparsespec.sglang_compat import kv_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -62,7 +63,7 @@ class Penalties:
         """The rows of ``reqs``, which are about to be prefilled, are theirs now, with the output that they have already."""
         changed = []
         for req in reqs:
-            row, params = req.req_pool_idx, req.sampling_params
+            row, params = _row_of(req), req.sampling_params
             counted = _strengths_of(params) != NEUTRAL
             if counted or params.min_new_tokens > 0 or row in self._counted or row in self._min_new_tokens:
                 changed.append(req)
@@ -78,18 +79,18 @@ class Penalties:
 
     def begin_round(self, reqs: Sequence[Req]) -> None:
         """The batch of ``reqs`` runs from now on."""
-        self._counts_matter = bool(self._counted) and any(req.req_pool_idx in self._counted for req in reqs)
+        self._counts_matter = bool(self._counted) and any(_row_of(req) in self._counted for req in reqs)
         # The host knows of no more output than there is.
         self._ends_matter = bool(self._min_new_tokens) and any(
-            len(req.output_ids) < self._min_new_tokens.get(req.req_pool_idx, 0) for req in reqs
+            len(req.output_ids) < self._min_new_tokens.get(_row_of(req), 0) for req in reqs
         )
         self.is_active = self._counts_matter or self._ends_matter
 
     def _keep(self, reqs: Sequence[Req]) -> None:
         """Write the parameters and the output of ``reqs`` to their rows."""
         ends = [_end_tokens_of(req, self._vocab_size) if req.sampling_params.min_new_tokens > 0 else [] for req in reqs]
-        self._reserve(any(req.req_pool_idx in self._counted for req in reqs), max(map(len, ends)))
-        rows = self._upload([req.req_pool_idx for req in reqs])
+        self._reserve(any(_row_of(req) in self._counted for req in reqs), max(map(len, ends)))
+        rows = self._upload([_row_of(req) for req in reqs])
         self._strengths[rows] = self._upload([_strengths_of(req.sampling_params) for req in reqs], torch.float32)
         # A token at this position or later has as much output before it as min_new_tokens asks for.
         first = [len(req.origin_input_ids) + req.sampling_params.min_new_tokens - 1 for req in reqs]
@@ -97,11 +98,11 @@ class Penalties:
         width = self._end_tokens.shape[1]
         if width:
             self._end_tokens[rows] = self._upload([tokens + [-1] * (width - len(tokens)) for tokens in ends])
-        counted = [req for req in reqs if req.req_pool_idx in self._counted]
+        counted = [req for req in reqs if _row_of(req) in self._counted]
         if not counted:
             return
-        self._counts[self._upload([req.req_pool_idx for req in counted])] = 0
-        output = [req.req_pool_idx * self._vocab_size + token for req in counted for token in req.output_ids]
+        self._counts[self._upload([_row_of(req) for req in counted])] = 0
+        output = [_row_of(req) * self._vocab_size + token for req in counted for token in req.output_ids]
         if output:  # of requests that were retracted
             places = self._upload(output)
             self._counts.view(-1).index_add_(0, places, torch.ones_like(places, dtype=torch.int32))
@@ -229,6 +230,12 @@ class PenalisedPrompts:
     def apply(self, logits: torch.Tensor) -> None:
         """Penalise the logits [requests, vocab] of the prompts' last tokens, in place."""
         self._penalties.apply(logits, self._rows, self._positions)
+
+
+def _row_of(req: Req) -> Any:
+    """Of ``req_to_token``; None for a request that has ended."""
+    kv = kv_of(req)
+    return kv.req_pool_idx if kv is not None else None
 
 
 def _strengths_of(params: Any) -> tuple[float, float, float]:
