@@ -28,6 +28,7 @@ from sglang.srt.model_executor.forward_context import get_forward_context, has_f
 from sglang_sparsespec.attention_backend.forward_plan import Draft, ForwardPlan, Mixed, Plain, Prefill, PromptChunks, Verify
 from sglang_sparsespec.attention_backend.kernels import make_kernels, reference, triton_inputs
 from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, PillarKernels, score_row
+from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
 from sglang_sparsespec.attention_backend.layers import attention_layers, kv_descales, refuse_sinks
 from sglang_sparsespec.attention_backend.lse_hints import LseHints
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
@@ -135,8 +136,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self._draft_weights = draft_weights_of(model_runner)
         self._attention_inputs: Callable[..., torch.Tensor] = reference.attention_inputs
         if self.device.type == "cuda":
-            pdl = torch.cuda.get_device_capability(self.device)[0] >= 9
-            self._attention_inputs = partial(triton_inputs.attention_inputs, pdl=pdl)
+            self._attention_inputs = partial(triton_inputs.attention_inputs, pdl=has_early_start(self.device))
         logger.info(
             "SPARSESPEC: k=%d, budget max(%d, %g x length), policy %s, prefill by %s, kernels %s, page table %.2f GB.",
             self.window - 1,

@@ -10,8 +10,9 @@ import json
 from pathlib import Path
 
 import torch
+from tiny_model import tiny_config
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 
 CONTEXT = 512
 SPECIAL = ["<|end|>", "<|user|>", "<|assistant|>", "<think>", "</think>"]
@@ -49,22 +50,7 @@ def write_tiny_chat_model(folder: Path, seed: int = 0) -> Path:
     tokenizer = _tokenizer()
     size = tokenizer.get_vocab_size()
     torch.manual_seed(seed)
-    config = LlamaConfig(
-        vocab_size=size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        # Large, so that attention is peaked: what a draft leaves out changes its token.
-        initializer_range=0.4,
-        bos_token_id=None,
-        eos_token_id=END,
-        tie_word_embeddings=False,
-        dtype="float32",
-    )
-    model = LlamaForCausalLM(config)
+    model = LlamaForCausalLM(tiny_config(size, CONTEXT, END))
     with torch.no_grad():
         for token, index in tokenizer.get_vocab().items():
             if index in (END, THINK_END):

@@ -17,14 +17,13 @@ VOCAB = 6
 CONTEXT = 256
 
 
-def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT, vocab: int = VOCAB) -> Path:
-    """Write config.json and float32 safetensors of a two-layer Llama with grouped-query attention.
+def tiny_config(vocab: int, context: int, end: int | None = None) -> LlamaConfig:
+    """A two-layer Llama in float32 with grouped-query attention, whose texts end with the token ``end``.
 
     Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves
     out then changes its distribution.
     """
-    torch.manual_seed(seed)
-    config = LlamaConfig(
+    return LlamaConfig(
         vocab_size=vocab,
         hidden_size=32,
         intermediate_size=64,
@@ -34,11 +33,16 @@ def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT, vocab:
         max_position_embeddings=context,
         initializer_range=0.4,
         bos_token_id=None,
-        eos_token_id=None,
+        eos_token_id=end,
         tie_word_embeddings=False,
         dtype="float32",
     )
-    model = LlamaForCausalLM(config)
+
+
+def write_tiny_llama(folder: Path, seed: int = 0, context: int = CONTEXT, vocab: int = VOCAB) -> Path:
+    """Write config.json and float32 safetensors of :func:`tiny_config`."""
+    torch.manual_seed(seed)
+    model = LlamaForCausalLM(tiny_config(vocab, context))
     with torch.no_grad():
         model.lm_head.weight.mul_(0.5)
     model.save_pretrained(folder)

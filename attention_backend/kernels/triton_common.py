@@ -68,6 +68,11 @@ class Scratch:
         return self.part_o.nbytes + self.part_lse.nbytes + self.arrived.nbytes
 
 
+def has_early_start(device: torch.device) -> bool:
+    """Whether kernels on ``device`` can start while the one before them still runs (programmatic dependent launch)."""
+    return device.type == "cuda" and torch.cuda.get_device_properties(device).major >= 9
+
+
 def pdl_options(pdl: bool) -> dict[str, bool]:
     """Launch options of a kernel whose start may overlap the end of the one before; the interpreter knows none."""
     return {"launch_pdl": True} if pdl else {}

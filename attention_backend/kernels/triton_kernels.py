@@ -17,7 +17,7 @@ from sglang_sparsespec.attention_backend.kernels import (
     triton_verify,
 )
 from sglang_sparsespec.attention_backend.kernels.interface import DraftAttention, KernelShape, LayerKV
-from sglang_sparsespec.attention_backend.kernels.triton_common import LN2, MAX_ROWS, Scratch
+from sglang_sparsespec.attention_backend.kernels.triton_common import LN2, MAX_ROWS, Scratch, has_early_start
 from sglang_sparsespec.attention_backend.kernels.triton_prefill_scores import Windows
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 
@@ -183,11 +183,10 @@ class TritonKernels:
         self.verify_config = verify_config or triton_verify.VerifyConfig()
         self.select_config = select_config or triton_select.SelectConfig()
         self.scores_config = scores_config or triton_prefill_scores.ScoresConfig()
-        self.num_sms, self.pdl = 4, False
+        self.num_sms = 4
         if self.device.type == "cuda":
-            properties = torch.cuda.get_device_properties(self.device)
-            self.num_sms = properties.multi_processor_count
-            self.pdl = early_start and properties.major >= 9
+            self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+        self.pdl = early_start and has_early_start(self.device)
         self._outgrown: list[Scratch] = []
         self._reserve(shape.max_batch)
 

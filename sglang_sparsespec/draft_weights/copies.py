@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
 from sglang_sparsespec.draft_weights import triton_fused, triton_product
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
 
@@ -41,7 +42,7 @@ class DraftWeights:
         self._choices: dict[torch.Size, tuple[list[int], list[Product | None]]] = {}
         device = next((copy.values.device for copy in self._copies.values()), torch.device("cpu"))
         # Kernels of drafts start while those before them still run.
-        self._pdl = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
+        self._pdl = has_early_start(device)
         # The last activations that were quantised as they were made, with the tensor that SGLang hands on.
         self._made: tuple[torch.Tensor, Quantised] | None = None
 

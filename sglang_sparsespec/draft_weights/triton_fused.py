@@ -94,6 +94,7 @@ def add_norm(
     Args:
         x: 16-bit [M, K], contiguous; with a residual it is overwritten with the result.
         residual: as x; overwritten with the sum.
+        weight: [K].
         pdl: start while the kernel before still runs.
     """
     rows, width = x.shape

@@ -45,7 +45,7 @@ def configs_for(weight: Quantised, tokens: int) -> Iterator[ProductConfig]:
             yield config
 
 
-# Numbers of tokens and sizes of weights: compiled in, each would compile its own kernel.
+# Specialised to what a number of tokens happens to divide, each captured batch could compile its own kernel.
 @triton.jit(do_not_specialize=["M"])
 def _product_kernel(
     x_ptr,

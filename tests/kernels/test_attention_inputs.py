@@ -10,6 +10,7 @@ import torch
 from sglang_sparsespec.attention_backend.kernels import triton_inputs
 from sglang_sparsespec.attention_backend.kernels.interface import LayerKV
 from sglang_sparsespec.attention_backend.kernels.reference import attention_inputs
+from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
@@ -50,7 +51,7 @@ class Problem:
 def test_the_kernel_is_the_reference(tokens: int, heads: tuple[int, int], head_dim: int, has_norms: bool) -> None:
     problem = Problem(tokens, *heads, head_dim, has_norms)
     wanted, found = problem.arguments(), problem.arguments()
-    pdl = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= 9
+    pdl = has_early_start(torch.device(DEVICE))
     tolerance = dict(rtol=0.02, atol=0.02) if DTYPE == torch.bfloat16 else dict(rtol=1e-5, atol=1e-5)
     q = triton_inputs.attention_inputs(**found, pdl=pdl)
     assert q.shape == (tokens, heads[0], head_dim)

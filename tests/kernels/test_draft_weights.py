@@ -15,6 +15,7 @@ import pytest
 import torch
 from interpreter_child import assert_passes_in_the_interpreter
 
+from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
 from sglang_sparsespec.draft_weights import triton_fused, triton_product
 from sglang_sparsespec.draft_weights.copies import DraftWeights, sglangs_product
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
@@ -27,7 +28,7 @@ kernels_run_here = pytest.mark.skipif(
 )
 gpu_only = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: FP8 products need one")]
 EPS = 1e-6
-PDL = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= 9
+PDL = has_early_start(torch.device(DEVICE))
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
