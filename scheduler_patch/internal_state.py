@@ -43,7 +43,10 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     state[SPECULATE_KEY] = worker.planner.speculate
     state["sparsespec_acceptance_rates"] = [round(rate, 3) for rate in worker.planner.acceptance_rates]
     # After a flush of the radix cache of an idle server, free must equal total again.
-    state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
+    allocator = scheduler.token_to_kv_pool_allocator
+    # Where windows have a pool of their own, the size is that of the other one.
+    available = getattr(allocator, "full_available_size", allocator.available_size)
+    state["kv_tokens_free"] = available()
     state["kv_tokens_total"] = scheduler.max_total_num_tokens
     manager = manager_of(scheduler)
     if manager is not None:

@@ -13,8 +13,14 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin
-from test_seeds_and_hidden_states import ALLOW_TORCH
+from engine_process import (
+    ALLOW_TORCH,
+    PLAIN,
+    PLAIN_ENV,
+    EngineProcess,
+    install_plugin,
+    plain_rounds_plugin,
+)
 from tiny_architectures import CONFIGS, VOCAB, WINDOW, likeliest_tokens, write_tiny
 
 pytestmark = pytest.mark.slow
@@ -104,6 +110,39 @@ def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints:
         assert state["sparsespec_plain_rounds"] > 10
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"sparsespec_schedule": "unified"}, {"disable_radix_cache": True}, {"disable_overlap_schedule": True}],
+    ids=["lockstep", "unified", "no_radix_cache", "no_overlap"],
+)
+def test_slots_behind_windows_are_used_again(own: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """gpt-oss with pools that are too small: one request has more tokens than the windows' pool, and others are retracted.
+
+    SGLang checks in every round that each slot has one owner, and at the end that none is lost.
+    """
+    env = {
+        "SGLANG_SWA_EVICTION_INTERVAL": "2",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+        **plain_rounds_plugin(tmp_path),
+    }
+    sizes = {"max_total_tokens": 900, "swa_full_tokens_ratio": 0.35, "log_level": "info"}
+    prompts = PROMPTS[-12:]
+    sampling = [{"temperature": 0.0, "max_new_tokens": 120, "ignore_eos": True} for _ in prompts]
+    sampling[-1]["max_new_tokens"] = 300  # after a prompt of 150
+    checkpoint = checkpoints["GptOssForCausalLM"]
+    with EngineProcess(
+        env, model_path=str(checkpoint), **{**COMMON, **OWN["GptOssForCausalLM"], **SPARSESPEC, **sizes, **own}
+    ) as engine:
+        for _ in range(2):  # the second time with what the radix cache has kept
+            outputs = [out["output_ids"] for out in engine.generate(input_ids=prompts, sampling_params=sampling)]
+            assert [len(output) for output in outputs] == [params["max_new_tokens"] for params in sampling]
+            assert outputs == likeliest_tokens(checkpoint, prompts, outputs)
+        assert_drafted(engine.state())
+        assert "Retract requests" in engine.log()
+
+
 # ---------------------------------------------------------------------- beside plain SGLang
 
 
@@ -126,7 +165,7 @@ def plain_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPat
     return found
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_and_seeded_tokens_are_plain_sglangs(
     architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers], tmp_path: Path
@@ -142,7 +181,7 @@ def test_greedy_and_seeded_tokens_are_plain_sglangs(
         assert state["sparsespec_plain_rounds"] > 10
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_tokens_of_unified_batches_are_plain_sglangs(
     architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers]
@@ -154,7 +193,7 @@ def test_tokens_of_unified_batches_are_plain_sglangs(
         assert_drafted(engine.state())
 
 
-@pytest.mark.nightly
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("architecture", "rule"),
     [
