@@ -170,7 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", help="JSON-lines file to append to")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:2])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 128], help="tokens of a step")
-    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), help="only kernels whose names hold this pattern")
+    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), help="names of kernels, a pattern")
     return parser.parse_args()
 
 
