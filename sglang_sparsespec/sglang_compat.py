@@ -52,6 +52,7 @@ if not _IS_0_5_17:
         {
             "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
             "grammar_mask_on_cpu",  # masks are pinned where there is a GPU
+            "no_logprob_is_sent_of_no_token",  # a retracted request has sent what it has output
             "no_draft_kv_pool",  # a worker without a draft worker is asked for no pool
             "relay_on_cpu",  # a CPU's tokens are read without a stream
             "top_logprobs_of_each_token",  # each token of a streamed chunk has its own list

@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("draft_weights",),
     ("attention_backend.kernels",),
     ("attention_backend.page_table",),
-    ("settings", "hook_registry", "spec_input", "metrics"),
+    ("settings", "hook_registry", "spec_input", "metrics", "detokenizer"),
     ("sglang_compat",),
     ("",),
 )
