@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+from sglang_sparsespec.sglang_compat import INIT_STATIC_ADAPTERS
+
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -36,7 +38,7 @@ class Adapters:
         if most_captured is not None:
             backend = self._manager.lora_backend
             of_verifications = getattr(backend, _STATIC)
-            backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=most_captured, num_tokens_per_req=1)
+            getattr(backend, INIT_STATIC_ADAPTERS)(max_bs_in_cuda_graph=most_captured, num_tokens_per_req=1)
             self._static = getattr(backend, _STATIC)
             setattr(backend, _STATIC, of_verifications)
 
