@@ -21,6 +21,8 @@ from typing import Any
 
 from preloaded import start_program
 
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
+
 #: Precedes each answer, to tell answers from what libraries print.
 MARK = "ANSWER "
 #: Plain SGLang on CPU: the reference of what SPARSESPEC serves. Its environment has ``PLAIN_ENV``.
@@ -118,6 +120,9 @@ class EngineProcess:
         return Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
 
 
+#: A newer SGLang lets requests wait for memory rather than retract others; there it is told to, every so many iterations.
+RETRACT_ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"} if DECLARES_RESOLUTION else {}
+
 PLAIN_ROUNDS = """
 def register():
     from sglang_sparsespec.rounds.planner import Planner, RoundChoice, needs_verification
@@ -153,6 +158,7 @@ def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
 def main() -> None:
     """See the module's docstring."""
     import sglang
+    from fastapi import HTTPException
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))
@@ -172,8 +178,8 @@ def main() -> None:
             name, kwargs = json.loads(line)
             try:
                 answer: Any = calls[name](**kwargs)
-            except ValueError as error:
-                answer = str(error)
+            except (ValueError, HTTPException) as error:
+                answer = getattr(error, "detail", str(error))
             print(MARK + json.dumps(answer), flush=True)
     finally:
         engine.shutdown()
