@@ -110,14 +110,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --sparsespec-kernels auto",
     ),
     Refusal(
-        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.settings.schedule == "unified",
-        "--sparsespec-draft-weights fp8 together with --sparsespec-schedule unified",
+        lambda c: c.settings.has_fp8_drafts and c.settings.schedule == "unified",
+        "--sparsespec-draft-weights {settings.draft_weights} together with --sparsespec-schedule unified",
         "its drafts and verifications share every product with the weights",
         "use --sparsespec-draft-weights model or --sparsespec-schedule lockstep",
     ),
     Refusal(
-        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.args.device == "cuda" and not has_fp8(),
-        "--sparsespec-draft-weights fp8",
+        lambda c: c.settings.has_fp8_drafts and c.args.device == "cuda" and not has_fp8(),
+        "--sparsespec-draft-weights {settings.draft_weights}",
         "the GPU's compute capability is below 8.9",
         "use --sparsespec-draft-weights model",
     ),

@@ -73,6 +73,21 @@ BROKEN = {
 }
 
 
+#: Copies of experts that have nothing to do with the experts.
+NOISY_EXPERTS = """
+def register():
+    from sglang_sparsespec.draft_weights.experts import ExpertCopy
+    original = ExpertCopy.__init__
+
+    def init(self, layer):
+        original(self, layer)
+        for copy in (self.w13, self.w2):
+            copy.take(copy.dequantised().flip(0))
+
+    ExpertCopy.__init__ = init
+"""
+
+
 @pytest.fixture(scope="module")
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("architectures")
@@ -108,6 +123,24 @@ def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints:
         state = engine.state()
         assert_drafted(state)
         assert state["sparsespec_plain_rounds"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_no_token_depends_on_copies_of_experts(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Drafts with FP8 copies of the experts; then with noise in their place, which makes worse drafts."""
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    accepted = []
+    for name, source in (("zz_copies", "def register(): pass"), ("zz_noise", NOISY_EXPERTS)):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = {"sparsespec_draft_weights": "fp8_experts", "sparsespec_min_budget": 256, "log_level": "info"}
+        with EngineProcess(install_plugin(folder, name, source), **{**args, **own}) as engine:
+            outputs = greedy(engine)
+            assert outputs == likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
+            accepted.append(engine.state()["sparsespec_accept_length"])
+            assert "linear layers and the experts of 4" in engine.log()
+    assert accepted[0] > accepted[1] + 0.5, f"accept lengths {accepted}: drafts do not use the copies"
 
 
 @pytest.mark.slow
