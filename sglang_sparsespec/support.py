@@ -324,10 +324,6 @@ def _has_chunks(model: ModelConfig) -> bool:
     return "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
 
 
-def _has_soft_cap(model: ModelConfig) -> bool:
-    return bool(getattr(model.hf_text_config, "attn_logit_softcapping", None))
-
-
 def _is_recurrent(model: ModelConfig) -> bool:
     from sglang.srt.configs.hybrid_arch import linear_attn_model_spec, mambaish_config
 
@@ -339,7 +335,6 @@ MODEL_REFUSALS: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: not model.is_generation, "models that do not generate text are"),
     (_has_mla, "multi-head latent attention (MLA) is"),
     (_has_chunks, "layers that attend within chunks are"),
-    (_has_soft_cap, "soft caps on attention logits are"),
     (lambda model: model.is_encoder_decoder, "encoder-decoder models are"),
     (lambda model: model.is_multimodal, "multimodal models are"),
     (_is_recurrent, "models with recurrent layers are"),

@@ -7,6 +7,8 @@ broken rule, whose outputs must differ.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,9 @@ SPARSESPEC: dict[str, Any] = {
 #: On a CPU SGLang's experts in torch read weights as Triton's kernels have them, not as those of ``triton_kernel``, which
 #: SGLang chooses for gpt-oss.
 OWN: dict[str, dict[str, Any]] = {"GptOssForCausalLM": {"moe_runner_backend": "triton"}}
-NEWER = ["Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"]
-WINDOWED = ["Gemma3ForCausalLM", "GptOssForCausalLM"]
+#: Between them these have all that the others have: experts, windows in either kind of pool, sinks.
+EVERYTHING = ["Gemma3ForCausalLM", "GptOssForCausalLM"]
+WINDOWED = ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"]
 
 #: Rules that are broken, by the lines of a plugin that break them.
 BROKEN = {
@@ -63,6 +66,12 @@ BROKEN = {
     "no window at all": """
     from sglang_sparsespec.attention_backend import backend
     backend.window_reach = lambda layer: None
+""",
+    "no soft caps": """
+    from dataclasses import replace
+    from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+    original = SparseSpecAttnBackend._kv_of
+    SparseSpecAttnBackend._kv_of = lambda self, layer: replace(original(self, layer), soft_cap=0.0)
 """,
     "no sinks": """
     from dataclasses import replace
@@ -112,7 +121,7 @@ def assert_drafted(state: dict[str, Any]) -> None:
     assert state["sparsespec_kv_read_share"] < 0.5
 
 
-@pytest.mark.parametrize("architecture", NEWER)
+@pytest.mark.parametrize("architecture", EVERYTHING)
 def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Lock-step rounds of all lengths, and plain ones in between."""
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
@@ -188,22 +197,27 @@ class Answers:
 
 
 @pytest.fixture(scope="module")
-def plain_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+def plain_answers(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Answers]:
+    """Of an architecture; its engine is started once."""
     env = {**PLAIN_ENV, **install_plugin(tmp_path_factory.mktemp("site"), "zz_allow_torch", ALLOW_TORCH)}
-    found = {}
-    for architecture, checkpoint in checkpoints.items():
+
+    @functools.cache
+    def answers(architecture: str) -> Answers:
         own = {"enable_deterministic_inference": True, **OWN.get(architecture, {})}
-        with EngineProcess(env, model_path=str(checkpoint), **COMMON, **own, **PLAIN) as engine:
-            found[architecture] = Answers(greedy(engine), seeded(engine))
-    return found
+        with EngineProcess(env, model_path=str(checkpoints[architecture]), **COMMON, **own, **PLAIN) as engine:
+            return Answers(greedy(engine), seeded(engine))
+
+    return answers
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_and_seeded_tokens_are_plain_sglangs(
-    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers], tmp_path: Path
+    architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers], tmp_path: Path
 ) -> None:
-    expected = plain_answers[architecture]
+    expected = plain_answers(architecture)
     assert expected.greedy == likeliest_tokens(checkpoints[architecture], PROMPTS, expected.greedy)
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(plain_rounds_plugin(tmp_path), enable_deterministic_inference=True, **args) as engine:
@@ -217,12 +231,13 @@ def test_greedy_and_seeded_tokens_are_plain_sglangs(
 @pytest.mark.slow
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_tokens_of_unified_batches_are_plain_sglangs(
-    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers]
+    architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers]
 ) -> None:
+    expected = plain_answers(architecture)
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(enable_deterministic_inference=True, sparsespec_schedule="unified", **args) as engine:
-        assert greedy(engine) == plain_answers[architecture].greedy
-        assert seeded(engine) == plain_answers[architecture].seeded
+        assert greedy(engine) == expected.greedy
+        assert seeded(engine) == expected.seeded
         assert_drafted(engine.state())
 
 
@@ -232,6 +247,7 @@ def test_tokens_of_unified_batches_are_plain_sglangs(
     [
         *((architecture, rule) for architecture in WINDOWED for rule in ("a window of one token more", "no window at all")),
         ("GptOssForCausalLM", "no sinks"),
+        ("Gemma2ForCausalLM", "no soft caps"),
     ],
 )
 def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
