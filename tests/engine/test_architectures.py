@@ -134,7 +134,7 @@ def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints:
         assert state["sparsespec_plain_rounds"] > 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
 def test_no_token_depends_on_copies_of_experts(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Drafts with FP8 copies of the experts; then with noise in their place, which makes worse drafts."""
@@ -152,7 +152,7 @@ def test_no_token_depends_on_copies_of_experts(architecture: str, checkpoints: d
     assert accepted[0] > accepted[1] + 0.5, f"accept lengths {accepted}: drafts do not use the copies"
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "own",
     [{}, {"sparsespec_schedule": "unified"}, {"disable_radix_cache": True}, {"disable_overlap_schedule": True}],
@@ -212,7 +212,7 @@ def plain_answers(
     return answers
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_and_seeded_tokens_are_plain_sglangs(
     architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers], tmp_path: Path
@@ -228,7 +228,7 @@ def test_greedy_and_seeded_tokens_are_plain_sglangs(
         assert state["sparsespec_plain_rounds"] > 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_tokens_of_unified_batches_are_plain_sglangs(
     architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers]
@@ -241,7 +241,7 @@ def test_tokens_of_unified_batches_are_plain_sglangs(
         assert_drafted(engine.state())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("architecture", "rule"),
     [
