@@ -6,7 +6,7 @@
 uv resolves and installs the wheels for the host's Python into a folder that nothing runs. From there, they go into one
 stream of tar and Zstandard, cut into chunks. The archive is small for four reasons. NVIDIA's libraries (cuBLAS, cuDNN and
 the rest, but not NCCL) are the host's own. Packages and files that serving text does not need stay behind. Binaries are
-stripped. GPU code for other architectures is overwritten with zeros, which take no room once compressed.
+stripped. GPU code for other architectures becomes zeros, which take no room once compressed.
 
 Needs uv, zstandard and packaging (``pip install uv zstandard packaging``), and strip and readelf (binutils).
 """
@@ -33,7 +33,7 @@ import time
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, NamedTuple, cast
 
 import tomllib
 from environment import REPO, SetupError, say
@@ -139,7 +139,7 @@ IMPORTS = (
     "sglang_sparsespec.worker",
 )
 
-# A fat binary: a header, then entries of (header, code), each for one architecture. CUDA picks an entry by its header.
+# A fat binary: a header, then entries of (header, code), each for one architecture.
 _FATBIN = struct.Struct("<IHHQ")  # magic, version, size of this header, bytes of the entries
 _ENTRY = struct.Struct("<HHIQ")  # kind, version, size of this header, bytes of the code
 _FATBIN_MAGIC = 0xBA55ED50
@@ -148,55 +148,66 @@ _PTX, _MACHINE_CODE = 1, 2
 
 
 def drop_other_architectures(image: bytearray, arch: int) -> int:
-    """Overwrite with zeros, in place, the GPU code that a device of another architecture would run.
+    """Take out, in place, the GPU code that a device of another architecture would run.
 
-    Only fat binaries that hold machine code for ``arch`` are touched, and only their code: the headers by which CUDA
-    chooses, and all offsets, stay. The other binaries may be needed as they are (PTX that is compiled on the device).
+    Only fat binaries that hold machine code for ``arch`` are touched: others may be needed as they are (PTX that is compiled
+    on the device). What is kept moves to the front, as if nothing else had been compiled, and zeros follow: fat binaries
+    are found by where they begin.
 
     Args:
         image: a library or program.
         arch: ten times the compute capability, such as 90.
 
     Returns:
-        How many bytes were overwritten.
+        How many bytes were taken out.
     """
     magic = struct.pack("<I", _FATBIN_MAGIC)
     dropped = 0
     start = image.find(magic)
     while start >= 0:
         entries = _entries(image, start)
-        if entries is None:
+        if not entries:
             start = image.find(magic, start + 4)
             continue
-        if any(kind == _MACHINE_CODE and target == arch for kind, target, _, _ in entries):
-            for kind, target, begin, end in entries:
-                if kind in (_PTX, _MACHINE_CODE) and (kind, target) != (_MACHINE_CODE, arch):
-                    image[begin:end] = bytes(end - begin)
-                    dropped += end - begin
-        start = image.find(magic, entries[-1][3] if entries else start + 4)
+        end = entries[-1].end
+        if any(entry.kind == _MACHINE_CODE and entry.arch == arch for entry in entries):
+            kept = [e for e in entries if e.kind not in (_PTX, _MACHINE_CODE) or (e.kind, e.arch) == (_MACHINE_CODE, arch)]
+            body = b"".join(image[entry.begin : entry.end] for entry in kept)
+            begin = start + _FATBIN.size
+            image[begin:end] = body.ljust(end - begin, b"\0")
+            _FATBIN.pack_into(image, start, _FATBIN_MAGIC, 1, _FATBIN.size, len(body))
+            dropped += end - begin - len(body)
+        start = image.find(magic, end)
     return dropped
 
 
-def _entries(image: bytearray, start: int) -> list[tuple[int, int, int, int]] | None:
-    """The entries of the fat binary at ``start`` as (kind, architecture, begin, end); None if it is not one."""
+class _Entry(NamedTuple):
+    kind: int
+    arch: int
+    begin: int  # of its header
+    end: int
+
+
+def _entries(image: bytearray, start: int) -> list[_Entry]:
+    """The entries of the fat binary at ``start``; none if it is not one."""
     if start + _FATBIN.size > len(image):
-        return None
+        return []
     _, version, header, size = _FATBIN.unpack_from(image, start)
     end = start + header + size
     if version != 1 or header != _FATBIN.size or end > len(image):
-        return None
+        return []
     entries = []
     at = start + header
     while at < end:
         if at + _ARCH_OFFSET + 4 > end:
-            return None
+            return []
         kind, _, entry_header, code = _ENTRY.unpack_from(image, at)
-        (target,) = struct.unpack_from("<I", image, at + _ARCH_OFFSET)
-        begin = at + entry_header
-        if entry_header < _ARCH_OFFSET + 4 or begin + code > end:
-            return None
-        entries.append((kind, target, begin, begin + code))
-        at = begin + code
+        (arch,) = struct.unpack_from("<I", image, at + _ARCH_OFFSET)
+        after = at + entry_header + code
+        if entry_header < _ARCH_OFFSET + 4 or after > end:
+            return []
+        entries.append(_Entry(kind, arch, at, after))
+        at = after
     return entries
 
 
