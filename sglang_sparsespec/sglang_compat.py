@@ -63,6 +63,12 @@ if not _IS_0_5_17:
         }
     )
 
+#: The function that says which attention backends SGLang looks for in its lists of those that a model can have.
+ATTENTION_BACKENDS_OF = (
+    "sglang.srt.server_args.ServerArgs._resolved_attention_backends"
+    if _IS_0_5_17
+    else "sglang.srt.arg_groups.model_hook.attention_backends_of"
+)
 #: ``ForwardBatch``'s fields for the number of tokens without padding, with "_cpu" or without.
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
