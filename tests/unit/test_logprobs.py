@@ -14,6 +14,7 @@ from sglang_parts import needs_hook
 from sglang_sparsespec.scheduler_patch import logprobs as hooked
 
 
+@needs_hook("no_tokens_are_an_empty_tensor")
 @pytest.mark.parametrize("algorithm", ["SPARSESPEC", "NGRAM"])
 def test_requests_that_chose_no_tokens_get_an_empty_tensor(
     algorithm: str, plugin: None, monkeypatch: pytest.MonkeyPatch
