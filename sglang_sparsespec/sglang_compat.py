@@ -40,8 +40,8 @@ FLASHINFER = "0.6.15.post1" if _IS_0_5_17 else "0.7.2"
 DECLARES_RESOLUTION = not _IS_0_5_17
 #: The log's acceptance rate comes from a counter of correct drafts, not from those of tokens and verifications.
 COUNTS_CORRECT_DRAFTS = not _IS_0_5_17
-#: The radix cache is the ``HiRadixCache`` that the host tier is written for.
-HAS_HOST_TIER = _IS_0_5_17
+#: The radix cache is a ``UnifiedRadixCache``, whose nodes are numbers. Otherwise, with a host pool, it is a ``HiRadixCache``.
+HAS_UNIFIED_TREE = not _IS_0_5_17
 #: SGLang's refusal of LoRA beside speculation is a method that a hook can go round. Otherwise it stands.
 LORA_CAN_BE_ALLOWED = _IS_0_5_17
 
@@ -62,6 +62,11 @@ if not _IS_0_5_17:
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
 _LOADS_RECEIVED = "update_weights_from_distributed" if _IS_0_5_17 else "load_weights_from_distributed"
+#: Targets of hooks that have moved: what makes the radix cache's host pool, and what makes the tracker of new tokens.
+_TREE = "sglang.srt.mem_cache.hiradix_cache.HiRadixCache.__init__"
+MAKE_HOST_POOL = _TREE if _IS_0_5_17 else "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.init_hicache"
+_TRACKER = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker."
+MAKE_NEW_TOKEN_RATIO = _TRACKER + ("from_server_args" if _IS_0_5_17 else "from_config")
 WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")
 
 
@@ -110,6 +115,21 @@ def kv_of(req: Req) -> Any:
 def prefix_len(req: Req) -> int:
     """Tokens of a request in prefill that have their KV."""
     return len(req.prefix_indices) if _IS_0_5_17 else req.prefix_len
+
+
+def extend_len(req: Req) -> int:
+    """Tokens of a request that its next prefill computes."""
+    return req.extend_range.length if _IS_0_5_17 else req.extend_end - req.prefix_len
+
+
+def release(req: Req, tree: Any) -> None:
+    """Free a request's row and KV, but for what the radix cache ``tree`` holds of it already."""
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    if _IS_0_5_17:
+        release_kv_cache(req, tree, is_insert=False)
+    else:
+        release_kv_cache(req, tree, checkpoint=False)
 
 
 def compute_logprobs(batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:

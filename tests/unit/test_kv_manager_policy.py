@@ -98,7 +98,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
         tier = Tier(free)
         manager = KVManager(scheduler, tier, WINDOW)  # type: ignore[arg-type]
         monkeypatch.setattr(KVManager, "_decode_batch", lambda self, reqs: Batch(reqs))
-        monkeypatch.setattr(manager_module, "release_kv_cache", lambda req, tree, is_insert: released.append(req.rid))
+        monkeypatch.setattr(manager_module, "release", lambda req, tree: released.append(req.rid))
         return SimpleNamespace(
             manager=manager,
             tier=tier,
@@ -227,7 +227,7 @@ def test_nothing_returns_into_the_memory_of_a_prompt_in_mid_prefill(world: Any) 
     batch = w.manager.step(batch)  # stored
     assert states(w) == [("r1", State.STORED)]
     needed = 100 + RESTORE_ROUNDS * WINDOW * 2
-    w.scheduler.chunked_req = SimpleNamespace(full_untruncated_fill_ids=range(70), prefix_indices=range(20))
+    w.scheduler.chunked_req = SimpleNamespace(full_untruncated_fill_ids=range(70), prefix_indices=range(20), prefix_len=20)
     w.tier.free_tokens = needed + 49
     assert w.manager.step(batch).rids() == ["r0"]
     w.tier.free_tokens = needed + 50
