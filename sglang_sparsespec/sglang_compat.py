@@ -46,7 +46,7 @@ HAS_UNIFIED_TREE = not _IS_0_5_17
 LORA_CAN_BE_ALLOWED = _IS_0_5_17
 
 #: Hooks that are left out, because this SGLang does by itself what they are for.
-UNNECESSARY_HOOKS: frozenset[str] = frozenset()
+UNNECESSARY_HOOKS: frozenset[str] = frozenset({"keep_room_for_growth_only"})  # requests of all kinds are counted alike
 if not _IS_0_5_17:
     UNNECESSARY_HOOKS = frozenset(
         {

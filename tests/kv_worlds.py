@@ -11,6 +11,7 @@ import torch
 from sglang.srt.managers import schedule_batch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
+from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
@@ -25,6 +26,8 @@ WINDOW = 5
 LAYERS, HEADS, DIM = 2, 1, 4
 BYTES = 2 * LAYERS * HEADS * DIM * 4
 DEVICE_TOKENS = 64
+#: Implementations of the radix cache's tree; a newer SGLang has two.
+CORES = ("rust", "python") if HAS_UNIFIED_TREE else ("",)
 
 
 class Req:
@@ -74,7 +77,7 @@ class Batch:
         return [req.rid for req in self.reqs]
 
 
-def make_tree(rows: ReqToTokenPool, allocator: TokenToKVPoolAllocator, host_gb: float) -> Any:
+def make_tree(rows: ReqToTokenPool, allocator: TokenToKVPoolAllocator, host_gb: float, core: str) -> Any:
     """SGLang's radix cache with a host pool of ``host_gb``."""
     settings: dict[str, Any] = {
         "hicache_ratio": 2.0,
@@ -102,6 +105,7 @@ def make_tree(rows: ReqToTokenPool, allocator: TokenToKVPoolAllocator, host_gb: 
 
     get_context().override("tests.make_tree", **settings)
     params.tree_components = (ComponentType.FULL,)
+    params.tree_core_backend = core
     tree = UnifiedRadixCache(params)
     tree.init_hicache(get_server_args(), params)
     return tree
@@ -110,14 +114,14 @@ def make_tree(rows: ReqToTokenPool, allocator: TokenToKVPoolAllocator, host_gb: 
 class World:
     """A device pool of 64 tokens, a host pool, and running requests whose KV is known."""
 
-    def __init__(self, host_tokens: int) -> None:
+    def __init__(self, host_tokens: int, core: str = CORES[0]) -> None:
         self.kv = MHATokenToKVPool(
             DEVICE_TOKENS, 1, torch.float32, HEADS, DIM, LAYERS, "cpu", False, enable_alt_stream=False
         )
         self.allocator = TokenToKVPoolAllocator(DEVICE_TOKENS, torch.float32, "cpu", self.kv, need_sort=False)
         self.rows = ReqToTokenPool(4, 64, "cpu", False)
         # The pool has one token more than asked for.
-        self.tree = make_tree(self.rows, self.allocator, (host_tokens - 1) * BYTES / 1e9)
+        self.tree = make_tree(self.rows, self.allocator, (host_tokens - 1) * BYTES / 1e9, core)
         self.tier = TIER(self.tree)
 
     def request(self, tokens: list[int]) -> Any:
@@ -141,6 +145,28 @@ class World:
             self.kv.k_buffer[layer][slots] = self.content(tokens, layer)
             self.kv.v_buffer[layer][slots] = -self.content(tokens, layer)
         return req
+
+    def grow(self, req: Any, tokens: list[int]) -> None:
+        """Let a running request commit its last token and all of ``tokens`` but the last; it has no reserved slots then."""
+        committed = kv_of(req).kv_committed_len
+        spare = self.rows.req_to_token[kv_of(req).req_pool_idx, committed : req.kv.kv_allocated_len]
+        self.allocator.free(spare.long())
+        slots = self.allocator.alloc(len(tokens))
+        req.output_ids.extend(tokens)
+        kv_of(req).kv_committed_len = req.kv.kv_allocated_len = committed + len(tokens)
+        self.rows.write((kv_of(req).req_pool_idx, slice(committed, committed + len(tokens))), slots.to(torch.int32))
+        for layer in range(LAYERS):
+            written = self.content([*req.origin_input_ids, *req.output_ids], layer)[committed : committed + len(tokens)]
+            self.kv.k_buffer[layer][slots] = written
+            self.kv.v_buffer[layer][slots] = -written
+
+    def finish(self, req: Any) -> None:
+        """End a running request as SGLang does: its KV is cached."""
+        req.finished_reason = schedule_batch.FINISH_LENGTH(len(req.output_ids))
+        if HAS_UNIFIED_TREE:
+            release_kv_cache(req, self.tree, checkpoint=True)
+        else:
+            release_kv_cache(req, self.tree)
 
     @staticmethod
     def content(tokens: list[int], layer: int) -> torch.Tensor:

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers import schedule_policy
-from sglang.srt.runtime_context import get_memory, get_server_args
+from sglang.srt.runtime_context import get_memory, get_server_args, get_spec
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.kv_manager.hiradix_host_tier import HiRadixHostTier
@@ -42,7 +42,7 @@ def _make_manager(scheduler: Any) -> KVManager | None:
     if not _has_host_tier(scheduler.server_args):
         return None
     forward_stream = scheduler.forward_stream if scheduler.device == "cuda" else None
-    window = scheduler.server_args.speculative_num_draft_tokens
+    window = get_spec().speculative_num_draft_tokens
     # The longest output that SGLang expects of a request; see admit_aggressively.
     schedule_policy.CLIP_MAX_NEW_TOKENS = ADMISSION_FACTOR * RESTORE_ROUNDS * window
     return KVManager(scheduler, TIER(scheduler.tree_cache, forward_stream), window)
@@ -116,6 +116,17 @@ def admit_aggressively(original: Callable[..., Any], cls: Any, *args: Any) -> An
     return tracker
 
 
+def keep_room_for_growth_only(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """``PrefillAdder._get_running_request_total_token_offset``: SGLang keeps all of the rest free for a fixed length.
+
+    With a host tier, requests that ignore the end of text are admitted like others; see :func:`admit_aggressively`.
+    """
+    room = original(adder, req)
+    if req.sampling_params.ignore_eos and _has_host_tier(get_server_args()):
+        room *= adder.new_token_ratio
+    return room
+
+
 def name_the_flag(original: Callable[..., None], tree: Any, *args: Any, **kwargs: Any) -> None:
     """What makes the radix cache's host pool: SGLang's errors of a host pool that cannot be had do not know our flag."""
     try:
@@ -138,4 +149,9 @@ def register_hooks() -> None:
     add_hook(scheduler + "abort_request", abort_offloaded, "after")
     add_hook(scheduler + "pause_generation", retract_offloaded, "after")
     add_hook(MAKE_NEW_TOKEN_RATIO, admit_aggressively, "around")
+    add_hook(
+        "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
+        keep_room_for_growth_only,
+        "around",
+    )
     add_hook(MAKE_HOST_POOL, name_the_flag, "around")

@@ -1,0 +1,181 @@
+"""Requests that run, move, return, end and are aborted in any order, while copies take their time."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from kv_worlds import DEVICE_TOKENS, CORES, World, small_chunks
+from sglang.srt.managers.schedule_batch import FINISH_LENGTH
+from sglang.srt.mem_cache.base_prefix_cache import EvictParams
+
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, kv_of, release
+
+#: Prompts begin with one of these, so that requests share prefixes of several lengths.
+PREFIXES = [list(range(1, 20)), list(range(1, 11)), list(range(30, 36)), []]
+
+
+class SlowCopies:
+    """Copies that are carried out only when SGLang is told that they are done."""
+
+    def __init__(self, w: World, rng: random.Random) -> None:
+        self.world, self.rng, self.all_at_once = w, rng, False
+        self.writes: list[Callable[[], None]] = []
+        self.loads: list[Callable[[], None]] = []
+        pool = w.tier.host_pool
+        pool.backup_from_device_all_layer = self.later(self.writes, pool.backup_from_device_all_layer)
+        pool.load_to_device_per_layer = self.later(self.loads, pool.load_to_device_per_layer)
+        w.tree._count_ready_acks = self.finish_some
+
+    @staticmethod
+    def later(copies: list[Callable[[], None]], copy: Callable[..., None]) -> Callable[..., None]:
+        return lambda *args, **kwargs: copies.append(lambda: copy(*args, **kwargs))
+
+    def finish_some(self, acks: Any) -> int:
+        ready = len(acks) if self.all_at_once else self.rng.randrange(len(acks) + 1)
+        loading = acks is self.world.tier.controller.ack_load_queue
+        copies, each = (self.loads, self.world.kv.layer_num) if loading else (self.writes, 1)
+        for copy in copies[: ready * each]:
+            copy()
+        del copies[: ready * each]
+        return ready
+
+    def drain(self) -> None:
+        self.all_at_once = True
+        self.world.tier.wait_for_writes()
+        self.world.tier.wait_for_loads()
+        self.all_at_once = False
+
+
+class Story:
+    """Requests in all states, and what may happen to them."""
+
+    def __init__(self, w: World, rng: random.Random) -> None:
+        self.w, self.rng, self.slow = w, rng, SlowCopies(w, rng)
+        self.running: list[Any] = []
+        self.stored: list[tuple[Any, Any]] = []
+        self.loading: tuple[Any, Any] | None = None
+        self.full = self.returned = self.forgotten = 0
+
+    @staticmethod
+    def tokens(req: Any) -> list[int]:
+        return [*req.origin_input_ids, *req.output_ids]
+
+    def room(self, tokens: int) -> bool:
+        missing = tokens - self.w.allocator.available_size()
+        if missing > 0:
+            self.w.tree.evict(EvictParams(num_tokens=missing))
+        return self.w.allocator.available_size() >= tokens
+
+    def begin(self) -> None:
+        tokens = self.rng.choice(PREFIXES) + [self.rng.randrange(50, 54) for _ in range(self.rng.randrange(3, 9))]
+        if self.w.rows.available_size() and self.room(len(tokens) + 2):
+            self.running.append(self.w.request(tokens))
+
+    def grow(self) -> None:
+        if self.running and self.room(8):
+            req = self.rng.choice(self.running)
+            self.w.grow(req, [self.rng.randrange(50, 54) for _ in range(self.rng.randrange(1, 5))])
+
+    def store(self) -> None:
+        if not self.running:
+            return
+        req = self.running.pop(self.rng.randrange(len(self.running)))
+        node, _ = self.w.tier.store(req)
+        if node is None:
+            self.full += 1
+            release(req, self.w.tree)
+        else:
+            self.stored.append((req, node))
+
+    def bring_back(self) -> None:
+        tier = self.w.tier
+        if self.loading is None and self.stored:
+            req, node = self.loading = self.stored.pop(self.rng.randrange(len(self.stored)))
+            if not tier.tokens_to_load(node):
+                tier.lock(node)
+            elif not tier.start_load(node):
+                self.stored.append((req, node))
+                self.loading = None
+        elif self.loading is not None and tier.is_loaded(self.loading[1]):
+            req, node = self.loading
+            tier.attach(req, node)
+            self.w.assert_content(req, self.tokens(req))
+            self.loading, self.returned = None, self.returned + 1
+            self.running.append(req)
+
+    def forget(self) -> None:
+        if self.loading is not None and self.rng.random() < 0.5:
+            self.w.tier.forget(*self.loading, locked=True)
+            self.loading = None
+        elif self.stored:
+            self.w.tier.forget(*self.stored.pop(), locked=False)
+        else:
+            return
+        self.forgotten += 1
+
+    def end(self) -> None:
+        if self.running:
+            self.w.finish(self.running.pop(self.rng.randrange(len(self.running))))
+
+    def pass_time(self) -> None:
+        self.w.tree.check_hicache_events()
+
+    def evict(self) -> None:
+        self.w.tree.evict(EvictParams(num_tokens=self.rng.randrange(1, 40)))
+
+    def scribble(self) -> None:
+        if self.w.allocator.available_size():
+            self.w.scribble()
+
+    def exclusive(self) -> None:
+        for req in self.running:
+            assert 0 <= self.w.tier.exclusive_tokens(req) <= req.kv.kv_allocated_len
+
+    def check(self) -> None:
+        for req in self.running:
+            self.w.assert_content(req, self.tokens(req))
+        if HAS_UNIFIED_TREE:
+            for _, node in self.stored:
+                copied = [self.w.tree.is_backuped(part.node_id) for part in self.w.tier._path(node.id)]
+                assert all(copied), "a stored request's copy was dropped"
+
+
+@pytest.mark.parametrize("core", CORES)
+@pytest.mark.parametrize("seed", range(6))
+def test_whatever_happens_to_requests_their_kv_stays_theirs_and_pools_end_empty(
+    seed: int,
+    core: str,
+    serving_args: Callable[[Any], None],
+    resolve: Callable[..., Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    serving_args(resolve())
+    small_chunks(monkeypatch)
+    rng = random.Random(seed)
+    # Host memory for two requests or so, or for all.
+    w = World(host_tokens=(60, 60, 400)[seed % 3], core=core)
+    story = Story(w, rng)
+    steps = [story.begin, story.grow, story.grow, story.store, story.store, *[story.bring_back] * 4]
+    steps += [story.forget, story.end, story.pass_time, story.pass_time, story.evict, story.scribble, story.exclusive]
+    for _ in range(1200):
+        rng.choice(steps)()
+        story.check()
+    assert story.returned > 20 and story.forgotten > 10
+    assert story.full > 0 or seed % 3 == 2
+    if story.loading is not None:
+        story.stored.append(story.loading)
+        w.tier.forget(*story.stored.pop(), locked=True)
+    for stored in story.stored:
+        w.tier.forget(*stored, locked=False)
+    for req in story.running:
+        w.finish(req)
+    story.slow.drain()
+    assert w.tree.protected_size() == 0 and w.rows.available_size() == 4
+    w.tier.evict_all()
+    w.tree.evict_host(1000)
+    assert w.allocator.available_size() == DEVICE_TOKENS
+    assert w.tier.host_pool.available_size() == w.tier.host_pool.logical_size
