@@ -136,8 +136,7 @@ class HiRadixHostTier(HostTier):
         self.controller.start_loading()
         return True
 
-    def is_loaded(self, node: TreeNode) -> bool:
-        """Whether :meth:`start_load` of ``node`` is done."""
+    def _load_is_done(self, node: TreeNode) -> bool:
         return node.id not in self.tree.ongoing_load_back
 
     def lock(self, node: TreeNode) -> None:

@@ -48,6 +48,7 @@ class HostTier(ABC):
         self.allocator = tree.token_to_kv_pool_allocator
         self._rows = tree.req_to_token_pool
         self._forward_stream = forward_stream
+        self._abandoned: list[Any] = []
         # SGLang recomputes prefixes of a few tokens instead of loading them; a stored request
         # is loaded whole.
         tree.load_back_threshold = 1
@@ -161,9 +162,21 @@ class HostTier(ABC):
         SGLang's prefills use the same ring of three events.
         """
 
-    @abstractmethod
     def is_loaded(self, node: Any) -> bool:
-        """Whether :meth:`start_load` of ``node`` is done."""
+        """Whether the path to ``node``, locked on the device, is there."""
+        return self._load_is_done(node) and not self.has_abandoned_loads()
+
+    @abstractmethod
+    def _load_is_done(self, node: Any) -> bool:
+        """Whether :meth:`start_load` of ``node``, if there was one, is done."""
+
+    def has_abandoned_loads(self) -> bool:
+        """Whether loads are under way whose requests were forgotten.
+
+        The tree takes their nodes for cached ones, which others may share.
+        """
+        self._abandoned = [node for node in self._abandoned if not self._load_is_done(node)]
+        return bool(self._abandoned)
 
     def wait_for_loads(self) -> None:
         """Block until all loads are done."""
@@ -192,6 +205,8 @@ class HostTier(ABC):
 
     def forget(self, req: Req, node: Any, locked: bool) -> None:
         """Give up the stored ``req`` and its row; its nodes become ordinary cached ones."""
+        if locked:
+            self._abandoned.append(node)
         self._unprotect(req, node, locked)
         release(req, self.tree)
 

@@ -107,7 +107,7 @@ class KVManager:
 
         It also keeps prefills from using nodes of the tree that are being loaded.
         """
-        return bool(self.offloaded)
+        return bool(self.offloaded) or self.tier.has_abandoned_loads()
 
     @property
     def utilisation(self) -> float:

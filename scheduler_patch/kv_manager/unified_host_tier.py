@@ -171,8 +171,7 @@ class UnifiedHostTier(HostTier):
         self.tree.ready_to_load_host_cache()
         return True
 
-    def is_loaded(self, node: StoredNode) -> bool:
-        """Whether :meth:`start_load` of ``node`` is done."""
+    def _load_is_done(self, node: StoredNode) -> bool:
         return node.id not in self.tree.ongoing_load_back
 
     def lock(self, node: StoredNode) -> None:

@@ -126,7 +126,9 @@ def test_a_forgotten_request_leaves_nothing(world: Callable[[int], World], loadi
     if loading:
         assert w.tier.start_load(node)
     w.tier.forget(req, node, locked=loading)
+    assert w.tier.has_abandoned_loads() == loading
     w.tier.wait_for_loads()
+    assert not w.tier.has_abandoned_loads()
     assert w.tier.free_tokens == DEVICE_TOKENS
     assert w.rows.available_size() == 4 and kv_of(req).req_pool_idx is None
     assert w.tree.protected_size() == 0

@@ -30,6 +30,7 @@ class Tier:
         self.host_full = False
         self.written = True
         self.loaded = True
+        self.abandoned = False
         self.calls: list[tuple[str, str]] = []
         self.tree = SimpleNamespace()
 
@@ -66,6 +67,9 @@ class Tier:
 
     def is_loaded(self, node: Any) -> bool:
         return self.loaded
+
+    def has_abandoned_loads(self) -> bool:
+        return self.abandoned
 
     def wait_for_loads(self) -> None:
         self.loaded = True
@@ -287,6 +291,14 @@ def test_aborting_an_offloaded_request_frees_it_and_tells_the_client(world: Any,
     freed = {State.LEAVING: [], State.STORED: [("forget", "r1")], State.LOADING: [("forget locked", "r1")]}
     assert [call for call in w.tier.calls if "forget" in call[0]] == freed[state]
     assert w.released == (["r1"] if state is State.LEAVING else [])
+
+
+def test_nobody_is_admitted_while_the_load_of_an_aborted_request_is_under_way(world: Any) -> None:
+    w = world(free=10_000)
+    w.tier.abandoned = True
+    assert w.manager.holds_admission
+    w.tier.abandoned = False
+    assert not w.manager.holds_admission
 
 
 def test_aborts_of_others_leave_it(world: Any) -> None:
