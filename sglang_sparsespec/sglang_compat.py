@@ -40,14 +40,16 @@ FLASHINFER = "0.6.15.post1" if _IS_0_5_17 else "0.7.2"
 DECLARES_RESOLUTION = not _IS_0_5_17
 #: The log's acceptance rate comes from a counter of correct drafts, not from those of tokens and verifications.
 COUNTS_CORRECT_DRAFTS = not _IS_0_5_17
-#: The radix cache is a ``UnifiedRadixCache``, whose nodes are numbers. Otherwise, with a host pool, it is a ``HiRadixCache``.
+#: The radix cache is a ``UnifiedRadixCache``. Otherwise, with a host pool, it is a ``HiRadixCache``.
 HAS_UNIFIED_TREE = not _IS_0_5_17
 #: SGLang's refusal of LoRA beside speculation is a method that a hook can go round. Otherwise it stands.
 LORA_CAN_BE_ALLOWED = _IS_0_5_17
 
 #: Hooks that are left out, because this SGLang does by itself what they are for.
-UNNECESSARY_HOOKS: frozenset[str] = frozenset({"keep_room_for_growth_only"})  # requests of all kinds are counted alike
-if not _IS_0_5_17:
+UNNECESSARY_HOOKS: frozenset[str]
+if _IS_0_5_17:
+    UNNECESSARY_HOOKS = frozenset({"keep_room_for_growth_only"})  # requests of a fixed length are counted like others
+else:
     UNNECESSARY_HOOKS = frozenset(
         {
             "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
@@ -62,12 +64,13 @@ if not _IS_0_5_17:
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
 _LOADS_RECEIVED = "update_weights_from_distributed" if _IS_0_5_17 else "load_weights_from_distributed"
-#: Targets of hooks that have moved: what makes the radix cache's host pool, and what makes the tracker of new tokens.
-_TREE = "sglang.srt.mem_cache.hiradix_cache.HiRadixCache.__init__"
-MAKE_HOST_POOL = _TREE if _IS_0_5_17 else "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.init_hicache"
+WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")
+#: What makes the radix cache's host pool.
+_TREE = "hiradix_cache.HiRadixCache.__init__" if _IS_0_5_17 else "unified_radix_cache.UnifiedRadixCache.init_hicache"
+MAKE_HOST_POOL = f"sglang.srt.mem_cache.{_TREE}"
+#: What makes the tracker of the share of a request's longest output that is kept free for it.
 _TRACKER = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker."
 MAKE_NEW_TOKEN_RATIO = _TRACKER + ("from_server_args" if _IS_0_5_17 else "from_config")
-WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")
 
 
 # ---------------------------------------------------------------------- server arguments
@@ -119,7 +122,7 @@ def prefix_len(req: Req) -> int:
 
 def extend_len(req: Req) -> int:
     """Tokens of a request that its next prefill computes."""
-    return req.extend_range.length if _IS_0_5_17 else req.extend_end - req.prefix_len
+    return req.extend_range.length if _IS_0_5_17 else req.extend_len
 
 
 def release(req: Req, tree: Any) -> None:

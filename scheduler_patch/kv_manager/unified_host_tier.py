@@ -44,7 +44,7 @@ class UnifiedHostTier(HostTier):
         super().__init__(tree, forward_stream)
         fences = (self.controller.write_fence_stream, self.controller.load_fence_stream)
         if forward_stream is not None and fences != (forward_stream, forward_stream):
-            raise RuntimeError("sglang-sparsespec does not fit this sglang: its copies do not wait for the forward in flight.")
+            raise RuntimeError("sglang-sparsespec does not fit this sglang: copies do not wait for the forward in flight.")
         self._protected: list[StoredNode] = []
 
     @staticmethod

@@ -16,7 +16,6 @@ from typing import Any
 import pytest
 from engine_process import PLAIN, PLAIN_ENV, EngineProcess, plain_rounds_plugin
 
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from kv_worlds import CORES, DEVICE_TOKENS, World, small_chunks
-from sglang.srt.managers.schedule_batch import FINISH_LENGTH
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams, MatchPrefixParams
 from sglang.srt.mem_cache.radix_cache import RadixKey
 
-from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, kv_of, release
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, release
 
 #: Prompts begin with one of these, so that requests share prefixes of several lengths.
 PREFIXES = [list(range(1, 20)), list(range(1, 11)), list(range(30, 36)), []]
