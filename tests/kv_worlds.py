@@ -124,9 +124,9 @@ class World:
         self.tree = make_tree(self.rows, self.allocator, (host_tokens - 1) * BYTES / 1e9, core)
         self.tier = TIER(self.tree)
 
-    def request(self, tokens: list[int]) -> Any:
+    def request(self, tokens: list[int], extra_key: str | None = None) -> Any:
         """A running request: ``tokens`` committed but for the last one, 3 reserved slots."""
-        req = schedule_batch.Req(str(tokens), "", array("q", tokens[:2]), SamplingParams())
+        req = schedule_batch.Req(str(tokens), "", array("q", tokens[:2]), SamplingParams(), extra_key=extra_key)
         req.output_ids = array("q", tokens[2:])
         self.rows.alloc([req])
         committed = len(tokens) - 1

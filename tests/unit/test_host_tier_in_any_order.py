@@ -81,7 +81,8 @@ class Story:
     def begin(self) -> None:
         tokens = self.rng.choice(PREFIXES) + [self.rng.randrange(50, 54) for _ in range(self.rng.randrange(3, 9))]
         if self.w.rows.available_size() and self.room(len(tokens) + 2):
-            self.running.append(self.w.request(tokens))
+            # Requests of a LoRA adapter, say, share nothing with others.
+            self.running.append(self.w.request(tokens, extra_key=self.rng.choice((None, None, "other"))))
 
     def grow(self) -> None:
         if self.running and self.room(8):
