@@ -127,8 +127,7 @@ class HiRadixHostTier(HostTier):
 
     # ------------------------------------------------------------------ host to device
 
-    def start_load(self, node: TreeNode) -> bool:
-        """Begin to load the path to ``node``, locked from here on; False if the device has no room."""
+    def _start_load(self, node: TreeNode) -> bool:
         if self.tree.load_back(node) is None:
             return False
         self.tree.inc_lock_ref(node)

@@ -48,7 +48,7 @@ class HostTier(ABC):
         self.allocator = tree.token_to_kv_pool_allocator
         self._rows = tree.req_to_token_pool
         self._forward_stream = forward_stream
-        self._abandoned: list[Any] = []
+        self._loads: list[Any] = []
         # SGLang recomputes prefixes of a few tokens instead of loading them; a stored request
         # is loaded whole.
         tree.load_back_threshold = 1
@@ -154,29 +154,31 @@ class HostTier(ABC):
 
     # ------------------------------------------------------------------ host to device
 
-    @abstractmethod
     def start_load(self, node: Any) -> bool:
         """Begin to load the path to ``node``; False if the device has no room.
 
-        The path is locked on the device from here on. At most one load may be under way:
-        SGLang's prefills use the same ring of three events.
+        The path is locked on the device from here on.
         """
+        if not self._start_load(node):
+            return False
+        self._loads.append(node)
+        return True
 
-    def is_loaded(self, node: Any) -> bool:
-        """Whether the path to ``node``, locked on the device, is there."""
-        return self._load_is_done(node) and not self.has_abandoned_loads()
+    @abstractmethod
+    def _start_load(self, node: Any) -> bool:
+        """See :meth:`start_load`."""
+
+    def is_loading(self) -> bool:
+        """Whether loads are under way, also of requests that were forgotten meanwhile.
+
+        The tree takes the nodes for nodes on the device, which others may share.
+        """
+        self._loads = [node for node in self._loads if not self._load_is_done(node)]
+        return bool(self._loads)
 
     @abstractmethod
     def _load_is_done(self, node: Any) -> bool:
-        """Whether :meth:`start_load` of ``node``, if there was one, is done."""
-
-    def has_abandoned_loads(self) -> bool:
-        """Whether loads are under way whose requests were forgotten.
-
-        The tree takes their nodes for cached ones, which others may share.
-        """
-        self._abandoned = [node for node in self._abandoned if not self._load_is_done(node)]
-        return bool(self._abandoned)
+        """Whether the load of ``node`` is done."""
 
     def wait_for_loads(self) -> None:
         """Block until all loads are done."""
@@ -205,8 +207,6 @@ class HostTier(ABC):
 
     def forget(self, req: Req, node: Any, locked: bool) -> None:
         """Give up the stored ``req`` and its row; its nodes become ordinary cached ones."""
-        if locked:
-            self._abandoned.append(node)
         self._unprotect(req, node, locked)
         release(req, self.tree)
 

@@ -107,7 +107,7 @@ class KVManager:
 
         It also keeps prefills from using nodes of the tree that are being loaded.
         """
-        return bool(self.offloaded) or self.tier.has_abandoned_loads()
+        return bool(self.offloaded) or self.tier.is_loading()
 
     @property
     def utilisation(self) -> float:
@@ -244,7 +244,8 @@ class KVManager:
         if entry.state is State.LOADING:
             if idle:  # nothing to overlap with
                 self.tier.wait_for_loads()
-            if not self.tier.is_loaded(entry.node):
+            # Not even one that is on the device: it may share nodes with one that is not yet.
+            if self.tier.is_loading():
                 return False
             self.tier.attach(entry.req, entry.node)
             self.metrics.requests_restored += 1

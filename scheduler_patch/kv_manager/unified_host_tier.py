@@ -163,8 +163,7 @@ class UnifiedHostTier(HostTier):
 
     # ------------------------------------------------------------------ host to device
 
-    def start_load(self, node: StoredNode) -> bool:
-        """Begin to load the path to ``node``, locked from here on; False if the device has no room."""
+    def _start_load(self, node: StoredNode) -> bool:
         if not self.tree.load_back(node.id):
             return False
         self.lock(node)

@@ -13,7 +13,8 @@ from kv_worlds import DEVICE_TOKENS, World, small_chunks
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.pool_host import base
 
-from sglang_sparsespec.sglang_compat import kv_of
+from sglang_sparsespec.scheduler_patch.kv_manager.hooks import TIER
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, kv_of
 
 
 @pytest.fixture
@@ -35,6 +36,21 @@ def test_a_cpu_server_has_a_host_pool_where_less_memory_is_free_than_pinning_wou
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1e9, total=8e9))
     assert world(200).tier.host_pool.available_size() == 200
     assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES > 1e9  # unchanged for other pools
+
+
+def test_a_radix_cache_that_the_tier_is_not_for_is_refused_with_a_remedy(world: Callable[[int], World]) -> None:
+    with pytest.raises(RuntimeError, match="found SimpleNamespace; remove .*--sparsespec-host-kv-gb 0"):
+        TIER(SimpleNamespace())
+
+
+@pytest.mark.skipif(not HAS_UNIFIED_TREE, reason="the tier orders its copies itself")
+def test_copies_that_do_not_wait_for_forwards_are_refused(world: Callable[[int], World]) -> None:
+    w, forwards = world(200), object()
+    w.tree.cache_controller.write_fence_stream = forwards
+    with pytest.raises(RuntimeError, match="do not wait for the forward in flight"):
+        TIER(w.tree, forwards)
+    w.tree.cache_controller.load_fence_stream = forwards
+    TIER(w.tree, forwards)
 
 
 def test_a_stored_request_survives_its_slots_being_reused(world: Callable[[int], World]) -> None:
@@ -126,9 +142,9 @@ def test_a_forgotten_request_leaves_nothing(world: Callable[[int], World], loadi
     if loading:
         assert w.tier.start_load(node)
     w.tier.forget(req, node, locked=loading)
-    assert w.tier.has_abandoned_loads() == loading
+    assert w.tier.is_loading() == loading
     w.tier.wait_for_loads()
-    assert not w.tier.has_abandoned_loads()
+    assert not w.tier.is_loading()
     assert w.tier.free_tokens == DEVICE_TOKENS
     assert w.rows.available_size() == 4 and kv_of(req).req_pool_idx is None
     assert w.tree.protected_size() == 0

@@ -64,7 +64,7 @@ class Story:
         self.w, self.rng, self.slow = w, rng, SlowCopies(w, rng)
         self.running: list[Any] = []
         self.stored: list[tuple[Any, Any]] = []
-        self.loading: tuple[Any, Any] | None = None
+        self.loading: list[tuple[Any, Any]] = []
         self.ended: list[list[int]] = []
         self.full = self.returned = self.forgotten = self.loaded_for_prefills = 0
 
@@ -102,24 +102,24 @@ class Story:
 
     def bring_back(self) -> None:
         tier = self.w.tier
-        if self.loading is None and self.stored:
-            req, node = self.loading = self.stored.pop(self.rng.randrange(len(self.stored)))
+        if self.stored and len(self.loading) < 2:
+            req, node = self.stored.pop(self.rng.randrange(len(self.stored)))
             if not tier.tokens_to_load(node):
                 tier.lock(node)
-            elif not tier.start_load(node):
+            elif len(self.w.tree.ongoing_load_back) == 3 or not tier.start_load(node):
                 self.stored.append((req, node))
-                self.loading = None
-        elif self.loading is not None and tier.is_loaded(self.loading[1]):
-            req, node = self.loading
+                return
+            self.loading.append((req, node))
+        elif self.loading and not tier.is_loading():
+            req, node = self.loading.pop()
             tier.attach(req, node)
             self.w.assert_content(req, self.tokens(req))
-            self.loading, self.returned = None, self.returned + 1
+            self.returned += 1
             self.running.append(req)
 
     def forget(self) -> None:
-        if self.loading is not None and self.rng.random() < 0.5:
-            self.w.tier.forget(*self.loading, locked=True)
-            self.loading = None
+        if self.loading and self.rng.random() < 0.5:
+            self.w.tier.forget(*self.loading.pop(), locked=True)
         elif self.stored:
             self.w.tier.forget(*self.stored.pop(), locked=False)
         else:
@@ -135,7 +135,7 @@ class Story:
     def load_for_a_prefill(self) -> None:
         """A prompt whose beginning is cached on the host; the KV manager admits none while it loads itself."""
         tree = self.w.tree
-        if self.loading is None and self.ended and not tree.ongoing_load_back:
+        if not self.loading and self.ended and not tree.ongoing_load_back:
             key = RadixKey(array("q", self.rng.choice(self.ended)))
             match = tree.match_prefix(MatchPrefixParams(key=key))
             node = match.best_match_node if HAS_UNIFIED_TREE else match.last_host_node
@@ -193,9 +193,8 @@ def test_whatever_happens_to_requests_their_kv_stays_theirs_and_pools_end_empty(
         story.check()
     assert min(story.returned, story.forgotten, story.loaded_for_prefills) > 3
     assert story.full > 0 or seed % 3 > 0
-    if story.loading is not None:
-        story.stored.append(story.loading)
-        w.tier.forget(*story.stored.pop(), locked=True)
+    for loading in story.loading:
+        w.tier.forget(*loading, locked=True)
     for stored in story.stored:
         w.tier.forget(*stored, locked=False)
     for req in story.running:
@@ -206,3 +205,31 @@ def test_whatever_happens_to_requests_their_kv_stays_theirs_and_pools_end_empty(
     w.tree.evict_host(1000)
     assert w.allocator.available_size() == DEVICE_TOKENS
     assert w.tier.host_pool.available_size() == w.tier.host_pool.logical_size
+
+
+@pytest.mark.parametrize("aborted", [False, True], ids=["loaded for another", "loaded for one that was aborted"])
+def test_a_request_that_shares_what_is_being_loaded_does_not_return_before_it_is_there(
+    aborted: bool, serving_args: Callable[[Any], None], resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    serving_args(resolve())
+    small_chunks(monkeypatch)
+    w, tokens = World(400), list(range(1, 21))
+    first, second = w.request(tokens), w.request(tokens)
+    node = w.store(first)
+    w.tier.evict_all()
+    w.scribble()
+    slow = SlowCopies(w, random.Random(0))
+    assert w.tier.start_load(node)
+    if aborted:
+        w.tier.forget(first, node, locked=True)
+    # Its own slots are freed: the tree has these tokens, it seems.
+    other, copied = w.tier.store(second)
+    assert copied == w.tier.tokens_to_load(other) == 0
+    w.tier.lock(other)
+    assert w.tier.is_loading()
+    with pytest.raises(AssertionError):
+        w.tier.attach(second, other)
+        w.assert_content(second, tokens)
+    slow.drain()
+    assert not w.tier.is_loading()
+    w.assert_content(second, tokens)

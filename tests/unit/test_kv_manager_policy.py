@@ -30,7 +30,6 @@ class Tier:
         self.host_full = False
         self.written = True
         self.loaded = True
-        self.abandoned = False
         self.calls: list[tuple[str, str]] = []
         self.tree = SimpleNamespace()
 
@@ -65,11 +64,8 @@ class Tier:
         self.free_tokens -= node.req.kv_committed_len
         return True
 
-    def is_loaded(self, node: Any) -> bool:
-        return self.loaded
-
-    def has_abandoned_loads(self) -> bool:
-        return self.abandoned
+    def is_loading(self) -> bool:
+        return not self.loaded
 
     def wait_for_loads(self) -> None:
         self.loaded = True
@@ -295,9 +291,9 @@ def test_aborting_an_offloaded_request_frees_it_and_tells_the_client(world: Any,
 
 def test_nobody_is_admitted_while_the_load_of_an_aborted_request_is_under_way(world: Any) -> None:
     w = world(free=10_000)
-    w.tier.abandoned = True
+    w.tier.loaded = False
     assert w.manager.holds_admission
-    w.tier.abandoned = False
+    w.tier.loaded = True
     assert not w.manager.holds_admission
 
 
