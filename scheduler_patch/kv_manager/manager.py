@@ -255,6 +255,8 @@ class KVManager:
     def _begin_return(self, entry: Offloaded, num_running: int, idle: bool) -> bool:
         """Lock the request's nodes on the device, loading what is missing; False if it must wait."""
         tokens = self.tier.tokens_to_load(entry.node)
+        if tokens and self.tier.is_loading():
+            return False  # SGLang has three events for loads under way, and its prefills need some, too
         needed = self.tier.tokens_to_lock(entry.node) + self._growth(num_running + 1, RESTORE_ROUNDS)
         needed += tokens_of_chunks_to_come(self.scheduler)
         if not idle and self.tier.free_tokens < needed:

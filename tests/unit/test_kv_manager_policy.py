@@ -29,7 +29,8 @@ class Tier:
         self.free_tokens = free
         self.host_full = False
         self.written = True
-        self.loaded = True
+        self.loading = False
+        self.loaded = True  # loads are done as soon as they are begun
         self.calls: list[tuple[str, str]] = []
         self.tree = SimpleNamespace()
 
@@ -59,13 +60,16 @@ class Tier:
     tokens_to_lock = tokens_to_load
 
     def start_load(self, node: Any) -> bool:
+        self.calls.append(("load", node.req.rid))
         if self.free_tokens < node.req.kv_committed_len:
             return False
         self.free_tokens -= node.req.kv_committed_len
+        self.loading = True
         return True
 
     def is_loading(self) -> bool:
-        return not self.loaded
+        self.loading = self.loading and not self.loaded
+        return self.loading
 
     def wait_for_loads(self) -> None:
         self.loaded = True
@@ -218,6 +222,23 @@ def test_nothing_overtakes_a_request_that_is_being_loaded(world: Any) -> None:
     assert w.manager.step(batch).rids()[:2] == ["r0", "r1"]
 
 
+def test_loads_follow_one_another(world: Any) -> None:
+    w = world(free=0)
+    batch = w.manager.step(Batch(requests_of(100, 100, 100)))
+    w.manager.step(batch)
+    assert batch.rids() == ["r0", "r1"]
+    w.tier.free_tokens, w.tier.loaded = 10_000, False
+    batch = w.manager.step(batch)
+    w.tier.free_tokens = 0
+    batch = w.manager.step(batch)  # an older one leaves
+    assert states(w) == [("r1", State.LEAVING), ("r2", State.LOADING)]
+    w.tier.free_tokens = 10_000
+    batch = w.manager.step(batch)
+    assert states(w)[0] == ("r1", State.STORED) and ("load", "r1") not in w.tier.calls
+    w.tier.loaded = True
+    assert w.manager.step(batch).rids() == ["r0", "r1", "r2"]
+
+
 def test_nothing_returns_into_the_memory_of_a_prompt_in_mid_prefill(world: Any) -> None:
     w = world(1000)
     reqs = requests_of(100, 100)
@@ -291,7 +312,7 @@ def test_aborting_an_offloaded_request_frees_it_and_tells_the_client(world: Any,
 
 def test_nobody_is_admitted_while_the_load_of_an_aborted_request_is_under_way(world: Any) -> None:
     w = world(free=10_000)
-    w.tier.loaded = False
+    w.tier.loading, w.tier.loaded = True, False
     assert w.manager.holds_admission
     w.tier.loaded = True
     assert not w.manager.holds_admission
