@@ -26,7 +26,7 @@ from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.attention_backend.kernels.reference import softmax_probabilities, weighted_values
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER, in_force
+from sglang_sparsespec.sglang_compat import in_force
 
 #: Set to "1" to let plain SGLang run a model on a CPU without AMX too, as a baseline.
 CPU_BRIDGE_ENV = "SPARSESPEC_CPU_BRIDGE"
@@ -354,6 +354,8 @@ class CpuHostPool(MHATokenToKVPoolHost):
         device_indices: torch.Tensor,
         layer_id: int,
         io_backend: str,
+        *,
+        is_draft: bool = False,
     ) -> None:
         """Copy tokens ``host_indices`` of one layer to slots ``device_indices`` (int64 [tokens])."""
         device_pool.k_buffer[layer_id][device_indices] = self.k_buffer[layer_id][host_indices]
@@ -368,9 +370,9 @@ class CpuHostPool(MHATokenToKVPoolHost):
             self.v_buffer[layer][host_indices] = device_pool.v_buffer[layer][device_indices]
 
 
-def host_pool_on_cpu(original: Callable[..., type], device_pool: Any) -> type:
+def host_pool_on_cpu(original: Callable[..., type], device: Any) -> type:
     """``pool_host.mha.get_mha_host_pool_cls``: SGLang's host pool needs CUDA: pinned memory and copy kernels."""
-    return CpuHostPool if serving_sparsespec_on_cpu() else original(device_pool)
+    return CpuHostPool if serving_sparsespec_on_cpu() else original(device)
 
 
 def register_hooks() -> None:
@@ -397,5 +399,4 @@ def register_hooks() -> None:
     loading = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras")
     for name in (*loading, "prepare_lora_batch"):
         add_hook(f"sglang.srt.lora.lora_manager.LoRAManager.{name}", adapters_on_cpu, "around")
-    if HAS_HOST_TIER:
-        add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")
+    add_hook("sglang.srt.mem_cache.pool_host.mha.get_mha_host_pool_cls", host_pool_on_cpu, "around")

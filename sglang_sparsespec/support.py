@@ -23,7 +23,7 @@ from sglang_sparsespec.settings import (
     draft_steps,
     settings_of,
 )
-from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, SUPPORTED, VERSION, model_config_of
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, VERSION, model_config_of
 from sglang_sparsespec.start_checks import check_settings_arrive
 
 if TYPE_CHECKING:
@@ -259,6 +259,30 @@ REFUSALS: tuple[Refusal, ...] = (
         "slots of its pool are not the rows that the kernels read",
         "remove it",
     ),
+    Refusal(
+        lambda c: c.settings.has_host_tier and c.args.disable_radix_cache,
+        "--disable-radix-cache with --sparsespec-host-kv-gb",
+        "requests are kept in the radix cache",
+        _NO_HOST_TIER,
+    ),
+    Refusal(
+        lambda c: c.settings.has_host_tier and c.args.enable_hierarchical_cache,
+        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+        "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
+        _NO_HOST_TIER,
+    ),
+    Refusal(
+        lambda c: c.settings.has_host_tier and c.args.strip_thinking_cache,
+        "--strip-thinking-cache with --sparsespec-host-kv-gb",
+        "an offloaded request's whole output is in the radix cache",
+        _NO_HOST_TIER,
+    ),
+    Refusal(
+        lambda c: c.settings.host_kv_gb == AUTO_HOST_KV and c.args.nnodes > 1,
+        f"--sparsespec-host-kv-gb {AUTO_HOST_KV} with --nnodes {{args.nnodes}}",
+        "nodes have different amounts of free memory, and their host tiers must be equal",
+        "give a size in GB",
+    ),
 )
 if DECLARES_RESOLUTION:
     REFUSALS += (
@@ -274,42 +298,6 @@ if DECLARES_RESOLUTION:
             "--enable-watermark",
             "accepted tokens would not carry the watermark",
             "remove it",
-        ),
-    )
-if HAS_HOST_TIER:
-    REFUSALS += (
-        Refusal(
-            lambda c: c.settings.has_host_tier and c.args.disable_radix_cache,
-            "--disable-radix-cache with --sparsespec-host-kv-gb",
-            "requests are kept in the radix cache",
-            _NO_HOST_TIER,
-        ),
-        Refusal(
-            lambda c: c.settings.has_host_tier and c.args.enable_hierarchical_cache,
-            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
-            "the host tier is SGLang's hierarchical cache, with a size and policy of its own",
-            _NO_HOST_TIER,
-        ),
-        Refusal(
-            lambda c: c.settings.has_host_tier and c.args.strip_thinking_cache,
-            "--strip-thinking-cache with --sparsespec-host-kv-gb",
-            "an offloaded request's whole output is in the radix cache",
-            _NO_HOST_TIER,
-        ),
-        Refusal(
-            lambda c: c.settings.host_kv_gb == AUTO_HOST_KV and c.args.nnodes > 1,
-            f"--sparsespec-host-kv-gb {AUTO_HOST_KV} with --nnodes {{args.nnodes}}",
-            "nodes have different amounts of free memory, and their host tiers must be equal",
-            "give a size in GB",
-        ),
-    )
-else:
-    REFUSALS += (
-        Refusal(
-            lambda c: c.settings.has_host_tier,
-            "--sparsespec-host-kv-gb {settings.host_kv_gb}",
-            f"the host tier does not work with the radix cache of sglang {VERSION} yet",
-            f"use --sparsespec-host-kv-gb 0, or `pip install sglang=={SUPPORTED[0]}`",
         ),
     )
 

@@ -120,9 +120,6 @@ class EngineProcess:
         return Path(f"/proc/self/fd/{self._log.fileno()}").read_text()
 
 
-#: A newer SGLang lets requests wait for memory rather than retract others; there it is told to, every so many iterations.
-RETRACT_ENV = {"SGLANG_TEST_RETRACT": "1", "SGLANG_TEST_RETRACT_INTERVAL": "50"} if DECLARES_RESOLUTION else {}
-
 PLAIN_ROUNDS = """
 def register():
     from sglang_sparsespec.rounds.planner import Planner, RoundChoice, needs_verification
@@ -153,6 +150,23 @@ def install_plugin(site: Path, name: str, source: str) -> dict[str, str]:
 def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
     """A plugin that makes every so many rounds plain ones, and drafts of various lengths; the environment that loads it."""
     return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS.replace("EVERY", str(every)))
+
+
+RETRACTIONS = """
+def register():
+    from sglang.srt.managers import scheduler
+
+    # The environment says so too, but is read when the module is imported, which is before programs are forked.
+    scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 50
+"""
+
+
+def retract_plugin(site: Path) -> dict[str, str]:
+    """The environment of an engine that retracts requests if its KV pool is small.
+
+    A newer SGLang lets requests wait for memory rather than retract others; it is told to, every so many iterations.
+    """
+    return install_plugin(site, "zz_retractions", RETRACTIONS) if DECLARES_RESOLUTION else {}
 
 
 def main() -> None:

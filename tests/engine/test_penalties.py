@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 import torch
-from engine_process import PLAIN, PLAIN_ENV, RETRACT_ENV, EngineProcess, install_plugin, plain_rounds_plugin
+from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin, retract_plugin
 from penalised_calls import make_calls, write_model
 from quickstart import choose_port, server_environment
 from server_client import ForkedServer, server_command
@@ -142,7 +142,7 @@ def served(model: str, plain: EngineProcess, tmp_path_factory: pytest.TempPathFa
     """Lock-step rounds; every eighth is plain; requests are retracted."""
     site, file = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("rule") / "rule"
     env = {RULE_ENV: str(file), **install_plugin(site, "broken_penalties", RULE_PLUGIN)}
-    env |= {**plain_rounds_plugin(site, every=8), **RETRACT_ENV}
+    env |= {**plain_rounds_plugin(site, every=8), **retract_plugin(site)}
     file.write_text("as they are")
     with EngineProcess(env, model_path=model, **{**SPEC, **RETRACTING}, port=31550) as engine:
         yield Rules(engine, file)
@@ -304,7 +304,7 @@ def test_tokens_of_200_requests_are_plain_sglangs(
     calls, expected = many[not plain_rounds]
     env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3"} if way == "host tier" else {}
     env |= plain_rounds_plugin(tmp_path, every=4) if plain_rounds else {}
-    env |= RETRACT_ENV if "retracting" in way else {}
+    env |= retract_plugin(tmp_path) if "retracting" in way else {}
     with EngineProcess(env, model_path=model, **{**SPEC, **settings}, port=31600) as engine:
         assert answers(engine, calls) == expected
         state, log = engine.state(), engine.log()

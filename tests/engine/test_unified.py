@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from engine_process import PLAIN, PLAIN_ENV, RETRACT_ENV, EngineProcess, plain_rounds_plugin
+from engine_process import PLAIN, PLAIN_ENV, EngineProcess, plain_rounds_plugin, retract_plugin
 from tiny_model import CONTEXT, VOCAB, write_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -57,7 +57,8 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
     with (
         EngineProcess(PLAIN_ENV, **common, **PLAIN, max_total_tokens=8000, port=31300) as plain_engine,
         EngineProcess(
-            RETRACT_ENV, **unified, **retracting, speculative_num_steps=8, max_running_requests=12, port=31350
+            retract_plugin(tmp_path_factory.mktemp("site")),
+            **unified, **retracting, speculative_num_steps=8, max_running_requests=12, port=31350,
         ) as retracting_engine,
         EngineProcess(**unified, **simple, speculative_num_steps=3, max_running_requests=7, port=31400) as simple_engine,
         EngineProcess(

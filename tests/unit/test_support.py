@@ -17,7 +17,7 @@ from sglang_parts import check_lora
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.settings import Settings, settings_of
-from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, in_force
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, in_force
 from sglang_sparsespec.support import MODEL_REFUSALS, REFUSALS
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -364,42 +364,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "give one of them",
     ),
     "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory", "remove it"),
+    "host tier without radix cache": (
+        {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
+        "--disable-radix-cache with --sparsespec-host-kv-gb",
+        "--sparsespec-host-kv-gb 0",
+    ),
+    "two host tiers": (
+        {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
+        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
+    "host tier and stripped thinking": (
+        {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
+        "--strip-thinking-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
+    "host tiers of several nodes by their free memory": (
+        {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
+        "--sparsespec-host-kv-gb auto with --nnodes 2",
+        "give a size in GB",
+    ),
 }
-if HAS_HOST_TIER:
-    REFUSED |= {
-        "host tier without radix cache": (
-            {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
-            "--disable-radix-cache with --sparsespec-host-kv-gb",
-            "--sparsespec-host-kv-gb 0",
-        ),
-        "two host tiers": (
-            {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
-            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
-            "remove it",
-        ),
-        "host tier and stripped thinking": (
-            {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
-            "--strip-thinking-cache with --sparsespec-host-kv-gb",
-            "remove it",
-        ),
-        "host tiers of several nodes by their free memory": (
-            {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
-            "--sparsespec-host-kv-gb auto with --nnodes 2",
-            "give a size in GB",
-        ),
-    }
-else:
-    REFUSED["host tier"] = (
-        {"sparsespec_host_kv_gb": 1.0},
-        "--sparsespec-host-kv-gb 1.0",
-        "use --sparsespec-host-kv-gb 0, or `pip install sglang==",
-    )
 if DECLARES_RESOLUTION:
     REFUSED |= {
         "groups of dp attention": ({"attn_dp_size": 2, "tp_size": 2}, "--enable-dp-attention", "use --dp-size replicas"),
         "watermark": ({"enable_watermark": True, "watermark_key": "a"}, "--enable-watermark", "remove it"),
     }
-needs_host_tier = pytest.mark.skipif(not HAS_HOST_TIER, reason="the host tier is not written for this SGLang")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -479,7 +469,6 @@ def test_models_with_grouped_query_attention_are_accepted(
     resolve(model_path=write_config(tmp_path / model, SERVED[model]))
 
 
-@needs_host_tier
 def test_the_host_tier_is_refused_where_windows_have_a_pool_of_their_own(
     resolve: Callable[..., Any], tmp_path: Path
 ) -> None:
@@ -587,16 +576,16 @@ def test_an_unknown_prefill_backend_is_refused(name: str, resolve: Callable[...,
         resolve(sparsespec_base_attention_backend=name)
 
 
-@needs_host_tier
 def test_the_host_tier_is_sglangs_hierarchical_cache(llama: str, resolve: Callable[..., Any]) -> None:
-    args = resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2)
+    args = in_force(resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2))
     assert args.enable_hierarchical_cache and args.hicache_size == 1.5
     # write_back copies while it evicts, in the way of the next round.
     assert args.hicache_write_policy == "write_through_selective"
-    assert not resolve(model_path=llama).enable_hierarchical_cache
+    # The layout and the kernels that copy all tokens of a node at once.
+    assert (args.hicache_mem_layout, args.hicache_io_backend) == ("layer_first", "kernel")
+    assert not in_force(resolve(model_path=llama)).enable_hierarchical_cache
 
 
-@needs_host_tier
 def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     llama: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -604,7 +593,7 @@ def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES as RESERVE
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE + 8e9, total=64e9))
-    assert resolve(model_path=llama, sparsespec_host_kv_gb="auto").hicache_size == pytest.approx(4.0)
+    assert in_force(resolve(model_path=llama, sparsespec_host_kv_gb="auto")).hicache_size == pytest.approx(4.0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE - 1, total=64e9))
     with pytest.raises(ValueError, match="--sparsespec-host-kv-gb auto: no host memory"):
         resolve(model_path=llama, sparsespec_host_kv_gb="auto")
