@@ -180,8 +180,10 @@ def commands(path: Path) -> list[str]:
     speculates = "sparsespec sparsespec:pillar:unified"
     engines = "plain sparsespec"
     if "num_experts_per_tok" in SHAPES[path.name] and "quantization_config" not in SHAPES[path.name]:
-        speculates += " sparsespec,sparsespec_draft_weights=fp8_experts"
-        engines += " sparsespec,sparsespec_draft_weights=fp8_experts"
+        # The copies are for Triton's experts; SGLang's choice for gpt-oss is another.
+        with_experts = " sparsespec,sparsespec_draft_weights=fp8_experts,moe_runner_backend=triton"
+        speculates += with_experts
+        engines += with_experts
     return [
         f"python benchmarks/parity.py {model} {tokens} --random-tokens 40,400,4000 --max-new-tokens 64 "
         f"--engines plain:triton {speculates} --results {path.name}-parity.jsonl",

@@ -33,6 +33,10 @@ def copy_weights(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> N
         GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=in_force(server_args).enable_weights_cpu_backup
     ):
         weights = DraftWeights(model_runner.model, with_experts)
+    if with_experts and not weights.has_experts:
+        logger.warning(
+            "Drafts use the model's own experts: it has none of 16 bits that SGLang runs in Triton (--moe-runner-backend triton)."
+        )
     if not len(weights):
         logger.warning(
             "Drafts use the model's own weights: it has no linear layers of 16 bits or more that could be copied in FP8."

@@ -56,6 +56,11 @@ class DraftWeights:
     def __len__(self) -> int:
         return len(self._copies) + len(self._experts)
 
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts of any layer are copied."""
+        return bool(self._experts)
+
     def __str__(self) -> str:
         experts = f" and the experts of {len(self._experts)}" if self._experts else ""
         return f"{len(self._copies)} linear layers{experts}, {self.nbytes / 1e9:.2f} GB"

@@ -117,5 +117,5 @@ def test_copied_experts_are_near_the_models_own_and_follow_new_weights(monkeypat
 
 def test_experts_without_a_copy_are_the_models_own() -> None:
     weights = DraftWeights(torch.nn.Linear(16, 16))
-    assert len(weights) == 0 and str(weights) == "0 linear layers, 0.00 GB"
+    assert not weights.has_experts and len(weights) == 0 and str(weights) == "0 linear layers, 0.00 GB"
     assert weights.experts(Experts().layer, None, None) is None
