@@ -35,7 +35,7 @@ def copy_weights(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> N
         weights = DraftWeights(model_runner.model, with_experts)
     if with_experts and not weights.has_experts:
         logger.warning(
-            "Drafts use the model's own experts: it has none of 16 bits that SGLang runs in Triton (--moe-runner-backend triton)."
+            "Drafts use the model's own experts: none are of 16 bits and run in Triton (--moe-runner-backend triton)."
         )
     if not len(weights):
         logger.warning(
