@@ -55,6 +55,8 @@ from _common import (
     write_record,
 )
 
+from sglang_sparsespec.sglang_compat import extend_len
+
 #: Tokens that make a prompt's prefix its own.
 UNIQUE_TOKENS = 8
 #: Figures of moves, from the KV manager's counters.
@@ -99,7 +101,7 @@ def end_at_length(original: Callable[..., None], req: Any, *args: Any, **kwargs:
 
 def count_recomputed(result: Any, batch: Any) -> None:
     """After ``ScheduleBatch.prepare_for_extend``, which prefills requests, retracted ones again."""
-    _counts[RECOMPUTED] += sum(req.extend_range.length for req in batch.reqs if req.retracted_stain)
+    _counts[RECOMPUTED] += sum(extend_len(req) for req in batch.reqs if req.retracted_stain)
 
 
 def count_retraction(result: Any, req: Any) -> None:

@@ -40,16 +40,18 @@ FLASHINFER = "0.6.15.post1" if _IS_0_5_17 else "0.7.2"
 DECLARES_RESOLUTION = not _IS_0_5_17
 #: The log's acceptance rate comes from a counter of correct drafts, not from those of tokens and verifications.
 COUNTS_CORRECT_DRAFTS = not _IS_0_5_17
-#: The radix cache is the ``HiRadixCache`` that the host tier is written for.
-HAS_HOST_TIER = _IS_0_5_17
+#: The radix cache is a ``UnifiedRadixCache``. Otherwise, with a host pool, it is a ``HiRadixCache``.
+HAS_UNIFIED_TREE = not _IS_0_5_17
 #: What SGLang checks of LoRA is one function, refusal beside speculation included. Otherwise that has one of its own.
 CHECKS_LORA_AT_ONCE = _IS_0_5_17
 #: ``LoRAManager``'s backend: what makes the static tensors of captured decode batches.
 INIT_STATIC_ADAPTERS = "init_cuda_graph_batch_info" if _IS_0_5_17 else "init_decode_cuda_graph_batch_info"
 
 #: Hooks that are left out, because this SGLang does by itself what they are for.
-UNNECESSARY_HOOKS: frozenset[str] = frozenset()
-if not _IS_0_5_17:
+UNNECESSARY_HOOKS: frozenset[str]
+if _IS_0_5_17:
+    UNNECESSARY_HOOKS = frozenset({"keep_room_for_growth_only"})  # requests of a fixed length are counted like others
+else:
     UNNECESSARY_HOOKS = frozenset(
         {
             "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
@@ -63,11 +65,23 @@ if not _IS_0_5_17:
         }
     )
 
+#: The function that says which attention backends SGLang looks for in its lists of those that a model can have.
+ATTENTION_BACKENDS_OF = (
+    "sglang.srt.server_args.ServerArgs._resolved_attention_backends"
+    if _IS_0_5_17
+    else "sglang.srt.arg_groups.model_hook.attention_backends_of"
+)
 #: ``ForwardBatch``'s fields for the number of tokens without padding, with "_cpu" or without.
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
 _LOADS_RECEIVED = "update_weights_from_distributed" if _IS_0_5_17 else "load_weights_from_distributed"
 WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")
+#: What makes the radix cache's host pool.
+_TREE = "hiradix_cache.HiRadixCache.__init__" if _IS_0_5_17 else "unified_radix_cache.UnifiedRadixCache.init_hicache"
+MAKE_HOST_POOL = f"sglang.srt.mem_cache.{_TREE}"
+#: What makes the tracker of the share of a request's longest output that is kept free for it.
+_TRACKER = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker."
+MAKE_NEW_TOKEN_RATIO = _TRACKER + ("from_server_args" if _IS_0_5_17 else "from_config")
 
 
 # ---------------------------------------------------------------------- server arguments
@@ -131,6 +145,21 @@ def processor_and_rows(entry: Any) -> tuple[Any, torch.Tensor]:
     That is a mask (bool [batch]) or row numbers (int64 [rows]).
     """
     return entry if _IS_0_5_17 else (entry.processor, entry.indices)
+
+
+def extend_len(req: Req) -> int:
+    """Tokens of a request that its next prefill computes."""
+    return req.extend_range.length if _IS_0_5_17 else req.extend_len
+
+
+def release(req: Req, tree: Any) -> None:
+    """Free a request's row and KV, but for what the radix cache ``tree`` holds of it already."""
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    if _IS_0_5_17:
+        release_kv_cache(req, tree, is_insert=False)
+    else:
+        release_kv_cache(req, tree, checkpoint=False)
 
 
 def compute_logprobs(batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:

@@ -8,22 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
-
-if not HAS_HOST_TIER:
-    pytest.skip("the host tier is not written for this SGLang's radix cache", allow_module_level=True)
-
 from sglang.srt.managers import schedule_batch
 from sglang.srt.mem_cache.allocator import TokenToKVPoolAllocator
 from sglang.srt.mem_cache.cache_init_params import CacheInitParams
-from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
+from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.scheduler_patch.kv_manager import host_tier
-from sglang_sparsespec.scheduler_patch.kv_manager.host_tier import HostTier
+from sglang_sparsespec.scheduler_patch.kv_manager.hooks import TIER
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, kv_of
 
 #: Tokens that a request may grow by in one round of the stand-ins.
 WINDOW = 5
@@ -31,6 +26,8 @@ WINDOW = 5
 LAYERS, HEADS, DIM = 2, 1, 4
 BYTES = 2 * LAYERS * HEADS * DIM * 4
 DEVICE_TOKENS = 64
+#: Implementations of the radix cache's tree; a newer SGLang has two.
+CORES = ("rust", "python") if HAS_UNIFIED_TREE else ("",)
 
 
 class Req:
@@ -39,6 +36,7 @@ class Req:
     def __init__(self, rid: str, tokens: int) -> None:
         self.rid = rid
         self.kv_committed_len = tokens
+        self.kv = self
         self.origin_input_ids = [0] * tokens
         self.output_ids = [0]
         self.session = self.input_embeds = self.positional_embed_overrides = self.to_finish = None
@@ -79,49 +77,96 @@ class Batch:
         return [req.rid for req in self.reqs]
 
 
+def make_tree(rows: ReqToTokenPool, allocator: TokenToKVPoolAllocator, host_gb: float, core: str) -> Any:
+    """SGLang's radix cache with a host pool of ``host_gb``."""
+    settings: dict[str, Any] = {
+        "hicache_ratio": 2.0,
+        "hicache_size": host_gb,
+        "hicache_mem_layout": "layer_first",
+        "hicache_io_backend": "kernel",
+        "hicache_write_policy": "write_through_selective",
+    }
+    params = CacheInitParams(False, rows, allocator, 1)
+    if not HAS_UNIFIED_TREE:
+        from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
+
+        others = {
+            "hicache_storage_backend": None,
+            "hicache_storage_backend_extra_config": None,
+            "hicache_storage_prefetch_policy": "timeout",
+            "extra_metric_labels": None,
+            "served_model_name": "tiny",
+            "speculative_algorithm": ALGORITHM,
+        }
+        return HiRadixCache(params=params, server_args=SimpleNamespace(**settings, **others))
+    from sglang.srt.mem_cache.unified_cache.component_type import ComponentType
+    from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
+    from sglang.srt.runtime_context import get_context, get_server_args
+
+    get_context().override("tests.make_tree", **settings)
+    params.tree_components = (ComponentType.FULL,)
+    params.tree_core_backend = core
+    tree = UnifiedRadixCache(params)
+    tree.init_hicache(get_server_args(), params)
+    return tree
+
+
 class World:
     """A device pool of 64 tokens, a host pool, and running requests whose KV is known."""
 
-    def __init__(self, host_tokens: int) -> None:
+    def __init__(self, host_tokens: int, core: str = CORES[0]) -> None:
         self.kv = MHATokenToKVPool(
             DEVICE_TOKENS, 1, torch.float32, HEADS, DIM, LAYERS, "cpu", False, enable_alt_stream=False
         )
         self.allocator = TokenToKVPoolAllocator(DEVICE_TOKENS, torch.float32, "cpu", self.kv, need_sort=False)
         self.rows = ReqToTokenPool(4, 64, "cpu", False)
-        settings = SimpleNamespace(
-            hicache_ratio=2.0,
-            # The pool has one token more than asked for.
-            hicache_size=(host_tokens - 1) * BYTES / 1e9,
-            hicache_mem_layout="layer_first",
-            hicache_io_backend="kernel",
-            hicache_write_policy="write_through_selective",
-            hicache_storage_backend=None,
-            hicache_storage_backend_extra_config=None,
-            hicache_storage_prefetch_policy="timeout",
-            extra_metric_labels=None,
-            served_model_name="tiny",
-            speculative_algorithm=ALGORITHM,
-        )
-        params = CacheInitParams(False, self.rows, self.allocator, 1)
-        self.tree = HiRadixCache(params=params, server_args=settings)
-        self.tier = HostTier(self.tree)
+        # The pool has one token more than asked for.
+        self.tree = make_tree(self.rows, self.allocator, (host_tokens - 1) * BYTES / 1e9, core)
+        self.tier = TIER(self.tree)
 
-    def request(self, tokens: list[int]) -> Any:
+    def request(self, tokens: list[int], extra_key: str | None = None) -> Any:
         """A running request: ``tokens`` committed but for the last one, 3 reserved slots."""
-        req = schedule_batch.Req(str(tokens), "", array("q", tokens[:2]), SamplingParams())
+        req = schedule_batch.Req(str(tokens), "", array("q", tokens[:2]), SamplingParams(), extra_key=extra_key)
         req.output_ids = array("q", tokens[2:])
         self.rows.alloc([req])
         committed = len(tokens) - 1
         slots = self.allocator.alloc(committed + 3)
-        self.rows.write((req.req_pool_idx, slice(0, committed + 3)), slots.to(torch.int32))
-        req.kv = schedule_batch.ReqKvInfo(kv_allocated_len=committed + 3, swa_evicted_seqlen=0)
-        req.kv_committed_len = committed
-        req.cache_protected_len = 0
-        req.last_node = self.tree.root_node
+        self.rows.write((kv_of(req).req_pool_idx, slice(0, committed + 3)), slots.to(torch.int32))
+        if HAS_UNIFIED_TREE:
+            req.last_node = self.tree.root_node_handle()
+            req.lock = self.tree.lock(req.last_node)
+        else:
+            req.kv = schedule_batch.ReqKvInfo(kv_allocated_len=0, swa_evicted_seqlen=0)
+            req.last_node = self.tree.root_node
+        req.kv.kv_allocated_len = committed + 3
+        kv_of(req).kv_committed_len = committed
+        kv_of(req).cache_protected_len = 0
         for layer in range(LAYERS):
             self.kv.k_buffer[layer][slots] = self.content(tokens, layer)
             self.kv.v_buffer[layer][slots] = -self.content(tokens, layer)
         return req
+
+    def grow(self, req: Any, tokens: list[int]) -> None:
+        """Let a running request commit its last token and all of ``tokens`` but the last; it has no reserved slots then."""
+        committed = kv_of(req).kv_committed_len
+        spare = self.rows.req_to_token[kv_of(req).req_pool_idx, committed : req.kv.kv_allocated_len]
+        self.allocator.free(spare.long())
+        slots = self.allocator.alloc(len(tokens))
+        req.output_ids.extend(tokens)
+        kv_of(req).kv_committed_len = req.kv.kv_allocated_len = committed + len(tokens)
+        self.rows.write((kv_of(req).req_pool_idx, slice(committed, committed + len(tokens))), slots.to(torch.int32))
+        for layer in range(LAYERS):
+            written = self.content([*req.origin_input_ids, *req.output_ids], layer)[committed : committed + len(tokens)]
+            self.kv.k_buffer[layer][slots] = written
+            self.kv.v_buffer[layer][slots] = -written
+
+    def finish(self, req: Any) -> None:
+        """End a running request as SGLang does: its KV is cached."""
+        req.finished_reason = schedule_batch.FINISH_LENGTH(len(req.output_ids))
+        if HAS_UNIFIED_TREE:
+            release_kv_cache(req, self.tree, checkpoint=True)
+        else:
+            release_kv_cache(req, self.tree)
 
     @staticmethod
     def content(tokens: list[int], layer: int) -> torch.Tensor:
@@ -131,7 +176,7 @@ class World:
         return (values + 100 * positions + 10000 * layer).view(-1, 1, 1).expand(-1, HEADS, DIM)
 
     def assert_content(self, req: Any, tokens: list[int]) -> None:
-        slots = self.rows.req_to_token[req.req_pool_idx, : len(tokens) - 1].long()
+        slots = self.rows.req_to_token[kv_of(req).req_pool_idx, : len(tokens) - 1].long()
         assert len(set(slots.tolist())) == len(tokens) - 1
         for layer in range(LAYERS):
             expected = self.content(tokens, layer)[: len(tokens) - 1]

@@ -9,13 +9,18 @@ from collections.abc import Callable
 from typing import Any
 
 from sglang.srt.managers import schedule_policy
+from sglang.srt.runtime_context import get_memory, get_server_args, get_spec
 
 from sglang_sparsespec.hook_registry import add_hook
+from sglang_sparsespec.scheduler_patch.kv_manager.hiradix_host_tier import HiRadixHostTier
 from sglang_sparsespec.scheduler_patch.kv_manager.host_tier import HostTier
 from sglang_sparsespec.scheduler_patch.kv_manager.manager import RESTORE_ROUNDS, KVManager
+from sglang_sparsespec.scheduler_patch.kv_manager.unified_host_tier import UnifiedHostTier
 from sglang_sparsespec.settings import is_sparsespec, settings_of
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, MAKE_HOST_POOL, MAKE_NEW_TOKEN_RATIO
 
+#: The tier of this SGLang's radix cache.
+TIER: type[HostTier] = UnifiedHostTier if HAS_UNIFIED_TREE else HiRadixHostTier
 _ATTRIBUTE = "sparsespec_kv_manager"
 #: Room for output that a request needs to be admitted, in units of the growth that is kept
 #: free for each running one.
@@ -36,19 +41,11 @@ def manager_of(scheduler: Any) -> KVManager | None:
 def _make_manager(scheduler: Any) -> KVManager | None:
     if not _has_host_tier(scheduler.server_args):
         return None
-    from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
-
-    tree = scheduler.tree_cache
-    if not isinstance(tree, HiRadixCache):
-        raise RuntimeError(
-            f"--sparsespec-host-kv-gb needs SGLang's HiRadixCache, found {type(tree).__name__}; remove "
-            "--radix-cache-backend and SGLANG_ENABLE_UNIFIED_RADIX_TREE, or use --sparsespec-host-kv-gb 0."
-        )
     forward_stream = scheduler.forward_stream if scheduler.device == "cuda" else None
-    window = scheduler.server_args.speculative_num_draft_tokens
+    window = get_spec().speculative_num_draft_tokens
     # The longest output that SGLang expects of a request; see admit_aggressively.
     schedule_policy.CLIP_MAX_NEW_TOKENS = ADMISSION_FACTOR * RESTORE_ROUNDS * window
-    return KVManager(scheduler, HostTier(tree, forward_stream), window)
+    return KVManager(scheduler, TIER(scheduler.tree_cache, forward_stream), window)
 
 
 def manage_kv(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
@@ -104,48 +101,57 @@ def retract_offloaded(result: Any, scheduler: Any, recv_req: Any) -> None:
         manager.retract_all()
 
 
-def admit_aggressively(original: Callable[..., Any], cls: Any, server_args: Any) -> Any:
-    """``NewTokenRatioTracker.from_server_args``: SGLang keeps memory free for a share of the longest outputs.
+def admit_aggressively(original: Callable[..., Any], cls: Any, *args: Any) -> Any:
+    """What makes a ``NewTokenRatioTracker``: SGLang keeps memory free for a share of the longest outputs.
 
     With a host tier, ``RESTORE_ROUNDS`` rounds of growth are kept free for each running request
     instead (a share of ``CLIP_MAX_NEW_TOKENS``, set with the manager); what grows longer is
     offloaded.
     """
-    tracker = original(cls, server_args)
-    if _has_host_tier(server_args):
+    tracker = original(cls, *args)
+    if _has_host_tier(get_server_args()):
         tracker.init = tracker.min = tracker.current = 1 / ADMISSION_FACTOR
         # Only after a retraction, which sets a larger one.
         tracker.decay = (1 - tracker.min) / 600
     return tracker
 
 
+def keep_room_for_growth_only(original: Callable[..., Any], adder: Any, req: Any) -> Any:
+    """``PrefillAdder._get_running_request_total_token_offset``: SGLang keeps all of the rest free for a fixed length.
+
+    With a host tier, requests that ignore the end of text are admitted like others; see :func:`admit_aggressively`.
+    """
+    room = original(adder, req)
+    if req.sampling_params.ignore_eos and _has_host_tier(get_server_args()):
+        room *= adder.new_token_ratio
+    return room
+
+
 def name_the_flag(original: Callable[..., None], tree: Any, *args: Any, **kwargs: Any) -> None:
-    """``HiRadixCache.__init__``: SGLang's errors of a host pool that cannot be had do not know our flag."""
-    server_args = kwargs.get("server_args") or args[-1]
+    """What makes the radix cache's host pool: SGLang's errors of a host pool that cannot be had do not know our flag."""
     try:
         original(tree, *args, **kwargs)
     except (ValueError, RuntimeError, OSError, MemoryError) as error:
-        if not _has_host_tier(server_args):
+        if not _has_host_tier(get_server_args()):
             raise
         raise RuntimeError(
-            f"--sparsespec-host-kv-gb: {server_args.hicache_size:g} GB of pinned host memory for each GPU could "
+            f"--sparsespec-host-kv-gb: {get_memory().hicache_size:g} GB of pinned host memory for each GPU could "
             f"not be had ({error}); use a smaller value, or 0 to turn the host tier off."
         ) from error
 
 
 def register_hooks() -> None:
-    """Register the hooks of this module, where SGLang has the radix cache that they are for."""
-    if not HAS_HOST_TIER:
-        return
+    """Register the hooks of this module."""
     scheduler = "sglang.srt.managers.scheduler.Scheduler."
     add_hook(scheduler + "get_new_batch_prefill", manage_kv, "around")
     add_hook(scheduler + "_add_request_to_queue", count_retraction, "after")
     add_hook(scheduler + "is_fully_idle", busy_while_offloaded, "after")
     add_hook(scheduler + "abort_request", abort_offloaded, "after")
     add_hook(scheduler + "pause_generation", retract_offloaded, "after")
+    add_hook(MAKE_NEW_TOKEN_RATIO, admit_aggressively, "around")
     add_hook(
-        "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker.from_server_args",
-        admit_aggressively,
+        "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
+        keep_room_for_growth_only,
         "around",
     )
-    add_hook("sglang.srt.mem_cache.hiradix_cache.HiRadixCache.__init__", name_the_flag, "around")
+    add_hook(MAKE_HOST_POOL, name_the_flag, "around")

@@ -1,39 +1,38 @@
 """Whole requests in SGLang's radix cache, on the device and in pinned host memory.
 
 A request that stops decoding for a while becomes what a finished request is: nodes of the
-radix tree. ``HiRadixCache`` copies them to its host pool (HiCache's write-back: own stream,
-own kernels) and then evicts them from the device like any cached prefix, leaf first and only
+radix tree. SGLang copies them to its host pool (HiCache's write-back: own stream, own
+kernels) and then evicts them from the device like any cached prefix, leaf first and only
 when the memory is needed; a request that decodes on has them loaded back (HiCache's
 load-back). Prefixes are shared as ever: one copy on each side, and what a running request
 uses is locked on the device.
 
-Added here: the nodes of a stored request are never dropped from the host, and slots that a
-forward in flight still reads or writes are not copied before it is done.
+This is what the KV manager asks of a tree; :mod:`.hiradix_host_tier` and :mod:`.unified_host_tier` are for the trees of
+SGLang's releases. Added there: the nodes of a stored request are never dropped from the host.
 """
 
 from __future__ import annotations
 
-import logging
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 import torch
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
-from sglang.srt.mem_cache.common import release_kv_cache
+
+from sglang_sparsespec.sglang_compat import kv_of, release
 
 if TYPE_CHECKING:
     from sglang.srt.managers.schedule_batch import Req
-    from sglang.srt.mem_cache.hiradix_cache import HiRadixCache
-    from sglang.srt.mem_cache.radix_cache import TreeNode
-
-logger = logging.getLogger(__name__)
 
 #: Tokens per node of a stored request, and so per copy: the unit that the device gives up
 #: and gets back.
 CHUNK_TOKENS = 2048
 
 
-class HostTier:
-    """Stores requests in a ``HiRadixCache`` and brings them back.
+class HostTier(ABC):
+    """Stores requests in a radix cache and brings them back.
+
+    What the methods call a node is the tier's own handle of a stored request's last token.
 
     Args:
         tree: the scheduler's radix cache.
@@ -41,16 +40,28 @@ class HostTier:
             synchronous.
     """
 
-    def __init__(self, tree: HiRadixCache, forward_stream: Any = None) -> None:
+    def __init__(self, tree: Any, forward_stream: Any = None) -> None:
+        self.check(tree)
         self.tree = tree
         self.controller = tree.cache_controller
-        self.host_pool = tree.token_to_kv_pool_host
+        self.host_pool = self._host_pool(tree)
         self.allocator = tree.token_to_kv_pool_allocator
         self._rows = tree.req_to_token_pool
         self._forward_stream = forward_stream
+        self._loads: list[Any] = []
         # SGLang recomputes prefixes of a few tokens instead of loading them; a stored request
         # is loaded whole.
         tree.load_back_threshold = 1
+
+    @staticmethod
+    @abstractmethod
+    def check(tree: Any) -> None:
+        """Raise RuntimeError, with the remedy, if ``tree`` is none that this tier is for."""
+
+    @staticmethod
+    @abstractmethod
+    def _host_pool(tree: Any) -> Any:
+        """The tree's pool of host memory."""
 
     # ------------------------------------------------------------------------ state
 
@@ -64,37 +75,21 @@ class HostTier:
         """Bytes of one token's KV, all layers."""
         return self.host_pool.size_per_token
 
-    @staticmethod
-    def exclusive_tokens(req: Req) -> int:
+    @abstractmethod
+    def exclusive_tokens(self, req: Req) -> int:
         """Device slots that nobody but ``req`` (running) holds."""
-        tokens = req.kv.kv_allocated_len - req.cache_protected_len
-        node = req.last_node
-        while node.parent is not None and node.lock_ref == 1:
-            tokens += len(node.key)
-            node = node.parent
-        return tokens
 
-    @staticmethod
-    def tokens_to_load(node: TreeNode) -> int:
+    @abstractmethod
+    def tokens_to_load(self, node: Any) -> int:
         """Tokens of the path to ``node`` that are in host memory only."""
-        tokens = 0
-        while node.evicted:
-            tokens += len(node.key)
-            node = node.parent
-        return tokens
 
-    @staticmethod
-    def tokens_to_lock(node: TreeNode) -> int:
+    @abstractmethod
+    def tokens_to_lock(self, node: Any) -> int:
         """Tokens of the path to ``node`` that nobody keeps on the device."""
-        tokens = 0
-        while node.parent is not None and node.lock_ref == 0:
-            tokens += len(node.key)
-            node = node.parent
-        return tokens
 
     # ------------------------------------------------------------------ device to host
 
-    def store(self, req: Req) -> tuple[TreeNode | None, int]:
+    def store(self, req: Req) -> tuple[Any | None, int]:
         """Make ``req``, which no forward in flight contains, nodes of the tree; copy them to the host.
 
         Its reserved slots are freed, its row is kept, and its device memory becomes evictable
@@ -105,92 +100,47 @@ class HostTier:
             :meth:`attach`, and the tokens that are copied; (None, tokens) if the host pool is
             full: then the request still holds its device memory.
         """
-        committed = req.kv_committed_len
+        committed = kv_of(req).kv_committed_len
         # The last token's KV is not written yet; it is what the next round drafts from.
         assert committed == len(req.origin_input_ids) + len(req.output_ids) - 1
         self._free_reserve(req, committed)
-        self._insert(req, committed)
-        node = req.last_node
-        copied, complete = self._write_out(node)
-        if not complete:
-            return None, copied
-        self.tree.dec_lock_ref(node)
-        node.protect_host()
-        req.last_node = None
+        start = kv_of(req).cache_protected_len
+        while start < committed:
+            start = min(start + CHUNK_TOKENS, committed)
+            self._insert(req, start)
+        node, copied = self._write_out(req)
+        if node is not None:
+            req.last_node = None
         return node, copied
 
     def _free_reserve(self, req: Req, committed: int) -> None:
         """Free the slots that the next rounds would have written."""
-        allocated = req.kv.kv_allocated_len
-        reserve = self._rows.req_to_token[req.req_pool_idx, committed:allocated]
+        reserve = self._rows.req_to_token[kv_of(req).req_pool_idx, committed : req.kv.kv_allocated_len]
         self.allocator.free_segment(reserve, start_pos=committed)
         req.kv.kv_allocated_len = committed
 
-    def _insert(self, req: Req, committed: int) -> None:
-        """Insert all committed tokens into the tree, a node per chunk.
+    @abstractmethod
+    def _insert(self, req: Req, up_to: int) -> None:
+        """Insert the first ``up_to`` tokens of ``req`` into the tree, and move its lock there.
 
-        ``cache_unfinished_req`` also drops what the tree holds already, and moves the lock.
+        Slots of what the tree holds already are freed.
         """
-        extend_range = req.extend_range
-        req._refresh_fill_ids()
-        start = req.cache_protected_len
-        while start < committed:
-            start = min(start + CHUNK_TOKENS, committed)
-            req.set_extend_range(0, start)
-            self.tree.cache_unfinished_req(req, chunked=True)
-        req.extend_range = extend_range
 
-    def _write_out(self, node: TreeNode) -> tuple[int, bool]:
-        """Copy every node of the path to ``node`` that the host lacks; tokens copied, and whether all were."""
-        path = []
-        while node.parent is not None:
-            path.append(node)
-            node = node.parent
-        copied = 0
-        self._after_forward(self.controller.write_stream)
-        for missing in [node for node in reversed(path) if not node.backuped]:
-            size = len(missing.key)
-            if self.tree.write_backup(missing) == 0:
-                self._reclaim_host(size, keep={node.id for node in path})
-                if self.tree.write_backup(missing) == 0:
-                    return copied, False
-            copied += size
-        return copied, True
+    @abstractmethod
+    def _write_out(self, req: Req) -> tuple[Any | None, int]:
+        """Copy every node of the inserted ``req`` that the host lacks, protect all, and give up its lock.
 
-    def _reclaim_host(self, num_tokens: int, keep: set[int]) -> None:
-        """Drop host copies of nodes, but of those in ``keep``, that are on the device too, deepest first.
-
-        HiCache keeps them; running requests that were stored once would fill the host.
+        Returns:
+            As :meth:`store`.
         """
-        if self.tree.ongoing_load_back:
-            return  # a load's source nodes count as being on the device already
-        freed = 0
-        for node in reversed(self._nodes_in_preorder()):
-            if freed >= num_tokens:
-                return
-            redundant = node.backuped and not node.evicted and node.id not in keep
-            in_use = node.host_ref_counter > 0 or node.write_through_pending_id is not None
-            # Copies form paths from the root, without gaps.
-            is_host_leaf = not any(child.backuped for child in node.children.values())
-            if redundant and is_host_leaf and not in_use:
-                freed += self.controller.evict_host(node.host_value)
-                node.host_value = None
-
-    def _nodes_in_preorder(self) -> list[TreeNode]:
-        nodes, stack = [], list(self.tree.root_node.children.values())
-        while stack:
-            node = stack.pop()
-            nodes.append(node)
-            stack.extend(node.children.values())
-        return nodes
 
     def is_writing(self) -> bool:
         """Whether copies to the host are under way."""
         return bool(self.tree.ongoing_write_through)
 
-    def is_written(self, node: TreeNode) -> bool:
-        """Whether the last copy of the path to ``node`` is done (copies are done in order)."""
-        return node.write_through_pending_id is None
+    @abstractmethod
+    def is_written(self, node: Any) -> bool:
+        """Whether all copies of the path to ``node`` are done."""
 
     def wait_for_writes(self) -> None:
         """Block until all copies to the host are done."""
@@ -204,22 +154,31 @@ class HostTier:
 
     # ------------------------------------------------------------------ host to device
 
-    def start_load(self, node: TreeNode) -> bool:
+    def start_load(self, node: Any) -> bool:
         """Begin to load the path to ``node``; False if the device has no room.
 
-        The path is locked on the device from here on. At most one load may be under way:
-        SGLang's prefills use the same ring of three events.
+        The path is locked on the device from here on.
         """
-        if self.tree.load_back(node) is None:
+        if not self._start_load(node):
             return False
-        self.tree.inc_lock_ref(node)
-        self._after_forward(self.controller.load_stream)
-        self.controller.start_loading()
+        self._loads.append(node)
         return True
 
-    def is_loaded(self, node: TreeNode) -> bool:
-        """Whether :meth:`start_load` of ``node`` is done."""
-        return node.id not in self.tree.ongoing_load_back
+    @abstractmethod
+    def _start_load(self, node: Any) -> bool:
+        """See :meth:`start_load`."""
+
+    def is_loading(self) -> bool:
+        """Whether loads are under way, also of requests that were forgotten meanwhile.
+
+        The tree takes the nodes for nodes on the device, which others may share.
+        """
+        self._loads = [node for node in self._loads if not self._load_is_done(node)]
+        return bool(self._loads)
+
+    @abstractmethod
+    def _load_is_done(self, node: Any) -> bool:
+        """Whether the load of ``node`` is done."""
 
     def wait_for_loads(self) -> None:
         """Block until all loads are done."""
@@ -227,36 +186,30 @@ class HostTier:
             ack.finish_event.synchronize()
         self.tree.loading_check()
 
-    def attach(self, req: Req, node: TreeNode) -> None:
-        """Give ``req`` the path to ``node``, on the device and locked, as its KV; it may decode again."""
-        slots = []
-        ancestor = node
-        while ancestor.parent is not None:
-            slots.append(ancestor.value)
-            ancestor = ancestor.parent
-        indices = torch.cat(slots[::-1])
-        self._rows.write((req.req_pool_idx, slice(0, len(indices))), indices.to(torch.int32))
-        req.prefix_indices = indices
-        req.cache_protected_len = len(indices)
-        req.last_node = node
-        node.release_host()
-
-    def lock(self, node: TreeNode) -> None:
+    @abstractmethod
+    def lock(self, node: Any) -> None:
         """Keep the path to ``node``, which is on the device, there."""
-        self.tree.inc_lock_ref(node)
 
-    def forget(self, req: Req, node: TreeNode, locked: bool) -> None:
+    def attach(self, req: Req, node: Any) -> None:
+        """Give ``req`` the path to ``node``, on the device and locked, as its KV; it may decode again."""
+        slots = self._slots(node)
+        self._rows.write((kv_of(req).req_pool_idx, slice(0, len(slots))), slots.to(torch.int32))
+        kv_of(req).cache_protected_len = len(slots)
+        self._hand_over(req, node, slots)
+
+    @abstractmethod
+    def _slots(self, node: Any) -> torch.Tensor:
+        """Device slots of the path to ``node``: int64 [tokens]."""
+
+    @abstractmethod
+    def _hand_over(self, req: Req, node: Any, slots: torch.Tensor) -> None:
+        """Make the lock of ``node`` that of ``req``, and protect the node on the host no longer."""
+
+    def forget(self, req: Req, node: Any, locked: bool) -> None:
         """Give up the stored ``req`` and its row; its nodes become ordinary cached ones."""
-        node.release_host()
-        req.last_node = node if locked else None
-        release_kv_cache(req, self.tree, is_insert=False)
+        self._unprotect(req, node, locked)
+        release(req, self.tree)
 
-    def _after_forward(self, stream: Any) -> None:
-        """Order ``stream`` behind the forward in flight.
-
-        HiCache orders copies behind the scheduler's stream only. The forward in flight may
-        belong to a prefill that shares the nodes to copy, or to a request that has ended and
-        still writes to slots that are free by now.
-        """
-        if self._forward_stream is not None:
-            stream.wait_stream(self._forward_stream)
+    @abstractmethod
+    def _unprotect(self, req: Req, node: Any, locked: bool) -> None:
+        """Protect ``node`` on the host no longer, and make its lock, if there is one, that of ``req``."""

@@ -26,24 +26,23 @@ import enum
 import logging
 import os
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 from weakref import WeakKeyDictionary
 
 import torch
 from sglang.srt.managers.io_struct import AbortReq
 from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, Req, ScheduleBatch
-from sglang.srt.mem_cache.common import release_kv_cache
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 
 from sglang_sparsespec.metrics import KVManagerMetrics
 from sglang_sparsespec.scheduler_patch.kv_manager.host_tier import HostTier
 from sglang_sparsespec.scheduler_patch.prefill_interleave import tokens_of_chunks_to_come
+from sglang_sparsespec.sglang_compat import kv_of, release
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
 
 if TYPE_CHECKING:
     from sglang.srt.managers.scheduler import Scheduler
-    from sglang.srt.mem_cache.radix_cache import TreeNode
 
 logger = logging.getLogger(__name__)
 
@@ -70,14 +69,14 @@ class Offloaded:
     """One request that is not in the batch.
 
     Attributes:
-        node: the tree's node of its last committed token; None while LEAVING.
+        node: the tier's node of its last committed token; None while LEAVING.
         gain: device tokens that its leaving frees, until they are free.
     """
 
     req: Req
     gain: int
     state: State = State.LEAVING
-    node: TreeNode | None = None
+    node: Any = None
 
 
 class KVManager:
@@ -108,7 +107,7 @@ class KVManager:
 
         It also keeps prefills from using nodes of the tree that are being loaded.
         """
-        return bool(self.offloaded)
+        return bool(self.offloaded) or self.tier.is_loading()
 
     @property
     def utilisation(self) -> float:
@@ -245,7 +244,8 @@ class KVManager:
         if entry.state is State.LOADING:
             if idle:  # nothing to overlap with
                 self.tier.wait_for_loads()
-            if not self.tier.is_loaded(entry.node):
+            # Not even one that is on the device: it may share nodes with one that is not yet.
+            if self.tier.is_loading():
                 return False
             self.tier.attach(entry.req, entry.node)
             self.metrics.requests_restored += 1
@@ -255,6 +255,8 @@ class KVManager:
     def _begin_return(self, entry: Offloaded, num_running: int, idle: bool) -> bool:
         """Lock the request's nodes on the device, loading what is missing; False if it must wait."""
         tokens = self.tier.tokens_to_load(entry.node)
+        if tokens and self.tier.is_loading():
+            return False  # SGLang has three events for loads under way, and its prefills need some, too
         needed = self.tier.tokens_to_lock(entry.node) + self._growth(num_running + 1, RESTORE_ROUNDS)
         needed += tokens_of_chunks_to_come(self.scheduler)
         if not idle and self.tier.free_tokens < needed:
@@ -284,8 +286,8 @@ class KVManager:
             scheduler.enable_overlap,
             scheduler.spec_algorithm,
         )
-        batch.req_pool_indices_cpu = torch.tensor([req.req_pool_idx for req in reqs], dtype=torch.int64)
-        batch.seq_lens_cpu = torch.tensor([req.kv_committed_len for req in reqs], dtype=torch.int64)
+        batch.req_pool_indices_cpu = torch.tensor([kv_of(req).req_pool_idx for req in reqs], dtype=torch.int64)
+        batch.seq_lens_cpu = torch.tensor([kv_of(req).kv_committed_len for req in reqs], dtype=torch.int64)
         batch.req_pool_indices = batch.req_pool_indices_cpu.to(batch.device, non_blocking=True)
         batch.seq_lens = batch.seq_lens_cpu.to(batch.device, non_blocking=True)
         batch.orig_seq_lens = batch.seq_lens.to(torch.int32)
@@ -297,11 +299,13 @@ class KVManager:
         bonus = torch.tensor([req.output_ids[-1] for req in reqs], dtype=torch.int64)
         batch.spec_info = SparseSpecDraftInput(bonus.to(batch.device, non_blocking=True), batch.seq_lens)
         if scheduler.enable_overlap:
+            relay = scheduler.future_map
             batch.spec_info.future_indices = batch.req_pool_indices
-            scheduler.future_map.publish(batch.req_pool_indices, batch.seq_lens)
-            scheduler.future_map.stash(
-                batch.req_pool_indices, RelayPayload.from_draft_input(batch.spec_info)
-            )
+            if relay.publish_ready is not None:
+                # ``publish`` records this event anew: who waits for it must wait for the round in flight as well.
+                relay.publish_ready.wait()
+            relay.publish(batch.req_pool_indices, batch.seq_lens)
+            relay.stash(batch.req_pool_indices, RelayPayload.from_draft_input(batch.spec_info))
         return batch
 
     # ------------------------------------------------------------------------ ending
@@ -329,7 +333,7 @@ class KVManager:
     def _release(self, entry: Offloaded) -> None:
         self.offloaded.remove(entry)
         if entry.node is None:
-            release_kv_cache(entry.req, self.tier.tree, is_insert=False)
+            release(entry.req, self.tier.tree)
         else:
             self.tier.forget(entry.req, entry.node, locked=entry.state is State.LOADING)
 
@@ -350,5 +354,5 @@ def can_be_stored(req: Req) -> bool:
         and req.input_embeds is None
         and req.positional_embed_overrides is None
         and not req.skip_radix_cache_insert
-        and req.kv_committed_len <= tokens
+        and kv_of(req).kv_committed_len <= tokens
     )

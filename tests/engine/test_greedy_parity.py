@@ -16,8 +16,6 @@ from typing import Any
 import pytest
 from engine_process import PLAIN, PLAIN_ENV, EngineProcess, plain_rounds_plugin
 
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
-
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 sys.path.append(str(BENCHMARKS))
 
@@ -122,17 +120,16 @@ def test_tokens_of_unified_batches_are_plain_sglangs(model_path: str, expected: 
 def test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs(
     model_path: str, expected: dict[str, list[int]], tmp_path: Path
 ) -> None:
-    """Every other round is plain, and in every third a request goes to the host, where there is a host tier."""
+    """Every other round is plain, and in every third a request goes to the host."""
     env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3", **plain_rounds_plugin(tmp_path, every=2)}
-    own = {"sparsespec_host_kv_gb": 0.5 if HAS_HOST_TIER else 0, "speculative_num_steps": 5}
+    own = {"sparsespec_host_kv_gb": 0.5, "speculative_num_steps": 5}
     with EngineProcess(env, model_path=model_path, **{**LOCKSTEP, **own}) as engine:
         assert_equal(engine, PROMPTS, expected)
         state = engine.state()
         assert_drafted(state)
         assert state["sparsespec_plain_rounds"] > 10
         assert sum(rounds > 0 for rounds in state["sparsespec_draft_length_histogram"][1:6]) >= 3
-        if HAS_HOST_TIER:
-            assert state["sparsespec_kv_requests_offloaded"] >= 20 and state["sparsespec_kv_requests_restored"] >= 20
+        assert state["sparsespec_kv_requests_offloaded"] >= 20 and state["sparsespec_kv_requests_restored"] >= 20
 
 
 def test_tokens_of_requests_one_by_one_are_plain_sglangs(model_path: str, expected: dict[str, list[int]]) -> None:

@@ -24,12 +24,7 @@ from quickstart import Server
 from server_client import Client, assert_healthy, serving
 from tiny_model import VOCAB, write_tiny_llama
 
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
-
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not HAS_HOST_TIER, reason="the host tier is not written for this SGLang"),
-]
+pytestmark = pytest.mark.slow
 
 CONTEXT = 1024
 KV_TOKENS = 1600

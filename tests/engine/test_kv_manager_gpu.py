@@ -20,12 +20,9 @@ from quickstart import Server, choose_port, server_environment
 from run_tests import MODEL_VARIABLE
 from server_client import Client
 
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
-
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
-    pytest.mark.skipif(not HAS_HOST_TIER, reason="the host tier is not written for this SGLang"),
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: test_kv_manager.py kills a server on the CPU"),
     pytest.mark.skipif(MODEL_VARIABLE not in os.environ, reason=f"set {MODEL_VARIABLE} to a checkpoint folder"),
 ]

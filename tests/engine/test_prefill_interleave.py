@@ -19,8 +19,6 @@ from quickstart import Server
 from server_client import GREEDY, Client, assert_healthy, serving
 from tiny_model import VOCAB, write_tiny_llama
 
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER
-
 pytestmark = pytest.mark.slow
 
 CONTEXT = 2048
@@ -95,7 +93,6 @@ def expected(plain_engine: EngineProcess) -> list[list[int]]:
     params=[
         pytest.param(name, marks=pytest.mark.nightly if "no overlap" in name else ())
         for name in SERVERS
-        if HAS_HOST_TIER or name != "KV manager"
     ],
 )
 def server(

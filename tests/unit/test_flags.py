@@ -16,7 +16,7 @@ from sglang_parts import resolved
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.flags import REMOVED, REMOVED_FLAGS, add_cli_args, removal_of
 from sglang_sparsespec.settings import FLAGS, POLICIES, Settings, flag_of, make_settings, settings_of
-from sglang_sparsespec.sglang_compat import HAS_HOST_TIER, in_force
+from sglang_sparsespec.sglang_compat import in_force
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -66,7 +66,7 @@ def test_every_setting_is_a_flag_in_help(help_text: str) -> None:
     assert "Default: 0.05 (0.07 with vegas)." in help_text
 
 
-@pytest.mark.parametrize("setting", [name for name in OTHER_VALUES if name != "host_kv_gb" or HAS_HOST_TIER])
+@pytest.mark.parametrize("setting", OTHER_VALUES)
 def test_a_setting_is_accepted_on_the_command_line(setting: str, llama: str) -> None:
     asked = ["--model-path", llama, "--device", "cpu", "--speculative-algorithm", ALGORITHM]
     found = settings_of(resolved(parse(*asked, flag_of(setting), str(OTHER_VALUES[setting]))))
@@ -75,7 +75,7 @@ def test_a_setting_is_accepted_on_the_command_line(setting: str, llama: str) -> 
     assert found == expected, "another setting changed with it"
 
 
-@pytest.mark.parametrize("setting", [name for name in OTHER_VALUES if name != "host_kv_gb" or HAS_HOST_TIER])
+@pytest.mark.parametrize("setting", OTHER_VALUES)
 def test_a_setting_is_accepted_as_a_keyword(setting: str, resolve: Callable[..., Any]) -> None:
     found = settings_of(resolve(**{f"sparsespec_{setting}": OTHER_VALUES[setting]}))
     assert getattr(found, setting) == OTHER_VALUES[setting]

@@ -13,6 +13,9 @@ from kv_worlds import DEVICE_TOKENS, World, small_chunks
 from sglang.srt.mem_cache.base_prefix_cache import EvictParams
 from sglang.srt.mem_cache.pool_host import base
 
+from sglang_sparsespec.scheduler_patch.kv_manager.hooks import TIER
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, kv_of
+
 
 @pytest.fixture
 def world(
@@ -35,17 +38,32 @@ def test_a_cpu_server_has_a_host_pool_where_less_memory_is_free_than_pinning_wou
     assert base.HICACHE_HOST_MEMORY_RESERVE_BYTES > 1e9  # unchanged for other pools
 
 
+def test_a_radix_cache_that_the_tier_is_not_for_is_refused_with_a_remedy(world: Callable[[int], World]) -> None:
+    with pytest.raises(RuntimeError, match="found SimpleNamespace; remove .*--sparsespec-host-kv-gb 0"):
+        TIER(SimpleNamespace())
+
+
+@pytest.mark.skipif(not HAS_UNIFIED_TREE, reason="the tier orders its copies itself")
+def test_copies_that_do_not_wait_for_forwards_are_refused(world: Callable[[int], World]) -> None:
+    w, forwards = world(200), object()
+    w.tree.cache_controller.write_fence_stream = forwards
+    with pytest.raises(RuntimeError, match="do not wait for the forward in flight"):
+        TIER(w.tree, forwards)
+    w.tree.cache_controller.load_fence_stream = forwards
+    TIER(w.tree, forwards)
+
+
 def test_a_stored_request_survives_its_slots_being_reused(world: Callable[[int], World]) -> None:
     w = world(200)
     req = w.request(A)
-    row = req.req_pool_idx
+    row = kv_of(req).req_pool_idx
     node = w.store(req)
     assert w.tier.free_tokens == DEVICE_TOKENS
     w.tier.evict_all()
     assert w.tier.tokens_to_load(node) == len(A) - 1
     w.scribble()
     w.restore(req, node)
-    assert req.req_pool_idx == row
+    assert kv_of(req).req_pool_idx == row
     w.assert_content(req, A)
     assert w.tier.free_tokens == DEVICE_TOKENS - (len(A) - 1)
 
@@ -75,7 +93,7 @@ def test_a_prefix_that_another_request_uses_stays_on_the_device(world: Callable[
     w.restore(second, node)
     w.assert_content(second, B)
     shared = w.rows.req_to_token[:, :12]
-    assert torch.equal(shared[first.req_pool_idx], shared[second.req_pool_idx])
+    assert torch.equal(shared[kv_of(first).req_pool_idx], shared[kv_of(second).req_pool_idx])
     assert w.tier.exclusive_tokens(first) == len(A) - 1 - 12
 
 
@@ -124,9 +142,11 @@ def test_a_forgotten_request_leaves_nothing(world: Callable[[int], World], loadi
     if loading:
         assert w.tier.start_load(node)
     w.tier.forget(req, node, locked=loading)
+    assert w.tier.is_loading() == loading
     w.tier.wait_for_loads()
+    assert not w.tier.is_loading()
     assert w.tier.free_tokens == DEVICE_TOKENS
-    assert w.rows.available_size() == 4 and req.req_pool_idx is None
+    assert w.rows.available_size() == 4 and kv_of(req).req_pool_idx is None
     assert w.tree.protected_size() == 0
     w.tier.evict_all()
     w.tree.evict_host(1000)

@@ -29,7 +29,8 @@ class Tier:
         self.free_tokens = free
         self.host_full = False
         self.written = True
-        self.loaded = True
+        self.loading = False
+        self.loaded = True  # loads are done as soon as they are begun
         self.calls: list[tuple[str, str]] = []
         self.tree = SimpleNamespace()
 
@@ -59,13 +60,16 @@ class Tier:
     tokens_to_lock = tokens_to_load
 
     def start_load(self, node: Any) -> bool:
+        self.calls.append(("load", node.req.rid))
         if self.free_tokens < node.req.kv_committed_len:
             return False
         self.free_tokens -= node.req.kv_committed_len
+        self.loading = True
         return True
 
-    def is_loaded(self, node: Any) -> bool:
-        return self.loaded
+    def is_loading(self) -> bool:
+        self.loading = self.loading and not self.loaded
+        return self.loading
 
     def wait_for_loads(self) -> None:
         self.loaded = True
@@ -98,7 +102,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Any:
         tier = Tier(free)
         manager = KVManager(scheduler, tier, WINDOW)  # type: ignore[arg-type]
         monkeypatch.setattr(KVManager, "_decode_batch", lambda self, reqs: Batch(reqs))
-        monkeypatch.setattr(manager_module, "release_kv_cache", lambda req, tree, is_insert: released.append(req.rid))
+        monkeypatch.setattr(manager_module, "release", lambda req, tree: released.append(req.rid))
         return SimpleNamespace(
             manager=manager,
             tier=tier,
@@ -218,6 +222,23 @@ def test_nothing_overtakes_a_request_that_is_being_loaded(world: Any) -> None:
     assert w.manager.step(batch).rids()[:2] == ["r0", "r1"]
 
 
+def test_loads_follow_one_another(world: Any) -> None:
+    w = world(free=0)
+    batch = w.manager.step(Batch(requests_of(100, 100, 100)))
+    w.manager.step(batch)
+    assert batch.rids() == ["r0", "r1"]
+    w.tier.free_tokens, w.tier.loaded = 10_000, False
+    batch = w.manager.step(batch)
+    w.tier.free_tokens = 0
+    batch = w.manager.step(batch)  # an older one leaves
+    assert states(w) == [("r1", State.LEAVING), ("r2", State.LOADING)]
+    w.tier.free_tokens = 10_000
+    batch = w.manager.step(batch)
+    assert states(w)[0] == ("r1", State.STORED) and ("load", "r1") not in w.tier.calls
+    w.tier.loaded = True
+    assert w.manager.step(batch).rids() == ["r0", "r1", "r2"]
+
+
 def test_nothing_returns_into_the_memory_of_a_prompt_in_mid_prefill(world: Any) -> None:
     w = world(1000)
     reqs = requests_of(100, 100)
@@ -227,7 +248,7 @@ def test_nothing_returns_into_the_memory_of_a_prompt_in_mid_prefill(world: Any) 
     batch = w.manager.step(batch)  # stored
     assert states(w) == [("r1", State.STORED)]
     needed = 100 + RESTORE_ROUNDS * WINDOW * 2
-    w.scheduler.chunked_req = SimpleNamespace(full_untruncated_fill_ids=range(70), prefix_indices=range(20))
+    w.scheduler.chunked_req = SimpleNamespace(full_untruncated_fill_ids=range(70), prefix_indices=range(20), prefix_len=20)
     w.tier.free_tokens = needed + 49
     assert w.manager.step(batch).rids() == ["r0"]
     w.tier.free_tokens = needed + 50
@@ -287,6 +308,14 @@ def test_aborting_an_offloaded_request_frees_it_and_tells_the_client(world: Any,
     freed = {State.LEAVING: [], State.STORED: [("forget", "r1")], State.LOADING: [("forget locked", "r1")]}
     assert [call for call in w.tier.calls if "forget" in call[0]] == freed[state]
     assert w.released == (["r1"] if state is State.LEAVING else [])
+
+
+def test_nobody_is_admitted_while_the_load_of_an_aborted_request_is_under_way(world: Any) -> None:
+    w = world(free=10_000)
+    w.tier.loading, w.tier.loaded = True, False
+    assert w.manager.holds_admission
+    w.tier.loaded = True
+    assert not w.manager.holds_admission
 
 
 def test_aborts_of_others_leave_it(world: Any) -> None:

@@ -14,6 +14,7 @@ from kv_worlds import Batch, World, small_chunks
 
 from sglang_sparsespec.scheduler_patch.kv_manager import manager as manager_module
 from sglang_sparsespec.scheduler_patch.kv_manager.manager import KVManager
+from sglang_sparsespec.sglang_compat import kv_of
 
 RANKS = 2
 
@@ -28,7 +29,7 @@ def world(
 
 
 class Ranks:
-    """Replaces ``HiRadixCache._all_reduce`` of each rank, which takes the least of all ranks' numbers."""
+    """Replaces ``_all_reduce`` of each rank's radix cache, which takes the least of all ranks' numbers."""
 
     def __init__(self) -> None:
         self.barrier = threading.Barrier(RANKS, timeout=60)
@@ -63,7 +64,7 @@ def decide(w: World, steps: int) -> list[Any]:
                 running.rids(),
                 [(entry.req.rid, entry.state) for entry in manager.offloaded],
                 w.tier.free_tokens,
-                [w.rows.req_to_token[req.req_pool_idx, :15].tolist() for req in running.reqs],
+                [w.rows.req_to_token[kv_of(req).req_pool_idx, :15].tolist() for req in running.reqs],
             )
         )
     assert manager.metrics.requests_restored > 5 and manager.metrics.tokens_from_host > 0

@@ -17,7 +17,7 @@ from sglang_parts import check_lora
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.settings import Settings, settings_of
-from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, HAS_HOST_TIER, in_force
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, in_force
 from sglang_sparsespec.support import MODEL_REFUSALS, REFUSALS
 
 pytestmark = pytest.mark.usefixtures("plugin")
@@ -28,6 +28,16 @@ MLA_DIMS = {
     "qk_nope_head_dim": 16,
     "qk_rope_head_dim": 16,
     "v_head_dim": 16,
+}
+
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "sliding_window": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
 }
 
 #: What is wrong with each model, and its config.json as changes to a Llama's.
@@ -43,18 +53,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 16,
         },
     ),
-    "qwen2_with_sliding_window": (
-        "sliding-window",
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 64,
-            "max_window_layers": 2,
-        },
-    ),
     "gemma2": (
-        "sliding-window",
+        "soft caps",
         {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
@@ -62,18 +62,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
         },
     ),
-    "gemma3": (
-        "sliding-window",
-        {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "sliding_window": 64,
-            "head_dim": 16,
-        },
-    ),
-    "olmo3": (
-        "sliding-window",
-        {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 64},
+    "cohere2_with_chunks": (
+        "attend within chunks",
+        {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "layer_types": ["chunked_attention"] * 4},
     ),
     "whisper": (
         "encoder-decoder",
@@ -382,42 +373,32 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "give one of them",
     ),
     "unified memory": ({"enable_unified_memory": True}, "--enable-unified-memory", "remove it"),
+    "host tier without radix cache": (
+        {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
+        "--disable-radix-cache with --sparsespec-host-kv-gb",
+        "--sparsespec-host-kv-gb 0",
+    ),
+    "two host tiers": (
+        {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
+        "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
+    "host tier and stripped thinking": (
+        {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
+        "--strip-thinking-cache with --sparsespec-host-kv-gb",
+        "remove it",
+    ),
+    "host tiers of several nodes by their free memory": (
+        {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
+        "--sparsespec-host-kv-gb auto with --nnodes 2",
+        "give a size in GB",
+    ),
 }
-if HAS_HOST_TIER:
-    REFUSED |= {
-        "host tier without radix cache": (
-            {"sparsespec_host_kv_gb": 1.0, "disable_radix_cache": True},
-            "--disable-radix-cache with --sparsespec-host-kv-gb",
-            "--sparsespec-host-kv-gb 0",
-        ),
-        "two host tiers": (
-            {"sparsespec_host_kv_gb": 1.0, "enable_hierarchical_cache": True},
-            "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
-            "remove it",
-        ),
-        "host tier and stripped thinking": (
-            {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
-            "--strip-thinking-cache with --sparsespec-host-kv-gb",
-            "remove it",
-        ),
-        "host tiers of several nodes by their free memory": (
-            {"sparsespec_host_kv_gb": "auto", "nnodes": 2, "tp_size": 2, "dist_init_addr": "127.0.0.1:1"},
-            "--sparsespec-host-kv-gb auto with --nnodes 2",
-            "give a size in GB",
-        ),
-    }
-else:
-    REFUSED["host tier"] = (
-        {"sparsespec_host_kv_gb": 1.0},
-        "--sparsespec-host-kv-gb 1.0",
-        "use --sparsespec-host-kv-gb 0, or `pip install sglang==",
-    )
 if DECLARES_RESOLUTION:
     REFUSED |= {
         "groups of dp attention": ({"attn_dp_size": 2, "tp_size": 2}, "--enable-dp-attention", "use --dp-size replicas"),
         "watermark": ({"enable_watermark": True, "watermark_key": "a"}, "--enable-watermark", "remove it"),
     }
-needs_host_tier = pytest.mark.skipif(not HAS_HOST_TIER, reason="the host tier is not written for this SGLang")
 
 
 @pytest.mark.parametrize("case", REFUSED)
@@ -463,21 +444,46 @@ def test_a_model_without_plain_grouped_query_attention_is_refused(
         resolve(model_path=path, disable_radix_cache=True)
 
 
-def test_a_model_with_plain_attention_is_accepted(resolve: Callable[..., Any], tmp_path: Path) -> None:
-    """Qwen2 names a sliding window in its config without using it."""
-    changes = {
+#: As in MODELS.
+SERVED: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen2_with_sliding_window": {  # SGLang serves it without
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "use_sliding_window": False,
+        "use_sliding_window": True,
         "sliding_window": 64,
-    }
-    resolve(model_path=write_config(tmp_path / "qwen2", changes))
+        "max_window_layers": 2,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 64,
+        "head_dim": 16,
+    },
+    "olmo3": {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 64},
+    "gpt_oss": GPT_OSS,
+}
+
+
+@pytest.mark.parametrize("model", SERVED)
+def test_models_with_grouped_query_attention_are_accepted(
+    resolve: Callable[..., Any], tmp_path: Path, model: str
+) -> None:
+    resolve(model_path=write_config(tmp_path / model, SERVED[model]))
+
+
+def test_the_host_tier_is_refused_where_windows_have_a_pool_of_their_own(
+    resolve: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--sparsespec-host-kv-gb 1 .*sliding window"):
+        resolve(model_path=write_config(tmp_path / "gpt_oss", GPT_OSS), sparsespec_host_kv_gb=1)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"sliding_window_size": 64}, "a sliding window of 64 tokens"),
+        ({"use_irope": True}, "attention within chunks"),
+        ({"num_heads": 8}, "other heads than layer 0"),
         ({"logit_cap": 50.0}, "a logit soft cap of 50"),
         ({"is_cross_attention": True}, "cross attention"),
         ({"attn_type": "encoder_only"}, "cross attention"),
@@ -492,7 +498,7 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
     import torch
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-    from sglang_sparsespec.attention_backend.layers import attention_layers
+    from sglang_sparsespec.attention_backend.layers import attention_layers, window_reach
 
     def layer(layer_id: int, **changes: Any) -> RadixAttention:
         if "attn_type" in changes:
@@ -515,6 +521,34 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
         attention_layers(torch.nn.ModuleList([layer(0), layer(1, **change)]))
     with pytest.raises(ValueError, match="no attention layers"):
         attention_layers(torch.nn.Linear(2, 2))
+    windows = [layer(0), layer(1, sliding_window_size=63), layer(2, sliding_window_size=63)]
+    assert [window_reach(found) for found in attention_layers(torch.nn.ModuleList(windows))] == [None, 63, 63]
+    with pytest.raises(ValueError, match="Layer 3 of this model has a sliding window of 31 tokens beside one of 63"):
+        attention_layers(torch.nn.ModuleList([*windows, layer(3, sliding_window_size=31)]))
+    with pytest.raises(ValueError, match="All layers of this model have a sliding window"):
+        attention_layers(torch.nn.ModuleList(windows[1:]))
+
+
+def test_sinks_are_found_beside_their_layers_and_nowhere_else() -> None:
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_sparsespec.attention_backend.layers import attention_sinks, check_sinks
+
+    def block(layer_id: int) -> torch.nn.Module:
+        module = torch.nn.Module()
+        module.attn = RadixAttention(num_heads=4, head_dim=16, scaling=1.0, num_kv_heads=2, layer_id=layer_id)
+        return module
+
+    model = torch.nn.ModuleList([block(0), block(1)])
+    model[1].sinks = torch.nn.Parameter(torch.zeros(4))
+    found = attention_sinks(model)
+    assert list(found) == [1] and found[1] is model[1].sinks
+    check_sinks(None, found.get(0), 0)
+    check_sinks(model[1].sinks, found.get(1), 1)
+    for sinks, layer_id in ((torch.zeros(4), 0), (torch.zeros(4), 1), (None, 1)):
+        with pytest.raises(ValueError, match=f"Layer {layer_id} of this model has attention sinks"):
+            check_sinks(sinks, found.get(layer_id), layer_id)
 
 
 @pytest.fixture
@@ -545,16 +579,16 @@ def test_an_unknown_prefill_backend_is_refused(name: str, resolve: Callable[...,
         resolve(sparsespec_base_attention_backend=name)
 
 
-@needs_host_tier
 def test_the_host_tier_is_sglangs_hierarchical_cache(llama: str, resolve: Callable[..., Any]) -> None:
-    args = resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2)
+    args = in_force(resolve(model_path=llama, sparsespec_host_kv_gb=3.0, tp_size=2))
     assert args.enable_hierarchical_cache and args.hicache_size == 1.5
     # write_back copies while it evicts, in the way of the next round.
     assert args.hicache_write_policy == "write_through_selective"
-    assert not resolve(model_path=llama).enable_hierarchical_cache
+    # The layout and the kernels that copy all tokens of a node at once.
+    assert (args.hicache_mem_layout, args.hicache_io_backend) == ("layer_first", "kernel")
+    assert not in_force(resolve(model_path=llama)).enable_hierarchical_cache
 
 
-@needs_host_tier
 def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     llama: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -562,7 +596,7 @@ def test_an_automatic_host_tier_takes_half_of_the_free_memory(
     from sglang.srt.mem_cache.pool_host.base import HICACHE_HOST_MEMORY_RESERVE_BYTES as RESERVE
 
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE + 8e9, total=64e9))
-    assert resolve(model_path=llama, sparsespec_host_kv_gb="auto").hicache_size == pytest.approx(4.0)
+    assert in_force(resolve(model_path=llama, sparsespec_host_kv_gb="auto")).hicache_size == pytest.approx(4.0)
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=RESERVE - 1, total=64e9))
     with pytest.raises(ValueError, match="--sparsespec-host-kv-gb auto: no host memory"):
         resolve(model_path=llama, sparsespec_host_kv_gb="auto")
