@@ -9,6 +9,7 @@ A product's weights take turns, so that none is found in the L2 cache; activatio
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -169,6 +170,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--results", help="JSON-lines file to append to")
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES)[:2])
     parser.add_argument("--rows", nargs="+", type=int, default=[1, 16, 64, 128], help="tokens of a step")
+    parser.add_argument("--kernels", type=re.compile, default=re.compile(""), help="names of kernels, a pattern")
     return parser.parse_args()
 
 
@@ -180,6 +182,8 @@ def main() -> int:
         for tokens in args.rows:
             for make in (products, between):
                 for job in make(SHAPES[name], tokens):
+                    if not args.kernels.search(job.name):
+                        continue
                     about = {"shape": name, "rows": tokens, "what": job.what, "kernel": job.name}
                     try:
                         found = {**time_calls(job.calls), "bytes": job.bytes}

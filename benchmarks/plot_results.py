@@ -13,7 +13,11 @@ from _common import REPO, pyplot, read_records
 
 RESULTS = REPO / "benchmarks" / "results"
 PLOT = REPO / "docs" / "plots" / "readme.png"
-LOADS_FILE = "2026-11-29-h200/throughput-twelve-loads-qwen2.5-coder-1.5b-48b05a3.jsonl"
+#: Loads of a later file take the place of those of an earlier one.
+LOADS_FILES = (
+    "2026-11-29-h200/throughput-twelve-loads-qwen2.5-coder-1.5b-48b05a3.jsonl",
+    "2026-11-29-h200/throughput-four-loads-qwen2.5-coder-1.5b-d657e13.jsonl",
+)
 #: Engines in the records, their names in the plot, and colours.
 PLAIN = "plain"
 ENGINES = (
@@ -35,7 +39,10 @@ def speeds(records: list[dict[str, Any]]) -> dict[tuple[int, int, float], dict[s
 def main() -> int:
     """The program."""
     plt = pyplot()
-    found = speeds(read_records(RESULTS / LOADS_FILE))
+    by_load: dict[tuple[int, int, float], dict[str, float]] = {}
+    for name in LOADS_FILES:
+        by_load |= speeds(read_records(RESULTS / name))
+    found = dict(sorted(by_load.items()))
     figure, axes = plt.subplots(figsize=(10, 3.9), layout="constrained")
     width = 0.4
     for number, (engine, name, colour) in enumerate(ENGINES):

@@ -119,7 +119,15 @@ def run_sample(engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bo
         "output_tokens": result["total_output_tokens"],
         "tokens_per_s": round(result["output_throughput"], 1),
         **figures_of(recorder.outputs),
+        **planner_state(engine),
     }
+
+
+def planner_state(engine: Any) -> dict[str, Any]:
+    """What SPARSESPEC's planner believes, and the rounds by their drafts since the engine's start; {} of other engines."""
+    state = engine.get_server_info()["internal_states"][0]
+    names = ("draft_length_histogram", "acceptance_rates", "time_corrections")
+    return {name: state[f"sparsespec_{name}"] for name in names if f"sparsespec_{name}" in state}
 
 
 def figures_of(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from sglang_sparsespec.scheduler_patch import (
     accepted_run,
     control_requests,
     cpu,
+    detokenizer,
     draft_attention,
     draft_weights,
     grammars,
@@ -32,6 +33,7 @@ def register_all_hooks() -> None:
     """Register the hooks of all modules; SGLang applies them when its plugins are loaded."""
     hooks.register_hooks()
     accepted_run.register_hooks()
+    detokenizer.register_hooks()
     stop_patterns.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()

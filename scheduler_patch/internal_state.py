@@ -42,6 +42,10 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     state.update(worker.metrics.as_dict())
     state[SPECULATE_KEY] = worker.planner.speculate
     state["sparsespec_acceptance_rates"] = [round(rate, 3) for rate in worker.planner.acceptance_rates]
+    state["sparsespec_time_corrections"] = {
+        requests: [round(factor, 3) for factor in factors]
+        for requests, factors in worker.planner.time_corrections.items()
+    }
     # After a flush of the radix cache of an idle server, free must equal total again.
     state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
     state["kv_tokens_total"] = scheduler.max_total_num_tokens

@@ -1,4 +1,4 @@
-"""Log-probabilities of chosen tokens (``token_ids_logprob``) beside requests that ask for none."""
+"""Log-probabilities of chosen tokens (``token_ids_logprob``), and of the first token of a retracted request."""
 
 from __future__ import annotations
 
@@ -24,6 +24,21 @@ def no_tokens_are_an_empty_tensor(
     return (logprobs, [ids or [] for ids in token_ids_logprobs], *args), kwargs
 
 
+def no_logprob_is_sent_of_no_token(result: None, chunk: Any, *, req: Any) -> None:
+    """``_GenerationStreamAccumulator.accept``: SGLang takes a first log-probability for sent, whatever output there is.
+
+    A request that is retracted while its prefill runs has no output: SGLang drops the token, and samples it again later.
+    Its log-probability would be left out then.
+    """
+    if req.is_retracted and is_sparsespec(get_server_args()):
+        req.send_output_token_logprobs_offset = min(req.send_output_token_logprobs_offset, len(req.output_ids))
+
+
 def register_hooks() -> None:
-    """Register the hook of this module."""
+    """Register the hooks of this module."""
     add_hook("sglang.srt.layers.logprob_processor.get_token_ids_logprobs", no_tokens_are_an_empty_tensor, "before")
+    add_hook(
+        "sglang.srt.managers.scheduler_components.output_streamer._GenerationStreamAccumulator.accept",
+        no_logprob_is_sent_of_no_token,
+        "after",
+    )

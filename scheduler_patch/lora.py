@@ -10,10 +10,19 @@ from sglang.srt.runtime_context import get_server_args
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
-from sglang_sparsespec.sglang_compat import LORA_CAN_BE_ALLOWED
+from sglang_sparsespec.sglang_compat import CHECKS_LORA_AT_ONCE
 
 
 def allow_lora(original: Callable[..., None], server_args: Any) -> None:
+    """``check_lora_speculative_compatibility``: SGLang refuses LoRA with every algorithm that is not on its list.
+
+    Algorithms are on it if all windows of a verification have one width. SPARSESPEC's have.
+    """
+    if not is_sparsespec(server_args):
+        original(server_args)
+
+
+def allow_lora_in_all_checks(original: Callable[..., None], server_args: Any) -> None:
     """``ServerArgs.check_lora_server_args``: SGLang refuses LoRA with every algorithm that may have a draft model.
 
     A draft model has no adapter. SPARSESPEC has no draft model.
@@ -57,8 +66,10 @@ def chunk_size_of_verification(original: Callable[..., int], backend: Any, forwa
 
 def register_hooks() -> None:
     """Register the hooks of this module."""
-    if LORA_CAN_BE_ALLOWED:
-        add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora, "around")
+    if CHECKS_LORA_AT_ONCE:
+        add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora_in_all_checks, "around")
+    else:
+        add_hook("sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility", allow_lora, "around")
     add_hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", refuse_expert_adapters, "after")
     add_hook(
         "sglang.srt.lora.backend.chunked_backend.ChunkedSgmvLoRABackend._determine_chunk_size",

@@ -8,11 +8,13 @@ from collections.abc import Callable
 from http import HTTPStatus
 from typing import Any
 
+import torch
 from sglang.srt.managers.schedule_batch import FINISH_ABORT
 from sglang.srt.runtime_context import get_server_args
 
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import processor_and_rows
 
 logger = logging.getLogger(__name__)
 
@@ -50,16 +52,17 @@ def end_requests_of_failing_processors(
     if not is_sparsespec(get_server_args()):
         original(logits, info, num_tokens_in_batch)
         return
-    for key, (processor, mask) in info.custom_logit_processor.items():
-        before = logits[mask]
+    for key, entry in info.custom_logit_processor.items():
+        processor, rows = processor_and_rows(entry)
+        before = logits[rows]
         try:
-            own = dataclasses.replace(info, custom_logit_processor={key: (processor, mask)})
+            own = dataclasses.replace(info, custom_logit_processor={key: entry})
             original(logits, own, num_tokens_in_batch)
         except Exception as error:
             logger.warning("A custom logit processor failed.", exc_info=True)
-            logits[mask] = before
+            logits[rows] = before
             message = f"The custom logit processor {type(processor).__name__} failed ({type(error).__name__}: {error})."
-            for index in mask.nonzero().flatten().tolist():
+            for index in torch.arange(len(info.reqs), device=rows.device)[rows].tolist():
                 req = info.reqs[index]
                 req.to_finish = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
 

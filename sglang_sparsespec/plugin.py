@@ -38,7 +38,7 @@ def check_environment() -> None:
         found, (*others, newest) = sglang_compat.VERSION, sglang_compat.SUPPORTED
         raise PluginUnavailableError(
             f"sglang-sparsespec needs sglang {', '.join(others)} or {newest}, but sglang {found} is installed; "
-            f"run `pip install sglang=={newest}`, or install the tag of sglang-sparsespec that was made for sglang {found}."
+            f"run `pip install sglang=={newest}`, or install the release of sglang-sparsespec that is made for {found}."
         )
     import torch
 
@@ -83,11 +83,11 @@ def register() -> None:
         register_flags()
         register_all_hooks()
     except Exception as error:
-        reason = str(error) if isinstance(error, PluginUnavailableError) else (
-            f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"
-        )
+        expected = isinstance(error, PluginUnavailableError)
+        reason = str(error) if expected else f"sglang-sparsespec failed to load: {type(error).__name__}: {error}"
         if asked_for_on_command_line(sys.argv):
-            logger.exception("%s", reason)
+            if not expected:
+                logger.exception("%s", reason)
             print(reason, file=sys.stderr, flush=True)
             raise SystemExit(1) from error
         _register_unavailable(reason)

@@ -42,8 +42,10 @@ DECLARES_RESOLUTION = not _IS_0_5_17
 COUNTS_CORRECT_DRAFTS = not _IS_0_5_17
 #: The radix cache is a ``UnifiedRadixCache``. Otherwise, with a host pool, it is a ``HiRadixCache``.
 HAS_UNIFIED_TREE = not _IS_0_5_17
-#: SGLang's refusal of LoRA beside speculation is a method that a hook can go round. Otherwise it stands.
-LORA_CAN_BE_ALLOWED = _IS_0_5_17
+#: What SGLang checks of LoRA is one function, refusal beside speculation included. Otherwise that has one of its own.
+CHECKS_LORA_AT_ONCE = _IS_0_5_17
+#: ``LoRAManager``'s backend: what makes the static tensors of captured decode batches.
+INIT_STATIC_ADAPTERS = "init_cuda_graph_batch_info" if _IS_0_5_17 else "init_decode_cuda_graph_batch_info"
 
 #: Hooks that are left out, because this SGLang does by itself what they are for.
 UNNECESSARY_HOOKS: frozenset[str]
@@ -53,8 +55,11 @@ else:
     UNNECESSARY_HOOKS = frozenset(
         {
             "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
+            "chunk_size_of_verification",  # a verification's tokens are counted
             "grammar_mask_on_cpu",  # masks are pinned where there is a GPU
+            "no_logprob_is_sent_of_no_token",  # a retracted request has sent what it has output
             "no_draft_kv_pool",  # a worker without a draft worker is asked for no pool
+            "no_tokens_are_an_empty_tensor",  # so they are
             "relay_on_cpu",  # a CPU's tokens are read without a stream
             "top_logprobs_of_each_token",  # each token of a streamed chunk has its own list
         }
@@ -133,6 +138,22 @@ def release(req: Req, tree: Any) -> None:
         release_kv_cache(req, tree, is_insert=False)
     else:
         release_kv_cache(req, tree, checkpoint=False)
+
+
+def end_tokens_of(req: Req) -> set[int]:
+    """What ``BatchedMinNewTokensPenalizer`` masks for a request until it has ``min_new_tokens``."""
+    tokenizer: Any = req.tokenizer
+    of_model = () if _IS_0_5_17 else req.eos_token_ids or ()
+    own, added = req.sampling_params.stop_token_ids or (), tokenizer.additional_stop_token_ids or ()
+    return {*own, *of_model, *added, tokenizer.eos_token_id} - {None}
+
+
+def processor_and_rows(entry: Any) -> tuple[Any, torch.Tensor]:
+    """A value of ``SamplingBatchInfo.custom_logit_processor``: the processor, and what selects its requests' rows.
+
+    That is a mask (bool [batch]) or row numbers (int64 [rows]).
+    """
+    return entry if _IS_0_5_17 else (entry.processor, entry.indices)
 
 
 def compute_logprobs(batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:

@@ -38,7 +38,7 @@ PATTERNS = [
 ]
 #: What differs between any two answers; so do names of times, and what is told of speculation.
 UNCOMPARED = {"id", "created", "num_retractions"}
-TIMES = ("_ts", "_time", "_latency", "_throughput", "_duration")
+TIMES = ("_ts", "_time", "_latency", "_throughput", "_duration", "_wait")
 #: What the cache held before: told of first turns, it depends on what other requests came before.
 CACHED = {"cached_tokens", "cached_tokens_details", "prompt_tokens_details"}
 TOLERANCE = 2e-4  # of a log-probability

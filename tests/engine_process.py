@@ -21,6 +21,8 @@ from typing import Any
 
 from preloaded import start_program
 
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
+
 #: Precedes each answer, to tell answers from what libraries print.
 MARK = "ANSWER "
 #: Plain SGLang on CPU: the reference of what SPARSESPEC serves. Its environment has ``PLAIN_ENV``.
@@ -143,9 +145,27 @@ def plain_rounds_plugin(site: Path, every: int = 3) -> dict[str, str]:
     return install_plugin(site, "zz_plain_rounds", PLAIN_ROUNDS.replace("EVERY", str(every)))
 
 
+RETRACTIONS = """
+def register():
+    from sglang.srt.managers import scheduler
+
+    # The environment says so too, but is read when the module is imported, which is before programs are forked.
+    scheduler.TEST_RETRACT, scheduler.TEST_RETRACT_INTERVAL = True, 50
+"""
+
+
+def retract_plugin(site: Path) -> dict[str, str]:
+    """The environment of an engine that retracts requests if its KV pool is small.
+
+    A newer SGLang lets requests wait for memory rather than retract others; it is told to, every so many iterations.
+    """
+    return install_plugin(site, "zz_retractions", RETRACTIONS) if DECLARES_RESOLUTION else {}
+
+
 def main() -> None:
     """See the module's docstring."""
     import sglang
+    from fastapi import HTTPException
     from sglang.srt.managers.io_struct import SetInternalStateReq
 
     engine = sglang.Engine(**json.loads(sys.argv[1]))
@@ -165,8 +185,8 @@ def main() -> None:
             name, kwargs = json.loads(line)
             try:
                 answer: Any = calls[name](**kwargs)
-            except ValueError as error:
-                answer = str(error)
+            except (ValueError, HTTPException) as error:
+                answer = getattr(error, "detail", str(error))
             print(MARK + json.dumps(answer), flush=True)
     finally:
         engine.shutdown()

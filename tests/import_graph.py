@@ -7,6 +7,7 @@ although Python runs ``a/__init__.py`` before.
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +32,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("draft_weights",),
     ("attention_backend.kernels",),
     ("attention_backend.page_table",),
-    ("settings", "hook_registry", "spec_input", "metrics"),
+    ("settings", "hook_registry", "spec_input", "metrics", "detokenizer"),
     ("sglang_compat",),
     ("",),
 )
@@ -39,6 +40,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
 APART = {"sampling", "attention_backend"}
 #: The one function that may import the project's modules: after it has checked the environment.
 MAY_IMPORT_LATE = (f"{PACKAGE}.plugin", "register")
+_VERSION_NUMBER = re.compile(r"\d+\.\d+(\.\d+\S*)?")
+_VERSION_SOURCES = {"importlib.metadata", "importlib_metadata", "packaging", "packaging.version", "sglang.version"}
 
 
 @dataclass(frozen=True)
@@ -145,3 +148,29 @@ def circles(edges: dict[str, set[str]]) -> list[list[str]]:
     for node in sorted(edges):
         search(node, [])
     return found
+
+
+def version_questions(root: Path) -> list[str]:
+    """Where the project below ``root`` asks for SGLang's version outside of ``sglang_compat``, a line each.
+
+    It may name the version in a message, and look something up by it.
+    """
+    wrong = []
+    for module, path in modules_of(root).items():
+        if module == f"{PACKAGE}.sglang_compat":
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            said = ""
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and _VERSION_NUMBER.fullmatch(node.value):
+                said = node.value if module != PACKAGE else ""  # its own version
+            elif isinstance(node, ast.Import | ast.ImportFrom):
+                names = [getattr(node, "module", None) or "", *(alias.name for alias in node.names)]
+                said = next((name for name in names if name in _VERSION_SOURCES), "")
+            elif isinstance(node, ast.Attribute) and node.attr == "__version__":
+                said = node.attr
+            elif isinstance(node, ast.Compare):
+                parts = [ast.unparse(part).rpartition(".")[2] for part in (node.left, *node.comparators)]
+                said = "VERSION" if "VERSION" in parts else ""
+            if said:
+                wrong.append(f"{module}:{getattr(node, 'lineno', 0)} asks for a version: {said}")
+    return wrong

@@ -11,6 +11,7 @@ import torch
 from sglang.srt.sampling import penaltylib
 from sglang.srt.sampling.penaltylib import repetition_penalty
 from sglang.srt.sampling.sampling_params import SamplingParams
+from sglang_parts import request_in
 
 from sglang_sparsespec.sampling.penalties import Penalties
 
@@ -26,8 +27,9 @@ REQUESTS: list[tuple[dict[str, Any], list[int]]] = [
     ({"min_new_tokens": 2}, [5]),
     ({"frequency_penalty": -0.3, "presence_penalty": 2.0, "repetition_penalty": 2.0, "min_new_tokens": 3}, [6] * 5),
 ]
-#: The tokenizer's end tokens.
+#: The tokenizer's end tokens, and one that the model's configuration has besides.
 ENDS = (10, 11)
+MODEL_END = 8
 #: SGLang's penalizers.
 KINDS = (
     penaltylib.BatchedFrequencyPenalizer,
@@ -44,12 +46,13 @@ class Namespace(SimpleNamespace):
 def request(row: int, params: dict[str, Any], output: Sequence[int] = ()) -> Any:
     """A request of SGLang's as far as penalties look at it."""
     tokenizer = SimpleNamespace(additional_stop_token_ids={ENDS[0]}, eos_token_id=ENDS[1])
-    return SimpleNamespace(
-        req_pool_idx=row,
+    return request_in(
+        row,
         origin_input_ids=[0] * (5 + row),
         output_ids=list(output),
         sampling_params=SamplingParams(**params),
         tokenizer=tokenizer,
+        eos_token_ids={MODEL_END, *ENDS},
     )
 
 
@@ -71,7 +74,7 @@ def by_sglang(monkeypatch: pytest.MonkeyPatch, req: Any, drafts: Sequence[int], 
     monkeypatch.setattr(repetition_penalty, "apply_scaling_penalties", plain)
     params = SamplingParams(**vars_of(req))
     params.stop_token_ids = {token for token in params.stop_token_ids or () if token < VOCAB}
-    own = SimpleNamespace(sampling_params=params, tokenizer=req.tokenizer)
+    own = SimpleNamespace(sampling_params=params, tokenizer=req.tokenizer, eos_token_ids=req.eos_token_ids)
     batch: Any = Namespace(reqs=[own], device="cpu")
     orchestrator = object.__new__(penaltylib.BatchedPenalizerOrchestrator)
     init = penaltylib.BatchedPenalizerOrchestrator.__init__

@@ -44,6 +44,13 @@ class Client:
         loads = requests.get(f"{self.url}/v1/loads", timeout=60).json()["loads"]
         return sum(load["num_running_reqs"] for load in loads)
 
+    def wait_until_running(self, count: int, timeout: float = 60) -> None:
+        """Wait until so many requests run; what SGLang says of its load may be that of some iterations ago."""
+        deadline = time.monotonic() + timeout
+        while (running := self.running()) != count:
+            assert time.monotonic() < deadline, f"{running} requests run"
+            time.sleep(0.05)
+
     def assert_pool_empties(self, timeout: float = 60) -> None:
         """Wait until idle, flush the radix cache, and compare free tokens with the pool's size."""
         deadline = time.monotonic() + timeout

@@ -13,6 +13,7 @@ from sglang.srt.managers.overlap_utils import RelayPayload
 from sglang.srt.model_executor.forward_batch_info import CaptureHiddenMode, ForwardMode
 from sglang.srt.model_executor.runner.decode_cuda_graph_runner import DecodeCudaGraphRunner
 from sglang.srt.runtime_context import get_server_args
+from sglang.srt.sampling import sampling_batch_info
 
 from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, UNNECESSARY_HOOKS
 from sglang_sparsespec.spec_input import SparseSpecDraftInput
@@ -23,6 +24,20 @@ def resolved(server_args: Any) -> Any:
     if DECLARES_RESOLUTION:
         server_args.resolve_once()
     return server_args
+
+
+def check_lora(server_args: Any, **values: Any) -> None:
+    """What SGLang checks of LoRA at start-up, of ``server_args`` with other ``values``."""
+    if DECLARES_RESOLUTION:
+        from sglang.srt.arg_groups.lora_hook import check_lora_server_args
+        from sglang.srt.arg_groups.overrides import declare_resolution
+
+        declare_resolution(server_args, "a test", **values)
+        check_lora_server_args(server_args)
+    else:
+        for name, value in values.items():
+            object.__setattr__(server_args, name, value)
+        server_args.check_lora_server_args()
 
 
 @contextmanager
@@ -45,6 +60,14 @@ def publishing() -> Iterator[Callable[[Any], Any]]:
 def request_in(row: int, **values: Any) -> Any:
     """A request in ``row`` of ``req_to_token``, wherever SGLang keeps that."""
     return SimpleNamespace(req_pool_idx=row, kv=SimpleNamespace(req_pool_idx=row), **values)
+
+
+def processor_entry(processor: Any, mask: list[bool]) -> Any:
+    """A custom logit processor of the requests of a batch in ``mask``, as ``SamplingBatchInfo`` keeps it."""
+    if hasattr(sampling_batch_info, "ProcessorEntry"):
+        rows = [row for row, chosen in enumerate(mask) if chosen]
+        return sampling_batch_info.ProcessorEntry(processor, rows, torch.tensor(rows))
+    return processor, torch.tensor(mask)
 
 
 def needs_hook(name: str) -> pytest.MarkDecorator:

@@ -18,7 +18,7 @@ class AcceptanceBelief:
 
     #: Rate of every position before any is known, and how many attempts that is worth. Measured were 0.92 to 0.97. A prior
     #: that is too high costs the first rounds; one that is too low may never be corrected, since plain rounds say nothing.
-    PRIOR, PRIOR_ATTEMPTS = 0.93, 20.0
+    PRIOR, PRIOR_ATTEMPTS = 0.95, 10.0
     #: Rounds in which evidence fades to one half; more where a round has few requests, so that some 64 attempts count in
     #: any case: at batch 1 sixteen rounds alone would be noise.
     HALF_LIFE_ROUNDS, HALF_LIFE_ATTEMPTS = 16.0, 45.0

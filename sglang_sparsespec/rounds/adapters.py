@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode
 
+from sglang_sparsespec.sglang_compat import INIT_STATIC_ADAPTERS, in_force
+
 if TYPE_CHECKING:
     from sglang.srt.model_executor.model_runner import ModelRunner
 
@@ -31,19 +33,19 @@ class Adapters:
     def __init__(self, model_runner: ModelRunner, most_captured: int | None) -> None:
         self._manager: Any = model_runner.lora_manager
         # With overlapped loading SGLang's scheduler loads adapters itself.
-        self._loads = not model_runner.server_args.enable_lora_overlap_loading
+        self._loads = not in_force(model_runner.server_args).enable_lora_overlap_loading
         self._static: Any = None
         if most_captured is not None:
             backend = self._manager.lora_backend
             of_verifications = getattr(backend, _STATIC)
-            backend.init_cuda_graph_batch_info(max_bs_in_cuda_graph=most_captured, num_tokens_per_req=1)
+            getattr(backend, INIT_STATIC_ADAPTERS)(max_bs_in_cuda_graph=most_captured, num_tokens_per_req=1)
             self._static = getattr(backend, _STATIC)
             setattr(backend, _STATIC, of_verifications)
 
     @classmethod
     def of(cls, model_runner: ModelRunner, most_captured: int | None) -> Adapters | None:
         """None for a server without LoRA."""
-        return cls(model_runner, most_captured) if model_runner.server_args.enable_lora else None
+        return cls(model_runner, most_captured) if in_force(model_runner.server_args).enable_lora else None
 
     def use(self, lora_ids: Sequence[str | None]) -> None:
         """From now on token i of a forward uses adapter ``lora_ids[i]``, or none."""

@@ -10,6 +10,7 @@ something out. Every kind of round gives the target's output, whichever runs.
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -88,6 +89,9 @@ class Planner:
     ROUND_S, REQUEST_S = 0.006, 100e-6
     #: The other kind of round must be that much faster, so that noise does not have the two take turns.
     MARGIN = 1.02
+    #: Of the numbers of drafts that are nearly as fast as the best, the largest is taken: speeds are flat there, and only
+    #: drafts that are made show how often the later ones of a window are accepted.
+    NEARLY = 0.99
 
     def __init__(self, settings: Settings, num_steps: int, on_gpu: bool, any_number: bool = True) -> None:
         self._settings = settings
@@ -97,15 +101,23 @@ class Planner:
         self._on_gpu = on_gpu
         self._counts = tuple(range(1, num_steps + 1)) if any_number else (num_steps,)
         self._belief = AcceptanceBelief(num_steps)
-        self._correction = TimeCorrection()
+        self._corrections: defaultdict[int, TimeCorrection] = defaultdict(TimeCorrection)
         self._is_plain = False
         self._timer = RoundTimer(on_gpu)
-        self._timed: tuple[Any, tuple[bool, float]] | None = None
+        self._timed: tuple[Any, tuple[Load, bool, float]] | None = None
 
     @property
     def acceptance_rates(self) -> list[float]:
         """By position, the share of drafts expected to be accepted of those whose predecessors are."""
         return self._belief.rates
+
+    @property
+    def time_corrections(self) -> dict[str, list[float]]:
+        """By number of requests ("4-7"), what speculating and plain rounds take relative to the table."""
+        return {
+            f"{1 << bits >> 1}-{(1 << bits) - 1}": [correction.of(plain) for plain in (False, True)]
+            for bits, correction in sorted(self._corrections.items())
+        }
 
     def set_speculate(self, value: str) -> None:
         """Change :attr:`speculate` from the next round on.
@@ -141,13 +153,13 @@ class Planner:
         self._belief.note_round(accepted, drafted)
 
     def _choose(self, load: Load, must_verify: bool) -> RoundChoice:
-        for seconds, (plain, expected) in self._timer.finished():
-            self._correction.note(plain, seconds / expected)
+        for seconds, (timed, plain, expected) in self._timer.finished():
+            self._correction(timed).note(plain, seconds / expected)
         choice = self._choice(load, must_verify)
         if choice.plain_steps:
             self._belief.note_plain_steps(choice.plain_steps)
         if self.times is not None:
-            self._timed = (self._timer.now(), (choice.drafts == 0, self._table_seconds(load, choice)))
+            self._timed = (self._timer.now(), (load, choice.drafts == 0, self._table_seconds(load, choice)))
         return choice
 
     def _choice(self, load: Load, must_verify: bool) -> RoundChoice:
@@ -158,14 +170,15 @@ class Planner:
             return plain
         tokens = self._belief.tokens()
         speeds = {drafts: tokens[drafts] / self._seconds(load, RoundChoice(drafts)) for drafts in self._counts}
-        best = max(self._counts, key=speeds.__getitem__)
+        fastest = max(speeds.values())
+        best = max(drafts for drafts, speed in speeds.items() if speed >= fastest * self.NEARLY)
         if must_verify:
             return RoundChoice(best)
         plain_speed = plain.plain_steps / self._seconds(load, plain)
         if self._is_plain:
-            self._is_plain = speeds[best] <= plain_speed * self.MARGIN
+            self._is_plain = fastest <= plain_speed * self.MARGIN
         else:
-            self._is_plain = plain_speed > speeds[best] * self.MARGIN
+            self._is_plain = plain_speed > fastest * self.MARGIN
         return plain if self._is_plain else RoundChoice(best)
 
     def _table_seconds(self, load: Load, choice: RoundChoice) -> float:
@@ -175,16 +188,20 @@ class Planner:
             return choice.plain_steps * self.times.plain(load)
         return choice.drafts * self.times.draft(load) + self.times.verify(load)
 
+    def _correction(self, load: Load) -> TimeCorrection:
+        """By number of requests, up to a factor of two: what is missing in the table is not the same share everywhere."""
+        return self._corrections[load.requests.bit_length()]
+
     def _seconds(self, load: Load, choice: RoundChoice) -> float:
         """What a round is expected to take."""
-        seconds = self._table_seconds(load, choice) * self._correction.of(plain=choice.drafts == 0)
+        seconds = self._table_seconds(load, choice) * self._correction(load).of(plain=choice.drafts == 0)
         return max(seconds, self.HOST_S + self.HOST_REQUEST_S * load.requests) if self._on_gpu else seconds
 
     def _plain_steps(self, load: Load) -> int:
         """As few as last long enough; all of them where the scheduler's work is not hidden behind the device's."""
         if self.times is None or not self._on_gpu:
             return self._num_steps
-        step = self.times.plain(load) * self._correction.of(plain=True)
+        step = self.times.plain(load) * self._correction(load).of(plain=True)
         return min(self._num_steps, math.ceil((self.ROUND_S + self.REQUEST_S * load.requests) / step))
 
 

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from sglang_sparsespec.sampling import triton_penalties
-from sglang_sparsespec.sglang_compat import kv_of
+from sglang_sparsespec.sglang_compat import end_tokens_of, kv_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -244,8 +244,5 @@ def _strengths_of(params: Any) -> tuple[float, float, float]:
 
 
 def _end_tokens_of(req: Req, vocab_size: int) -> list[int]:
-    """What ``BatchedMinNewTokensPenalizer`` masks: the request's stop ids and its tokenizer's end tokens."""
-    tokenizer: Any = req.tokenizer
-    own, added = req.sampling_params.stop_token_ids or (), tokenizer.additional_stop_token_ids or ()
-    ends = {*own, *added, tokenizer.eos_token_id} - {None}
-    return sorted(token for token in ends if 0 <= token < vocab_size)
+    """The tokens of the vocabulary that end a request."""
+    return sorted(token for token in end_tokens_of(req) if 0 <= token < vocab_size)

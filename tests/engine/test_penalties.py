@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import requests
 import torch
-from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin
+from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin, retract_plugin
 from penalised_calls import make_calls, write_model
 from quickstart import choose_port, server_environment
 from server_client import ForkedServer, server_command
@@ -142,7 +142,7 @@ def served(model: str, plain: EngineProcess, tmp_path_factory: pytest.TempPathFa
     """Lock-step rounds; every eighth is plain; requests are retracted."""
     site, file = tmp_path_factory.mktemp("site"), tmp_path_factory.mktemp("rule") / "rule"
     env = {RULE_ENV: str(file), **install_plugin(site, "broken_penalties", RULE_PLUGIN)}
-    env |= plain_rounds_plugin(site, every=8)
+    env |= {**plain_rounds_plugin(site, every=8), **retract_plugin(site)}
     file.write_text("as they are")
     with EngineProcess(env, model_path=model, **{**SPEC, **RETRACTING}, port=31550) as engine:
         yield Rules(engine, file)
@@ -176,7 +176,7 @@ def test_tokens_of_all_penalties_in_one_batch_are_plain_sglangs(
     assert answers(served.engine, CALLS) == expected
     state = served.engine.state()
     assert state["sparsespec_accept_length"] > 1.3 and state["sparsespec_plain_rounds"] > 5
-    assert "Retract" in served.engine.log()
+    assert "#retracted_reqs: " in served.engine.log()
 
 
 @pytest.mark.parametrize("rule", BROKEN)
@@ -239,8 +239,13 @@ def test_a_processor_that_fails_is_refused_alone(served: Rules) -> None:
 def test_a_grammar_that_allows_end_tokens_alone_and_too_early_ends_its_request(served: Rules) -> None:
     for temperature in (0.0, 0.8):
         params = {"ebnf": 'root ::= ""', "min_new_tokens": 3, "max_new_tokens": 5, "temperature": temperature}
-        (answer,) = served.engine.generate(input_ids=[1, 2, 3], sampling_params=params)
-        assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        try:
+            (answer,) = served.engine.generate(input_ids=[1, 2, 3], sampling_params=params)
+        except ValueError as error:  # what a newer SGLang makes of it
+            assert "Grammar accept_token failed" in str(error)
+        else:
+            assert answer["meta_info"]["finish_reason"]["type"] == "abort"
+        assert served.engine.generate(input_ids=[1, 2, 3], sampling_params={"max_new_tokens": 5})
 
 
 def test_a_model_whose_own_default_is_a_penalty_needs_no_flag(plain: EngineProcess, model: str, tmp_path: Path) -> None:
@@ -299,11 +304,12 @@ def test_tokens_of_200_requests_are_plain_sglangs(
     calls, expected = many[not plain_rounds]
     env = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3"} if way == "host tier" else {}
     env |= plain_rounds_plugin(tmp_path, every=4) if plain_rounds else {}
+    env |= retract_plugin(tmp_path) if "retracting" in way else {}
     with EngineProcess(env, model_path=model, **{**SPEC, **settings}, port=31600) as engine:
         assert answers(engine, calls) == expected
         state, log = engine.state(), engine.log()
     assert state["sparsespec_accept_length"] > 1.2
-    assert ("Retract" in log) == ("retracting" in way)
+    assert ("#retracted_reqs: " in log) == ("retracting" in way)
     assert (state["sparsespec_plain_rounds"] > 20) == plain_rounds
     if way == "host tier":
         assert state["sparsespec_kv_requests_offloaded"] > 40 and state["sparsespec_kv_requests_restored"] > 40

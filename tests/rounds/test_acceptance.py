@@ -88,7 +88,8 @@ def test_plain_steps_bring_rates_back_to_the_prior_slowly() -> None:
     low = belief.rates[0]
     for _ in range(250):
         belief.note_plain_steps(8)
-    assert belief.rates[0] == pytest.approx((low + PRIOR) / 2, abs=0.06)  # it leans on the prior by 4 attempts of 24
+    half_way, kept, lean = (low + PRIOR) / 2, AcceptanceBelief.PRIOR_ATTEMPTS, AcceptanceBelief.LEAN
+    assert belief.rates[0] == pytest.approx((half_way * kept + PRIOR * lean) / (kept + lean), abs=0.03)
     for _ in range(10_000):
         belief.note_plain_steps(8)
     assert belief.rates == [pytest.approx(PRIOR, abs=0.01)] * K

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import requests
 from answer_cases import case_of, difference_of_turns, play
-from engine_process import PLAIN_ENV, install_plugin, plain_rounds_plugin
+from engine_process import PLAIN_ENV, install_plugin, plain_rounds_plugin, retract_plugin
 from quickstart import choose_port, server_environment
 from server_client import Client, ForkedServer, assert_healthy, serving
 from tiny_chat_model import write_tiny_chat_model
@@ -99,11 +99,13 @@ def test_cases_end_in_every_way(expected: dict[int, tuple[Any, Any]]) -> None:
 def test_answers_are_plain_sglangs(model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path) -> None:
     """Rounds of all lengths, plain ones among them; every few rounds a request goes to the host."""
     environment = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "2", **plain_rounds_plugin(tmp_path, every=2)}
-    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24", "--sparsespec-host-kv-gb", "0.1"]
+    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24"]
+    flags += ["--sparsespec-host-kv-gb", "0.1"]
     with serving(str(model), tmp_path / "server.log", *flags, environment=environment) as (server, client):
         assert_equal(answers(client.url, model), expected)
         state = client.state()
-        assert state["sparsespec_plain_rounds"] > 10 and state["sparsespec_kv_requests_restored"] > 10
+        assert state["sparsespec_plain_rounds"] > 10
+        assert state["sparsespec_kv_requests_restored"] > 10
         assert sum(state["sparsespec_accept_histogram"][2:]) > 10
         client.assert_pool_empties()
         assert_healthy(server)
@@ -133,7 +135,7 @@ def test_answers_of_retracted_requests_are_plain_sglangs(
     """A retracted request is prefilled again, and finds its own tokens in the cache."""
     flags = [*COMMON, "--max-total-tokens", "700", "--sparsespec-min-budget", "24", "--enable-metrics"]
     flags += ["--schedule-conservativeness", "0.01", "--sparsespec-schedule", schedule]
-    with serving(str(model), tmp_path / "server.log", *flags) as (server, client):
+    with serving(str(model), tmp_path / "server.log", *flags, environment=retract_plugin(tmp_path)) as (server, client):
         assert_equal(answers(client.url, model), expected, compare_cached=False)
         assert retractions(client) > 0
         client.assert_pool_empties()

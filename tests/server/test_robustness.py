@@ -14,6 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from typing import Any
 
 import pytest
@@ -80,12 +81,11 @@ def test_aborting_a_running_request_ends_it(client: Client) -> None:
 
 
 def test_a_client_that_disconnects_frees_its_request(client: Client) -> None:
-    connection = http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)
-    body = {"text": PROMPT, "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 900}}
-    connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
-    connection.getresponse().read(200)
-    assert client.running() == 1
-    connection.close()
+    with closing(http.client.HTTPConnection("127.0.0.1", client.port, timeout=60)) as connection:
+        body = {"text": PROMPT, "stream": True, "sampling_params": {**GREEDY, "max_new_tokens": 900}}
+        connection.request("POST", "/generate", json.dumps(body), {"Content-Type": "application/json"})
+        connection.getresponse().read(200)
+        client.wait_until_running(1)
     started = time.monotonic()
     client.assert_pool_empties()
     # 900 tokens take longer than this: it was the disconnect that ended the request.

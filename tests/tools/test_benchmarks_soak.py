@@ -46,7 +46,7 @@ def test_requests_are_of_all_kinds_and_the_same_in_every_run() -> None:
         (request("greedy"), answer([1, 2, 3]), []),
         (request("greedy"), answer([1, 2], completion_tokens=3), []),
         (request("greedy"), answer([1], "abort"), []),
-        (request("stops", 1, stop=["x"]), answer([1]), []),
+        (request("stops", 1, stop=["x"]), answer([1], text="an x, and more tokens after it"), []),
         (request("regex"), answer([1], "stop", "2024-1-1"), []),
         (
             request("logprobs"),
@@ -64,6 +64,7 @@ def test_an_answer_that_is_not_what_was_asked_for_is_malformed(asked: soak.Reque
 
 def test_other_answers_are_well_formed() -> None:
     soak.check_answer(request("greedy"), answer([1, 2]))
+    soak.check_answer(request("stops", 2, stop=["x"]), answer([1, 2], text="at its length the last token is an x"))
     soak.check_answer(request("abort"), answer([1], "abort"))
     soak.check_answer(request("stream"), answer([1, 2]), [answer([1]), answer([1, 2])])
     tops = {"output_token_logprobs": [[-1, 1], [-2, 2]], "output_top_logprobs": [[[-1, 1]], [[-2, 2]]]}

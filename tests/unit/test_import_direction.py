@@ -6,7 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from import_graph import FOLDERS, circles, imports_of, modules_of, violations
+from import_graph import FOLDERS, circles, imports_of, modules_of, version_questions, violations
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -143,3 +143,26 @@ def test_every_way_of_importing_is_read(tmp_path: Path) -> None:
         ("c", "sglang_sparsespec", 1, ""),
         ("c", "sglang_sparsespec.b", 2, "a lambda"),
     }
+
+
+def test_one_file_knows_sglangs_releases() -> None:
+    assert version_questions(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('if VERSION == "0.5.17":\n    pass', "VERSION"),
+        ("if sglang_compat.VERSION in SUPPORTED:\n    pass", "VERSION"),
+        ('OLD = ("0.5.17", None)', "0.5.17"),
+        ("import sglang\nsglang.__version__", "__version__"),
+        ("from importlib.metadata import version", "importlib.metadata"),
+        ("def late():\n    from packaging import version", "packaging"),
+    ],
+)
+def test_a_planted_question_for_a_version_is_found(text: str, said: str, project: Path) -> None:
+    path = project / "scheduler_patch" / "slots.py"
+    path.write_text(f"{path.read_text()}\n{text}\n")
+    found = version_questions(project)
+    assert found and all(line.startswith("sglang_sparsespec.scheduler_patch.slots:") for line in found)
+    assert any(line.endswith(f"asks for a version: {said}") for line in found)

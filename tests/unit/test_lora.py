@@ -10,9 +10,11 @@ import pytest
 from sglang.srt.lora.backend.chunked_backend import ChunkedSgmvLoRABackend
 from sglang.srt.model_executor.forward_batch_info import ForwardMode
 from sglang.srt.model_executor.model_runner import ModelRunner
+from sglang_parts import needs_hook
 
 from sglang_sparsespec.rounds.adapters import Adapters
 from sglang_sparsespec.scheduler_patch.lora import refuse_expert_adapters
+from sglang_sparsespec.sglang_compat import INIT_STATIC_ADAPTERS
 
 pytestmark = pytest.mark.usefixtures("plugin")
 
@@ -21,7 +23,8 @@ class FakeManager:
     """Notes with which static tensors it was asked to prepare a batch."""
 
     def __init__(self) -> None:
-        self.lora_backend = SimpleNamespace(cuda_graph_batch_info="of verifications", init_cuda_graph_batch_info=self.init)
+        self.lora_backend = SimpleNamespace(cuda_graph_batch_info="of verifications")
+        setattr(self.lora_backend, INIT_STATIC_ADAPTERS, self.init)
         self.fetched: list[set[str | None]] = []
         self.prepared: list[tuple[str, list[str | None]]] = []
 
@@ -64,6 +67,7 @@ def test_a_server_without_lora_has_no_adapters() -> None:
     assert Adapters.of(SimpleNamespace(server_args=SimpleNamespace(enable_lora=None)), 16) is None  # type: ignore[arg-type]
 
 
+@needs_hook("chunk_size_of_verification")
 def test_a_verification_is_cut_by_its_tokens(serving_args: Callable[[Any], None], resolve: Callable[..., Any]) -> None:
     serving_args(resolve())
     backend = ChunkedSgmvLoRABackend.__new__(ChunkedSgmvLoRABackend)

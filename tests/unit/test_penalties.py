@@ -111,6 +111,7 @@ def test_batches_without_penalties_do_nothing() -> None:
 
 def test_end_tokens_outside_the_vocabulary_are_left_alone() -> None:
     req = request(1, {"min_new_tokens": 5, "stop_token_ids": [-7, VOCAB, 10**12]})
+    req.eos_token_ids = {VOCAB + 1}
     penalties = penalties_of([req])
     logits = torch.zeros(1, VOCAB)
     penalties.apply(logits, rows_of([req]), torch.tensor([5]))

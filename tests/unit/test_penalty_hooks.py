@@ -17,6 +17,7 @@ from sglang.srt.sampling.penaltylib import BatchedPenalizerOrchestrator
 from sglang.srt.sampling.sampling_batch_info import SamplingBatchInfo
 from sglang.srt.server_args import ServerArgs
 from sglang.srt.speculative.spec_info import SpeculativeAlgorithm
+from sglang_parts import processor_entry
 
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.scheduler_patch.penalties import leave_a_possible_token
@@ -79,7 +80,7 @@ def test_a_decode_batch_with_a_processor_waits_for_its_output() -> None:
     assert overlaps(None, ForwardMode.DECODE, processor=True, pending=1)
 
 
-def info_with(processors: dict[int, tuple[Any, torch.Tensor]], reqs: list[Any]) -> SamplingBatchInfo:
+def info_with(processors: dict[int, Any], reqs: list[Any]) -> SamplingBatchInfo:
     ones = torch.ones(len(reqs))
     info = SamplingBatchInfo(
         temperatures=ones.unsqueeze(1), top_ps=ones, top_ks=ones, min_ps=ones, is_all_greedy=True, is_any_greedy=True,
@@ -99,9 +100,9 @@ def test_a_processor_that_fails_ends_its_own_requests(serving: None) -> None:
         return 2 * logits
 
     reqs = [SimpleNamespace(to_finish=None) for _ in range(3)]
-    masks = [torch.tensor(mask) for mask in ([True, False, False], [False, False, True])]
+    entries = {1: processor_entry(fail, [True, False, False]), 2: processor_entry(double, [False, False, True])}
     logits = torch.ones(3, VOCAB)
-    sampler.apply_custom_logit_processor(logits, info_with({1: (fail, masks[0]), 2: (double, masks[1])}, reqs))
+    sampler.apply_custom_logit_processor(logits, info_with(entries, reqs))
     assert logits[:, 0].tolist() == [1, 1, 2]
     assert reqs[1].to_finish is None and reqs[2].to_finish is None
     assert reqs[0].to_finish.status_code == 400 and "KeyError: 'token_ids'" in reqs[0].to_finish.message
@@ -111,7 +112,7 @@ def test_a_processor_that_fails_ends_sglangs_scheduler(serving_plain: None) -> N
     def fail(logits: torch.Tensor, params: Any) -> torch.Tensor:
         raise KeyError("token_ids")
 
-    info = info_with({1: (fail, torch.tensor([True]))}, [SimpleNamespace()])
+    info = info_with({1: processor_entry(fail, [True])}, [SimpleNamespace()])
     with pytest.raises(KeyError):
         sampler.apply_custom_logit_processor(torch.ones(1, VOCAB), info)
 

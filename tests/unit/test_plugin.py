@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import os
+import runpy
 import subprocess
 import sys
 from collections import defaultdict
@@ -18,7 +19,7 @@ import torch
 from preloaded import start_program
 from sglang_parts import resolved
 
-from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND, hook_registry
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND, hook_registry, sglang_compat
 from sglang_sparsespec import plugin as plugin_module
 from sglang_sparsespec.plugin import PluginUnavailableError
 from sglang_sparsespec.sglang_compat import SUPPORTED, VERSION
@@ -26,7 +27,7 @@ from sglang_sparsespec.sglang_compat import SUPPORTED, VERSION
 OTHER_VERSION = "0.5.22"
 SENTENCE = (
     f"sglang-sparsespec needs sglang {SUPPORTED[0]} or {SUPPORTED[1]}, but sglang {OTHER_VERSION} is installed; run `pip "
-    f"install sglang=={SUPPORTED[-1]}`, or install the tag of sglang-sparsespec that was made for sglang {OTHER_VERSION}."
+    f"install sglang=={SUPPORTED[-1]}`, or install the release of sglang-sparsespec that is made for {OTHER_VERSION}."
 )
 #: In a program: a function that resolves ``ServerArgs`` where that does not happen as they are made.
 RESOLVE = """
@@ -183,7 +184,20 @@ def test_a_wrong_sglang_version_stops_a_server_that_asks_for_the_algorithm(
 ) -> None:
     status, _, err = children["command line"].result()
     assert status == 1
-    assert err.strip().splitlines()[-1].startswith(SENTENCE)
+    assert err.strip().splitlines()[-1] == SENTENCE
+    assert err.count("sglang-sparsespec") == SENTENCE.count("sglang-sparsespec"), "once, without a traceback"
+
+
+@pytest.mark.parametrize("version", ["0.5.16", "0.5.18", "0.5.22", "0.5.24", "0.6.0", "0.5.23.post1", "unknown"])
+def test_every_other_version_is_refused(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
+    found = runpy.run_path(sglang_compat.__file__)
+    assert found["VERSION"] == version and not found["IS_SUPPORTED"]
+    monkeypatch.setattr(sglang_compat, "IS_SUPPORTED", found["IS_SUPPORTED"])
+    monkeypatch.setattr(sglang_compat, "VERSION", version)
+    with pytest.raises(PluginUnavailableError) as refused:
+        plugin_module.check_environment()
+    assert str(refused.value) == SENTENCE.replace(OTHER_VERSION, version)
 
 
 @pytest.mark.parametrize("how", ["engine", "server_args", "engine_with_settings"])

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from model_configs import write_config
+from sglang_parts import check_lora
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.settings import Settings, settings_of
@@ -564,8 +565,9 @@ def test_an_automatic_host_tier_takes_half_of_the_free_memory(
 def test_adapters_are_served_by_the_backend_that_knows_verifications(
     device: str, backend: str, resolve: Callable[..., Any]
 ) -> None:
-    args = resolve(device=device, mem_fraction_static=0.8, lora_paths=["a=x"])
-    args.check_lora_server_args()
+    made = resolve(device=device, mem_fraction_static=0.8, lora_paths=["a=x"])
+    check_lora(made)
+    args = in_force(made)
     assert args.enable_lora and args.lora_backend == backend
     assert args.speculative_algorithm == ALGORITHM
     assert [ref.lora_name for ref in args.lora_paths] == ["a"]
@@ -574,15 +576,12 @@ def test_adapters_are_served_by_the_backend_that_knows_verifications(
 def test_sglang_refuses_adapters_under_other_algorithms(llama: str) -> None:
     from sglang.srt.server_args import ServerArgs
 
-    args = ServerArgs(model_path=llama, device="cpu")
-    object.__setattr__(args, "speculative_algorithm", "EAGLE")
-    object.__setattr__(args, "enable_lora", True)
     with pytest.raises(ValueError, match="NGRAM"):
-        args.check_lora_server_args()
+        check_lora(ServerArgs(model_path=llama, device="cpu"), speculative_algorithm="STANDALONE", enable_lora=True)
 
 
 def test_arguments_that_sglang_refuses_leave_the_algorithm_in_place(resolve: Callable[..., Any]) -> None:
-    args = resolve(enable_lora=True)
+    args = resolve()
     with pytest.raises(AssertionError, match="lora-paths"):
-        args.check_lora_server_args()
+        check_lora(args, enable_lora=True)
     assert args.speculative_algorithm == ALGORITHM
