@@ -6,6 +6,8 @@
 - A plain step attends to everything with one query per request.
 - A mixed forward, of the unified schedule, holds draft steps of some requests and verify windows of others.
 
+Layers with a sliding window attend to their window in all of these, and select nothing (:mod:`sliding_window`).
+
 SGLang plans prefill and verification through ``init_forward_metadata``; rounds plan all other forwards themselves, with
 :meth:`SparseSpecAttnBackend.begin`.
 """
@@ -27,14 +29,27 @@ from sglang.srt.model_executor.forward_context import get_forward_context, has_f
 
 from sglang_sparsespec.attention_backend.forward_plan import Draft, ForwardPlan, Mixed, Plain, Prefill, PromptChunks, Verify
 from sglang_sparsespec.attention_backend.kernels import make_kernels, reference, triton_inputs
-from sglang_sparsespec.attention_backend.kernels.interface import KernelShape, LayerKV, PillarKernels, score_row
+from sglang_sparsespec.attention_backend.kernels.interface import (
+    KernelShape,
+    LayerKV,
+    PillarKernels,
+    VerifyAttention,
+    score_row,
+)
 from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
-from sglang_sparsespec.attention_backend.layers import attention_layers, kv_descales, refuse_sinks
+from sglang_sparsespec.attention_backend.layers import (
+    attention_layers,
+    attention_sinks,
+    check_sinks,
+    kv_descales,
+    window_reach,
+)
 from sglang_sparsespec.attention_backend.lse_hints import LseHints
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 from sglang_sparsespec.attention_backend.policy import make_policy
 from sglang_sparsespec.attention_backend.prefill_selection import PrefillSelection
 from sglang_sparsespec.attention_backend.side_stream import SideStream
+from sglang_sparsespec.attention_backend.sliding_window import SlidingWindow
 from sglang_sparsespec.draft_weights.copies import DraftWeights, draft_weights_of
 from sglang_sparsespec.settings import settings_of
 from sglang_sparsespec.sglang_compat import in_force
@@ -58,6 +73,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         base: SGLang's backend that runs prefill.
 
     Attributes:
+        layer_ids: of all layers, as SGLang's KV pool numbers them.
+        sliding: the window of the layers that have one; None for a model without.
         policy: what drafts attend to.
         table: the selections of all requests.
         kernels: see ``kernels.interface``.
@@ -82,12 +99,26 @@ class SparseSpecAttnBackend(AttentionBackend):
         # host, where that costs nothing.
         self.needs_cpu_seq_lens = self.device.type == "cpu"
 
-        layers = attention_layers(model_runner.model)
+        all_layers = attention_layers(model_runner.model)
+        layers = [layer for layer in all_layers if window_reach(layer) is None]
+        windowed = [layer for layer in all_layers if window_reach(layer) is not None]
+        self.layer_ids = [layer.layer_id for layer in all_layers]
+        self._sinks = attention_sinks(model_runner.model)
+        # Layers with full attention are counted first, since only they have selections.
+        self._index = {layer.layer_id: index for index, layer in enumerate([*layers, *windowed])}
         self.dtype: torch.dtype = model_runner.dtype
         self.num_rows, max_context = self.req_to_token_pool.req_to_token.shape
+        self.sliding: SlidingWindow | None = None
+        if windowed:
+            reach = window_reach(windowed[0])
+            assert reach is not None
+            self._first_windowed = windowed[0].layer_id
+            self._windowed_slots: torch.Tensor | None = None
+            tokens = self.req_to_token_pool.req_to_token
+            self.sliding = SlidingWindow(reach, tokens, self.token_to_kv_pool, self.window)
         self.policy = make_policy(settings, self.window)
         self.table = SelectionTable(
-            num_layers=layers[-1].layer_id + 1,
+            num_layers=len(layers),
             num_rows=self.num_rows,
             num_kv_heads=layers[0].tp_k_head_num,
             capacity=self.policy.capacity(max_context),
@@ -127,7 +158,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self.hints: LseHints | None = None
         # With several queries of a request in one step, the step's values would not be those of the window's tokens.
         if self.kernels.uses_lse_hints and not self.policy.facts.num_proposals:
-            self.hints = LseHints(self.table.positions.shape[0], self.num_rows, self.window, shape.num_q_heads, self.device)
+            self.hints = LseHints(len(all_layers), self.num_rows, self.window, shape.num_q_heads, self.device)
         self.kv_read = torch.zeros(2, dtype=torch.float64, device=self.device)
         # Drafts in each window of the next lock-step verification; captured verifications read it.
         self._num_drafted = self.window - 1
@@ -147,6 +178,12 @@ class SparseSpecAttnBackend(AttentionBackend):
             self.kernels.name,
             self.table.nbytes / 1e9,
         )
+        if self.sliding is not None:
+            logger.info(
+                "SPARSESPEC: %d of %d layers have a sliding window, which drafts attend to as it is.",
+                len(windowed),
+                len(all_layers),
+            )
         if self.policy.facts.for_study:
             logger.warning("%s", self.policy.facts.for_study)
 
@@ -239,7 +276,7 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def plan_draft(self, rows: torch.Tensor, seq_lens: torch.Tensor) -> Draft:
         """A draft step: int [B] each; lengths include the query's own token, and are 0 for padding. Recordable."""
-        return Draft(self.kernels.plan_draft(rows, seq_lens), len(rows), self._draft_weights)
+        return self._plan_draft(rows, seq_lens, self.kernels, self._draft_weights)
 
     def plan_plain(self, rows: torch.Tensor, lengths: torch.Tensor) -> Plain:
         """A plain step: int [B] each; ``lengths`` are the tokens before the query's own. Recordable.
@@ -247,7 +284,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         Contexts of one batch can differ by a factor of a hundred. Draft attention, made for budgets, would not share them
         evenly between multiprocessors; verification does.
         """
-        return Plain(self.kernels.plan_verify(rows, lengths, 1), len(rows))
+        attention = self.kernels.plan_verify(rows, lengths, 1)
+        return Plain(attention, self._plan_sliding(rows, lengths, 1, self.kernels), len(rows))
 
     def plan_verify(self, rows: torch.Tensor, lengths: torch.Tensor, num_drafted: torch.Tensor) -> Verify:
         """Verify windows: int [B] each. Begins the requests' next selection. Recordable.
@@ -272,10 +310,24 @@ class SparseSpecAttnBackend(AttentionBackend):
         """
         draft = verify = None
         if len(draft_rows):
-            draft = Draft(self._side_kernels.plan_draft(draft_rows, draft_lens), len(draft_rows))
+            draft = self._plan_draft(draft_rows, draft_lens, self._side_kernels, None)
         if len(verify_rows):
             verify = self._plan_verify(verify_rows, verify_lens, num_drafted, self._side_kernels)
         return Mixed(draft, verify)
+
+    def _plan_draft(
+        self, rows: torch.Tensor, seq_lens: torch.Tensor, kernels: PillarKernels, weights: DraftWeights | None
+    ) -> Draft:
+        sliding = self._plan_sliding(rows, seq_lens - 1, 1, kernels)
+        return Draft(kernels.plan_draft(rows, seq_lens), sliding, len(rows), weights)
+
+    def _plan_sliding(
+        self, rows: torch.Tensor, lengths: torch.Tensor, num_queries: int, kernels: PillarKernels
+    ) -> VerifyAttention | None:
+        """Args as for :meth:`SlidingWindow.view`."""
+        if self.sliding is None:
+            return None
+        return kernels.plan_sliding(self.sliding.view(rows, lengths, num_queries), num_queries)
 
     def _plan_verify(
         self, rows: torch.Tensor, lengths: torch.Tensor, num_drafted: torch.Tensor, selecting: PillarKernels
@@ -285,7 +337,9 @@ class SparseSpecAttnBackend(AttentionBackend):
         selection = None
         if self.policy.facts.uses_scores:
             selection = selecting.plan_selection(rows, selected_from, counts)
-        return Verify(attention, selection, self.hints.of(rows, num_drafted) if self.hints is not None else None)
+        sliding = self._plan_sliding(rows, lengths, self.window, self.kernels)
+        hints = self.hints.of(rows, num_drafted) if self.hints is not None else None
+        return Verify(attention, sliding, selection, hints)
 
     def _begin_selection(self, rows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide the sizes of the next selections: where they end (int [B]), and their counts (int32 [B])."""
@@ -340,13 +394,13 @@ class SparseSpecAttnBackend(AttentionBackend):
         Returns:
             [tokens, Hq * D].
         """
-        refuse_sinks(kwargs)
+        check_sinks(kwargs.get("sinks"), self._sinks.get(layer.layer_id), layer.layer_id)
         plan = self._plan
         if forward_batch.forward_mode.is_target_verify():
             assert isinstance(plan, Verify)
             return self._forward_planned(plan, q, k, v, layer, forward_batch, save_kv_cache)
         out = self.base.forward_extend(q, k, v, layer, forward_batch, save_kv_cache, **kwargs)
-        if self.prefill_selection is not None and isinstance(plan, Prefill):
+        if self.prefill_selection is not None and isinstance(plan, Prefill) and window_reach(layer) is None:
             self.prefill_selection.note(plan, layer, self._heads(q, layer))
         return out
 
@@ -361,6 +415,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         **kwargs: Any,
     ) -> torch.Tensor:
         """A draft step, a plain step or a mixed forward: [tokens, Hq * D]."""
+        check_sinks(kwargs.get("sinks"), self._sinks.get(layer.layer_id), layer.layer_id)
         return self._forward_planned(self._plan, q, k, v, layer, forward_batch, save_kv_cache)
 
     def _forward_planned(
@@ -419,7 +474,7 @@ class SparseSpecAttnBackend(AttentionBackend):
             norms=(norms[0].weight, norms[1].weight) if norms is not None else None,
             eps=norms[0].variance_epsilon if norms is not None else 0.0,
             kv=self._kv_of(layer),
-            slots=forward_batch.out_cache_loc,
+            slots=self._slots_to_write(layer, forward_batch),
         )
         return self._attention(self._plan, q, layer)
 
@@ -434,17 +489,22 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def _attend(self, plan: ForwardPlan, q: torch.Tensor, kv: LayerKV, out: torch.Tensor) -> None:
         """q, out: [tokens, Hq, D]."""
+        windowed = self._is_windowed(kv)
         if isinstance(plan, Draft):
-            plan.attention.run(q, kv, out, self._step_lse(kv, plan.num_queries))
+            attention = plan.sliding if windowed else plan.attention
+            assert attention is not None
+            attention.run(q, kv, out, lse=self._step_lse(kv, plan.num_queries))
         elif isinstance(plan, Plain):
             # The last step's log-sum-exps serve as hints, and become this one's. After a change of the batch a request
             # finds another's there, which serve nearly always as well.
             lse = self._step_lse(kv, plan.num_queries)
             window_lse = lse.unsqueeze(1) if lse is not None else None
-            plan.attention.run(q, kv, out, lse_hint=window_lse, lse=window_lse)
+            attention = plan.sliding if windowed else plan.attention
+            assert attention is not None
+            attention.run(q, kv, out, lse_hint=window_lse, lse=window_lse)
         elif isinstance(plan, Verify):
             self._verify(plan, q, kv, out, self.scores)
-            if plan.selection is not None:
+            if plan.selection is not None and not windowed:
                 plan.selection.run(self.scores, kv.index)
         elif isinstance(plan, Mixed):
             self._attend_mixed(plan, q, kv, out)
@@ -453,7 +513,11 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def _verify(self, plan: Verify, q: torch.Tensor, kv: LayerKV, out: torch.Tensor, scores: torch.Tensor) -> None:
         hint = plan.hints[kv.index] if plan.hints is not None else None
-        plan.attention.run(q, kv, out, scores if plan.selection is not None else None, hint)
+        if self._is_windowed(kv):
+            assert plan.sliding is not None
+            plan.sliding.run(q, kv, out, lse_hint=hint)
+        else:
+            plan.attention.run(q, kv, out, scores if plan.selection is not None else None, hint)
 
     def _attend_mixed(self, plan: Mixed, q: torch.Tensor, kv: LayerKV, out: torch.Tensor) -> None:
         """Draft attention beside verification.
@@ -474,9 +538,12 @@ class SparseSpecAttnBackend(AttentionBackend):
         scores = self.scores[half * (kv.index % 2) :]
         self._verify(plan.verify, q[drafts:], kv, out[drafts:], scores)
         self._side_stream.join()
-        if plan.verify.selection is not None:
+        if plan.verify.selection is not None and not self._is_windowed(kv):
             with self._side_stream.beside():
                 plan.verify.selection.run(scores, kv.index)
+
+    def _is_windowed(self, kv: LayerKV) -> bool:
+        return kv.index >= len(self.table.positions)
 
     def _step_lse(self, kv: LayerKV, num_queries: int) -> torch.Tensor | None:
         """float32 [B, Hq]: where a step's log-sum-exps go."""
@@ -489,12 +556,22 @@ class SparseSpecAttnBackend(AttentionBackend):
     def _kv_of(self, layer: RadixAttention) -> LayerKV:
         k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, _ = kv_descales(layer)
-        return LayerKV(k, v, layer.scaling * k_descale, layer.layer_id)
+        sinks = self._sinks.get(layer.layer_id)
+        return LayerKV(k, v, layer.scaling * k_descale, self._index[layer.layer_id], sinks)
+
+    def _slots_to_write(self, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
+        """int64 [tokens]: where the layer's keys and values of the forward's tokens go, in the pool of its layers."""
+        loc = forward_batch.out_cache_loc
+        if self.sliding is None or window_reach(layer) is None:
+            return loc
+        if layer.layer_id == self._first_windowed:
+            self._windowed_slots = self.sliding.slots_of(loc)
+        return self._windowed_slots if self._windowed_slots is not None else loc
 
     def _save_kv(self, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch) -> None:
         self.token_to_kv_pool.set_kv_buffer(
             layer,
-            KVWriteLoc(forward_batch.out_cache_loc, None),
+            KVWriteLoc(forward_batch.out_cache_loc, self._slots_to_write(layer, forward_batch)),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_k_head_num, layer.head_dim),
             layer.k_scale,

@@ -58,11 +58,13 @@ class Draft:
     """One query per request over its sparse page table.
 
     Attributes:
+        sliding: attention of the layers with a sliding window, here and in the other plans; None for a model without.
         num_queries: B.
         weights: what the linear layers multiply with; None: the model's own weights, as in every other plan.
     """
 
     attention: DraftAttention
+    sliding: VerifyAttention | None
     num_queries: int
     weights: DraftWeights | None = None
 
@@ -78,6 +80,7 @@ class Verify:
     """
 
     attention: VerifyAttention
+    sliding: VerifyAttention | None
     selection: Selection | None
     hints: torch.Tensor | None
 
@@ -91,6 +94,7 @@ class Plain:
     """
 
     attention: VerifyAttention
+    sliding: VerifyAttention | None
     num_queries: int
 
 

@@ -1,8 +1,8 @@
-"""The model's attention layers: which of them this backend can serve, and their KV scales."""
+"""The model's attention layers: which of them this backend can serve, their windows, sinks and KV scales."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -13,11 +13,11 @@ if TYPE_CHECKING:
 
 
 def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
-    """The model's attention layers in order, refused if one of them is not plain grouped-query attention.
+    """The model's attention layers in order, refused if one of them is not grouped-query attention as the kernels have it.
 
     Raises:
-        ValueError: a layer has a window, a soft cap, cross attention, or different key and value
-            dims. (Models with attention sinks are found at their first forward: :func:`refuse_sinks`.)
+        ValueError: a layer has a soft cap, chunked or cross attention, other dims than the others, or a window other than
+            theirs; or no layer has full attention.
     """
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -30,28 +30,62 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
             "model without --speculative-algorithm."
         )
 
+    reaches = [reach for layer in layers if (reach := window_reach(layer)) is not None]
     for layer in layers:
-        if (layer.sliding_window_size or -1) > 0:
-            refuse(layer, f"a sliding window of {layer.sliding_window_size} tokens")
         if layer.logit_cap:
             refuse(layer, f"a logit soft cap of {layer.logit_cap}")
+        if layer.use_irope:
+            refuse(layer, "attention within chunks")
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:
             refuse(layer, f"{layer.attn_type} or cross attention")
         if layer.qk_head_dim != layer.v_head_dim:
             refuse(layer, f"head dims {layer.qk_head_dim} and {layer.v_head_dim}")
         if layer.tp_q_head_num % layer.tp_k_head_num:
             refuse(layer, f"{layer.tp_q_head_num} query heads for {layer.tp_k_head_num} KV heads")
+        if _shape(layer) != _shape(layers[0]):
+            refuse(layer, f"other heads than layer {layers[0].layer_id} ({_shape(layer)} and {_shape(layers[0])})")
+        if window_reach(layer) not in (None, reaches[0] if reaches else None):
+            refuse(layer, f"a sliding window of {window_reach(layer)} tokens beside one of {reaches[0]}")
     if not layers:
         raise ValueError(f"{ALGORITHM} found no attention layers in this model; serve it without it.")
+    if len(reaches) == len(layers):
+        raise ValueError(
+            f"All layers of this model have a sliding window, so {ALGORITHM} has nothing to leave out; serve the model "
+            "without --speculative-algorithm."
+        )
     return layers
 
 
-def refuse_sinks(kwargs: dict[str, Any]) -> None:
-    """Raise ``ValueError`` for a model that passes attention sinks to its layers' forward."""
-    if kwargs.get("sinks") is not None:
+def window_reach(layer: RadixAttention) -> int | None:
+    """Tokens before a query's own that it sees in a layer with a sliding window; None for a layer with full attention."""
+    reach = layer.sliding_window_size
+    return reach if reach is not None and reach >= 0 else None
+
+
+def _shape(layer: RadixAttention) -> tuple[int, int, int]:
+    """Query heads, KV heads and head dim."""
+    return layer.tp_q_head_num, layer.tp_k_head_num, layer.head_dim
+
+
+def attention_sinks(model: torch.nn.Module) -> dict[int, torch.Tensor]:
+    """The attention sinks [Hq] of the layers that have them, by layer id: parameters of the modules around them."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    found = {}
+    for module in model.modules():
+        sinks = getattr(module, "sinks", None)
+        for child in module.children():
+            if isinstance(child, RadixAttention) and isinstance(sinks, torch.Tensor):
+                found[child.layer_id] = sinks
+    return found
+
+
+def check_sinks(sinks: torch.Tensor | None, known: torch.Tensor | None, layer_id: int) -> None:
+    """Raise ``ValueError`` if a layer's forward has sinks other than those found in the model."""
+    if sinks is not known:
         raise ValueError(
-            f"This model has attention sinks, which {ALGORITHM} does not support; serve the model without "
-            "--speculative-algorithm."
+            f"Layer {layer_id} of this model has attention sinks in a place where {ALGORITHM} does not find them; serve the "
+            "model without --speculative-algorithm."
         )
 
 

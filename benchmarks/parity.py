@@ -16,9 +16,12 @@ GPU.
 from __future__ import annotations
 
 import argparse
+import json
+import random
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from _common import (
@@ -83,8 +86,14 @@ def load_prompts(short: int, problems: int, long: int, long_chars: int) -> list[
     return prompts
 
 
+def random_prompts(lengths: Sequence[int], count: int, vocab_size: int) -> list[list[int]]:
+    """``count`` prompts of random token ids of each of ``lengths``: the same in every run."""
+    generator = random.Random(0)
+    return [[generator.randrange(vocab_size) for _ in range(length)] for length in lengths for _ in range(count)]
+
+
 def run_engine(
-    spec: EngineSpec, prompts: Sequence[str], args: argparse.Namespace, logprobs: bool
+    spec: EngineSpec, prompts: Sequence[str] | Sequence[list[int]], args: argparse.Namespace, logprobs: bool
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """Outputs in the order of ``prompts``, sent one at a time if ``--concurrency`` is 1; and figures of the run."""
     settings = spec.engine_args(args, args.concurrency)
@@ -92,12 +101,13 @@ def run_engine(
         settings.setdefault("sparsespec_speculate", "always")  # what is compared is speculation
     sampling = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, "ignore_eos": True}
     extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": ALTERNATIVES} if logprobs else {}
+    kind = "input_ids" if args.random_tokens else "prompt"
     engine = start_engine(settings)
     started = time.perf_counter()
     if args.concurrency == 1:
-        outputs = [engine.generate(prompt, sampling, **extra) for prompt in prompts]
+        outputs = [engine.generate(**{kind: prompt}, sampling_params=sampling, **extra) for prompt in prompts]
     else:
-        outputs = engine.generate(list(prompts), sampling, **extra)
+        outputs = engine.generate(**{kind: list(prompts)}, sampling_params=sampling, **extra)
     figures = {"seconds": round(time.perf_counter() - started, 1), **attention_backends(engine)}
     state = engine.get_server_info()["internal_states"][0]
     names = ("accept_length", "kv_read_share", "forward_tokens", "forward_tokens_variation")
@@ -174,6 +184,12 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=36, help="AIME and OlympiadBench prompts")
     parser.add_argument("--long", type=int, default=4, help="prompts of --long-chars characters")
     parser.add_argument("--long-chars", type=int, default=6800)
+    parser.add_argument(
+        "--random-tokens",
+        type=lambda text: [int(length) for length in text.split(",")],
+        metavar="LENGTH,...",
+        help="--problems prompts of so many random token ids instead, for checkpoints without a tokenizer or weights",
+    )
     parser.add_argument("--tie-margin", type=float, default=0.25, help="least bound of a tie's log-probability margin")
     args = parser.parse_args(argv)
     if simulated_accept_length("sparsespec"):
@@ -183,7 +199,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    prompts = load_prompts(args.short, args.problems, args.long, args.long_chars)
+    prompts: Sequence[str] | Sequence[list[int]] = load_prompts(args.short, args.problems, args.long, args.long_chars)
+    if args.random_tokens:
+        config = json.loads((Path(args.model_path) / "config.json").read_text())
+        prompts = random_prompts(args.random_tokens, args.problems, config["vocab_size"])
     on_cpu = args.device == "cpu"
     # Alternatives are only needed where divergences are judged.
     say(f"{args.baseline.label}: {len(prompts)} prompts")

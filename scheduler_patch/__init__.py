@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sglang_sparsespec.scheduler_patch import (
     accepted_run,
+    attention_checks,
     control_requests,
     cpu,
     detokenizer,
@@ -37,6 +38,7 @@ def register_all_hooks() -> None:
     stop_patterns.register_hooks()
     slots.register_hooks()
     cpu.register_hooks()
+    attention_checks.register_hooks()
     draft_attention.register_hooks()
     draft_weights.register_hooks()
     kv_manager_hooks.register_hooks()

@@ -16,12 +16,14 @@ from typing import Any
 
 import torch
 import xgrammar
+from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from sglang.srt.mem_cache.pool_host import base
 from sglang.srt.mem_cache.pool_host.mha import MHATokenToKVPoolHost
 from sglang.srt.runtime_context import get_server_args
 from torch.overrides import TorchFunctionMode
 
 from sglang_sparsespec import ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.kernels.reference import softmax_probabilities, weighted_values
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
 from sglang_sparsespec.sglang_compat import in_force
@@ -36,9 +38,14 @@ def serving_sparsespec_on_cpu() -> bool:
     return is_sparsespec(args) and in_force(args).device == "cpu"
 
 
+def bridges_plain() -> bool:
+    """Whether plain SGLang is to run on any processor, as a baseline."""
+    return os.environ.get(CPU_BRIDGE_ENV) == "1"
+
+
 def runs_on_bridge() -> bool:
     """Whether this process serves without a GPU, SPARSESPEC or a plain baseline."""
-    return os.environ.get(CPU_BRIDGE_ENV) == "1" or serving_sparsespec_on_cpu()
+    return bridges_plain() or serving_sparsespec_on_cpu()
 
 
 # ------------------------------------------------------------------- rotary embeddings
@@ -140,6 +147,58 @@ def assign_slots_on_cpu(
     return None
 
 
+# ------------------------------------------------------------ attention sinks and windows
+
+
+def attention_on_cpu(
+    original: Callable[..., torch.Tensor],
+    backend: Any,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    layer: Any,
+    forward_batch: Any,
+    save_kv_cache: bool = True,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``TorchNativeAttnBackend.forward_extend`` and ``forward_decode``: SGLang's attention in torch lacks two things.
+
+    It has no sinks, and in a pool of the layers with a sliding window it reads the slots of the other pool.
+
+    Args:
+        q: [tokens, Hq * D]; k, v: [tokens, Hkv, D].
+        sinks: [Hq]; None for models without.
+    """
+    windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
+    has_own_pool = windowed and backend.swa_out_cache_loc is not None
+    if not runs_on_bridge() or (sinks is None and not has_own_pool):
+        given = {} if sinks is None else {"sinks": sinks}
+        return original(backend, q, k, v, layer, forward_batch, save_kv_cache, **given)
+    pool = backend.token_to_kv_pool
+    if save_kv_cache:
+        pool.set_kv_buffer(layer, KVWriteLoc(forward_batch.out_cache_loc, backend.swa_out_cache_loc), k, v)
+    keys, values = pool.get_kv_buffer(layer.layer_id)
+    queries = q.reshape(-1, layer.tp_q_head_num, layer.head_dim)
+    lengths = forward_batch.seq_lens.tolist()
+    decodes = forward_batch.forward_mode.is_decode()
+    new = [1] * len(lengths) if decodes else forward_batch.extend_seq_lens.tolist()
+    outputs, first = [], 0
+    for row, length, extend in zip(forward_batch.req_pool_indices.tolist(), lengths, new, strict=True):
+        slots = backend.req_to_token_pool.req_to_token[row, :length].long()
+        if has_own_pool:
+            slots = pool.translate_loc_from_full_to_swa(slots)
+        query_position = torch.arange(length - extend, length).unsqueeze(1)
+        position = torch.arange(length).unsqueeze(0)
+        visible = position <= query_position
+        if windowed:
+            visible &= position >= query_position - layer.sliding_window_size
+        part = queries[first : first + extend]
+        probabilities, _ = softmax_probabilities(part, keys[slots], layer.scaling, visible, sinks)
+        outputs.append(weighted_values(probabilities, values[slots]).to(q.dtype))
+        first += extend
+    return torch.cat(outputs).flatten(1)
+
+
 # ------------------------------------------------------------------------------ streams
 
 
@@ -237,6 +296,16 @@ def no_invariant_kernels_on_cpu(original: Callable[..., None], model_runner: Any
         original(model_runner)
 
 
+def nothing_compiled_on_cpu(original: Callable[..., None], model_runner: Any, *args: Any, **kwargs: Any) -> None:
+    """``ModelRunner.__init__``: SGLang compiles parts of some models (Gemma's, gpt-oss's), with a C++ compiler on a CPU.
+
+    That takes longer than they run, and a machine without a GPU may have no compiler.
+    """
+    original(model_runner, *args, **kwargs)
+    if runs_on_bridge() and not in_force(model_runner.server_args).enable_torch_compile:
+        torch.compiler.set_stance("force_eager")
+
+
 # ---------------------------------------------------------------------------------- LoRA
 
 
@@ -309,6 +378,9 @@ def register_hooks() -> None:
     """Register the hooks of this module."""
     add_hook("sglang.srt.layers.rotary_embedding.base.RotaryEmbedding.__init__", rotary_embedding_on_cpu, "around")
     add_hook("sglang.srt.utils.common.support_triton", no_triton_on_cpu, "after")
+    for name in ("forward_extend", "forward_decode"):
+        target = f"sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.{name}"
+        add_hook(target, attention_on_cpu, "around")
     add_hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots_on_cpu, "around")
     add_hook("sglang.srt.managers.overlap_utils.FutureMap._resolve_spec_extras", relay_on_cpu, "around")
     grammars = "sglang.srt.constrained.xgrammar_backend."
@@ -322,6 +394,7 @@ def register_hooks() -> None:
         no_invariant_kernels_on_cpu,
         "around",
     )
+    add_hook("sglang.srt.model_executor.model_runner.ModelRunner.__init__", nothing_compiled_on_cpu, "around")
     loading = ("__init__", "load_lora_adapter", "load_lora_adapter_from_tensors", "fetch_new_loras")
     for name in (*loading, "prepare_lora_batch"):
         add_hook(f"sglang.srt.lora.lora_manager.LoRAManager.{name}", adapters_on_cpu, "around")

@@ -47,7 +47,10 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         for requests, factors in worker.planner.time_corrections.items()
     }
     # After a flush of the radix cache of an idle server, free must equal total again.
-    state["kv_tokens_free"] = scheduler.token_to_kv_pool_allocator.available_size()
+    allocator = scheduler.token_to_kv_pool_allocator
+    # Where windows have a pool of their own, the size is that of the other one.
+    available = getattr(allocator, "full_available_size", allocator.available_size)
+    state["kv_tokens_free"] = available()
     state["kv_tokens_total"] = scheduler.max_total_num_tokens
     manager = manager_of(scheduler)
     if manager is not None:

@@ -21,6 +21,15 @@ def tokens_of_chunks_to_come(scheduler: Any) -> int:
     return len(req.full_untruncated_fill_ids) - prefix_len(req) if req is not None else 0
 
 
+def tokens_of_room(scheduler: Any) -> int:
+    """KV slots that are free or that the radix cache would give up; in the pool with fewer, where windows have their own."""
+    allocator, cache = scheduler.token_to_kv_pool_allocator, scheduler.tree_cache
+    if not cache.supports_swa():
+        return allocator.available_size() + cache.evictable_size()
+    full = allocator.full_available_size() + cache.full_evictable_size()
+    return min(full, allocator.swa_available_size() + cache.swa_evictable_size())
+
+
 def round_is_due(scheduler: Any, running: Any) -> bool:
     """Whether a decode round comes before the next prefill batch: it is its turn, and its memory is free.
 
@@ -37,8 +46,7 @@ def round_is_due(scheduler: Any, running: Any) -> bool:
     to_come = tokens_of_chunks_to_come(scheduler)
     if not to_come:
         return True  # SGLang's decode step checks its memory itself, and can retract
-    free = scheduler.token_to_kv_pool_allocator.available_size() + scheduler.tree_cache.evictable_size()
-    return free >= to_come + running.new_tokens_required_next_decode(decoding)
+    return tokens_of_room(scheduler) >= to_come + running.new_tokens_required_next_decode(decoding)
 
 
 def decode_between_prefills(

@@ -1,19 +1,21 @@
 """Stop patterns (``stop_regex``) that are searched in bounded time.
 
 SGLang's scheduler searches the answer of each request with Python's ``re`` after every token. ``re`` backtracks: with a
-pattern such as ``(a+)+b`` the time doubles with each further character, and the server stands still. The library ``regex``
-has the same patterns and a time limit. It ends a request whose patterns take longer.
+pattern such as ``(a+)+b`` the time doubles with each further character, and the server stands still. But ``re`` looks for
+signals while it searches, so a timer ends the search, and a request whose patterns take longer ends. Other libraries with a
+time limit match other texts.
 """
 
 from __future__ import annotations
 
 import re
+import signal
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from http import HTTPStatus
 from typing import Any
 
-import regex
 from sglang.srt.managers.schedule_batch import FINISH_ABORT, FINISHED_MATCHED_REGEX
 from sglang.srt.runtime_context import get_server_args
 from sglang.srt.sampling.sampling_params import sre_parse as syntax
@@ -23,7 +25,7 @@ from sglang_sparsespec.settings import is_sparsespec
 
 #: Seconds that all patterns of a request may take after one token.
 MAX_SECONDS = 0.05
-#: Characters of all patterns of a request, with what is repeated written out: ``regex`` compiles them so.
+#: Characters of all patterns of a request, with what is repeated written out.
 MAX_SIZE = 10_000
 _REPEATS = (syntax.MAX_REPEAT, syntax.MIN_REPEAT, getattr(syntax, "POSSESSIVE_REPEAT", None))
 
@@ -35,8 +37,7 @@ def are_searchable(patterns: Sequence[str]) -> bool:
             return False
         for pattern in patterns:
             re.compile(pattern)
-            regex.compile(pattern)
-    except (re.error, regex.error, OverflowError, RecursionError):
+    except (re.error, OverflowError, RecursionError):
         return False
     return True
 
@@ -72,21 +73,46 @@ def search_in_bounded_time(original: Callable[..., bool], req: Any, new_accepted
             return True
     finally:
         params.stop_regex_strs = patterns
-    matched = None
-    deadline = time.perf_counter() + MAX_SECONDS
-    for pattern in patterns:
-        try:
-            left = max(deadline - time.perf_counter(), 1e-6)
-            # They differ in empty texts: Python's \B matches none.
-            if regex.search(pattern, text, timeout=left) if text else re.search(pattern, text):
-                matched = FINISHED_MATCHED_REGEX(matched=pattern)
-        except TimeoutError:
-            message = f"stop_regex {pattern!r} takes too long to be searched for; write it without nested repeats."
-            matched = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
-        if matched is not None:
-            req.finished_reason, req.finished_len = matched, len(req.output_ids)
-            return True
-    return False
+    searches = [re.compile(pattern).search for pattern in patterns]
+    pattern = patterns[0]
+    try:
+        with time_limit(MAX_SECONDS):
+            for pattern, search in zip(patterns, searches, strict=True):
+                if search(text):
+                    req.finished_reason = FINISHED_MATCHED_REGEX(matched=pattern)
+                    break
+    except TimeoutError:
+        message = f"stop_regex {pattern!r} takes too long to be searched for; write it without nested repeats."
+        req.finished_reason = FINISH_ABORT(message, HTTPStatus.BAD_REQUEST, "BadRequestError")
+    if req.finished_reason is not None:
+        req.finished_len = len(req.output_ids)
+    return req.finished_reason is not None
+
+
+@contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise ``TimeoutError`` in a block that has run for ``seconds``, and for as much processor time of this process.
+
+    So neither what other processes do nor threads beside this one shorten the time. Only the main thread may enter it.
+    """
+    deadline = time.perf_counter() + seconds
+    is_running = True
+
+    def ring(*_: Any) -> None:
+        left = deadline - time.perf_counter()
+        if is_running and left > 0:
+            signal.setitimer(signal.ITIMER_VIRTUAL, left)
+        elif is_running:
+            raise TimeoutError
+
+    before = signal.signal(signal.SIGVTALRM, ring)
+    signal.setitimer(signal.ITIMER_VIRTUAL, seconds)
+    try:
+        yield
+    finally:
+        is_running = False
+        signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        signal.signal(signal.SIGVTALRM, before)
 
 
 def register_hooks() -> None:

@@ -65,6 +65,12 @@ else:
         }
     )
 
+#: The function that says which attention backends SGLang looks for in its lists of those that a model can have.
+ATTENTION_BACKENDS_OF = (
+    "sglang.srt.server_args.ServerArgs._resolved_attention_backends"
+    if _IS_0_5_17
+    else "sglang.srt.arg_groups.model_hook.attention_backends_of"
+)
 #: ``ForwardBatch``'s fields for the number of tokens without padding, with "_cpu" or without.
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
@@ -125,21 +131,6 @@ def prefix_len(req: Req) -> int:
     return len(req.prefix_indices) if _IS_0_5_17 else req.prefix_len
 
 
-def extend_len(req: Req) -> int:
-    """Tokens of a request that its next prefill computes."""
-    return req.extend_range.length if _IS_0_5_17 else req.extend_len
-
-
-def release(req: Req, tree: Any) -> None:
-    """Free a request's row and KV, but for what the radix cache ``tree`` holds of it already."""
-    from sglang.srt.mem_cache.common import release_kv_cache
-
-    if _IS_0_5_17:
-        release_kv_cache(req, tree, is_insert=False)
-    else:
-        release_kv_cache(req, tree, checkpoint=False)
-
-
 def end_tokens_of(req: Req) -> set[int]:
     """What ``BatchedMinNewTokensPenalizer`` masks for a request until it has ``min_new_tokens``."""
     tokenizer: Any = req.tokenizer
@@ -154,6 +145,21 @@ def processor_and_rows(entry: Any) -> tuple[Any, torch.Tensor]:
     That is a mask (bool [batch]) or row numbers (int64 [rows]).
     """
     return entry if _IS_0_5_17 else (entry.processor, entry.indices)
+
+
+def extend_len(req: Req) -> int:
+    """Tokens of a request that its next prefill computes."""
+    return req.extend_range.length if _IS_0_5_17 else req.extend_len
+
+
+def release(req: Req, tree: Any) -> None:
+    """Free a request's row and KV, but for what the radix cache ``tree`` holds of it already."""
+    from sglang.srt.mem_cache.common import release_kv_cache
+
+    if _IS_0_5_17:
+        release_kv_cache(req, tree, is_insert=False)
+    else:
+        release_kv_cache(req, tree, checkpoint=False)
 
 
 def compute_logprobs(batch: ScheduleBatch, logits_output: Any, tokens: torch.Tensor) -> None:

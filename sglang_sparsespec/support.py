@@ -308,10 +308,12 @@ def _has_mla(model: ModelConfig) -> bool:
     return model.attention_arch == AttentionArch.MLA
 
 
-def _has_window(model: ModelConfig) -> bool:
-    text = model.hf_text_config
-    windowed = {"sliding_attention", "chunked_attention"}.intersection(getattr(text, "layer_types", None) or ())
-    return bool(model.is_hybrid_swa or getattr(text, "use_sliding_window", False) or windowed)
+def _has_chunks(model: ModelConfig) -> bool:
+    return "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
+
+
+def _has_soft_cap(model: ModelConfig) -> bool:
+    return bool(getattr(model.hf_text_config, "attn_logit_softcapping", None))
 
 
 def _is_recurrent(model: ModelConfig) -> bool:
@@ -324,7 +326,8 @@ def _is_recurrent(model: ModelConfig) -> bool:
 MODEL_REFUSALS: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: not model.is_generation, "models that do not generate text are"),
     (_has_mla, "multi-head latent attention (MLA) is"),
-    (_has_window, "sliding-window layers are"),
+    (_has_chunks, "layers that attend within chunks are"),
+    (_has_soft_cap, "soft caps on attention logits are"),
     (lambda model: model.is_encoder_decoder, "encoder-decoder models are"),
     (lambda model: model.is_multimodal, "multimodal models are"),
     (_is_recurrent, "models with recurrent layers are"),
@@ -362,6 +365,12 @@ def validate_server_args(server_args: ServerArgs) -> None:
                 f"--model-path {server_args.model_path}: {what} not supported by {ALGORITHM}; serve it without "
                 "--speculative-algorithm, or choose a model with plain grouped-query attention."
             )
+    if settings.has_host_tier and model.is_hybrid_swa:
+        raise ValueError(
+            f"--sparsespec-host-kv-gb {settings.host_kv_gb} is not supported for --model-path {server_args.model_path}: "
+            "SGLang keeps the layers with a sliding window in a pool and a radix cache that the host tier does not know; "
+            f"{_NO_HOST_TIER}."
+        )
 
 
 def _check_draft_length(server_args: ServerArgs, settings: Settings) -> None:

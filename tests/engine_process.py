@@ -28,6 +28,13 @@ MARK = "ANSWER "
 #: Plain SGLang on CPU: the reference of what SPARSESPEC serves. Its environment has ``PLAIN_ENV``.
 PLAIN: dict[str, Any] = {"disable_cuda_graph": True, "attention_backend": "torch_native"}
 PLAIN_ENV = {"SPARSESPEC_CPU_BRIDGE": "1"}
+#: A plugin that lets plain SGLang sample by seeds (``--enable-deterministic-inference``) with PyTorch's attention.
+ALLOW_TORCH = """
+def register():
+    from sglang.srt import server_args
+    server_args.add_deterministic_attention_backend_choices(["torch_native"])
+    server_args.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
+"""
 
 
 class EngineProcess:

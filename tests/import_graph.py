@@ -31,7 +31,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("sampling", "attention_backend"),
     ("draft_weights",),
     ("attention_backend.kernels",),
-    ("attention_backend.page_table",),
+    ("attention_backend.page_table", "attention_backend.sliding_window"),
     ("settings", "hook_registry", "spec_input", "metrics", "detokenizer"),
     ("sglang_compat",),
     ("",),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -44,6 +44,8 @@ class Case:
         programs: per KV head, for verification.
         block_n: 0 for the default launch.
         wide: caches that need 64-bit offsets (on CPU: that are taken to).
+        sinks: query heads have attention sinks.
+        reach: of a sliding window.
     """
 
     kernel: str
@@ -59,13 +61,16 @@ class Case:
     block_n: int = 16
     values: str = "normal"
     wide: bool = False
+    sinks: bool = False
+    reach: int = 0
 
     @property
     def name(self) -> str:
         lens = "-".join(str(x) for x in self.lens) if len(self.lens) < 6 else f"b{len(self.lens)}"
         return (
             f"{self.kernel}-g{self.g}-d{self.d}-w{self.window}-{lens}-s{self.splits:g}-p{self.programs}"
-            f"-{self.score_dtype}-{self.values}{'-wide' if self.wide else ''}"
+            f"-{self.score_dtype}-{self.values}{'-wide' if self.wide else ''}{'-sinks' if self.sinks else ''}"
+            f"{f'-r{self.reach}' if self.reach else ''}"
         )
 
 
@@ -142,7 +147,9 @@ class Problem:
         k, v = k.to(device, dtype), v.to(device, dtype)
         if case.wide and device == "cuda":
             k, v = spread(k), spread(v)
-        self.kv = LayerKV(k, v, d**-0.5, LAYER)
+        # About as large as the log-sum-exp of the tokens, some far larger, some far smaller.
+        sinks = (2 * torch.randn(self.hq, generator=gen) + 3).to(device, dtype) if case.sinks else None
+        self.kv = LayerKV(k, v, d**-0.5, LAYER, sinks)
         self.req_to_token = req_to_token.to(device)
         # SGLang passes int64 lengths and row indices; int32 must work too (seed picks).
         index = torch.int32 if seed % 2 else torch.int64
@@ -156,7 +163,7 @@ class Problem:
 
     def exact_kv(self) -> LayerKV:
         """The caches in float32."""
-        return LayerKV(self.kv.k.float(), self.kv.v.float(), self.kv.scaling, self.kv.index)
+        return replace(self.kv, k=self.kv.k.float(), v=self.kv.v.float())
 
     def poison(self, *shape: int, dtype: torch.dtype) -> torch.Tensor:
         return torch.full(shape, float("nan"), dtype=dtype, device=self.device)

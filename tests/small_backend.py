@@ -42,6 +42,29 @@ class SmallPool:
         self.v[layer.layer_id][where.loc] = v if v_scale is None else v / v_scale
 
 
+class TwoPools(SmallPool):
+    """As SGLang's pool for models with sliding windows: the slots of the last layer are others, by a table.
+
+    Attributes:
+        full_to_swa_index_mapping: int64 [slots], 0 for a slot that the last layer has none for.
+    """
+
+    def __init__(self, generator: torch.Generator) -> None:
+        super().__init__(generator)
+        slots = self.k.shape[1]
+        self.full_to_swa_index_mapping = torch.randperm(slots - 1, generator=generator) + 1
+        self.full_to_swa_index_mapping = torch.cat((self.full_to_swa_index_mapping, torch.zeros(1, dtype=torch.int64)))
+
+    def translate_loc_from_full_to_swa(self, slots: torch.Tensor) -> torch.Tensor:
+        return self.full_to_swa_index_mapping[slots]
+
+    def set_kv_buffer(
+        self, layer: RadixAttention, where: Any, k: torch.Tensor, v: torch.Tensor, k_scale: Any, v_scale: Any
+    ) -> None:
+        loc = where.swa_loc if layer.layer_id == NUM_LAYERS - 1 else where.loc
+        super().set_kv_buffer(layer, SimpleNamespace(loc=loc), k, v, k_scale, v_scale)
+
+
 class BaseBackend:
     """Stands in for the SGLang backend that runs prefill; its output is not looked at."""
 
@@ -55,13 +78,17 @@ class BaseBackend:
 class SmallServer:
     """The backend with its pool, and all kinds of forward.
 
+    Args:
+        reach: of a sliding window that the last layer has; None: all layers have full attention.
+        pool: class of the pool.
+
     Attributes:
         req_to_token: int32 [ROWS, CONTEXT], every position of every row has a slot.
     """
 
-    def __init__(self, **config: Any) -> None:
+    def __init__(self, reach: int | None = None, pool: type[SmallPool] = SmallPool, **config: Any) -> None:
         self.generator = torch.Generator().manual_seed(0)
-        self.pool = SmallPool(self.generator)
+        self.pool = pool(self.generator)
         slots = torch.randperm(ROWS * CONTEXT, generator=self.generator)
         self.req_to_token = slots.int().view(ROWS, CONTEXT)
         self.layers = [
@@ -71,6 +98,7 @@ class SmallServer:
                 scaling=HEAD_DIM**-0.5,
                 num_kv_heads=NUM_KV_HEADS,
                 layer_id=i,
+                sliding_window_size=reach if reach is not None and i == NUM_LAYERS - 1 else -1,
             )
             for i in range(NUM_LAYERS)
         ]

@@ -273,8 +273,10 @@ class FlashInferKernels(TritonKernels):
         """Run FlashInfer over the lists of ``bucket``.
 
         Raises:
-            ValueError: caches that are not contiguous, or too large for page ids of 32 bits.
+            ValueError: caches that are not contiguous, or too large for page ids of 32 bits, or attention sinks.
         """
+        if kv.sinks is not None:
+            raise ValueError(f"FlashInfer draft attention has no attention sinks; {REMEDY}.")
         if not (kv.k.is_contiguous() and kv.v.is_contiguous()):
             raise ValueError(f"FlashInfer draft attention needs contiguous KV caches; {REMEDY}.")
         if kv.k.shape[0] * kv.k.shape[1] >= 2**31:

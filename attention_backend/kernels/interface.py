@@ -15,6 +15,8 @@ from typing import Protocol
 
 import torch
 
+from sglang_sparsespec.attention_backend.sliding_window import WindowView
+
 
 def score_row(max_context: int) -> int:
     """Entries of a row of scores for ``max_context`` positions: rows begin at multiples of 128 bytes, for vector loads."""
@@ -62,13 +64,16 @@ class LayerKV:
     Attributes:
         k, v: [slots, Hkv, D], SGLang's pool buffers.
         scaling: softmax scale times the descale of K; V's descale is the caller's.
-        index: of the layer in ``SelectionTable.positions``.
+        index: of the layer in ``SelectionTable.positions``, if it has full attention.
+        sinks: float [Hq], contiguous: logits that are in every query's softmax beside its tokens, with values of 0
+            (gpt-oss); None for a layer without. Log-sum-exps and probabilities are those with the sinks.
     """
 
     k: torch.Tensor
     v: torch.Tensor
     scaling: float
     index: int
+    sinks: torch.Tensor | None = None
 
 
 class DraftAttention(Protocol):
@@ -167,6 +172,13 @@ class PillarKernels(Protocol):
         Args:
             rows: int [B].
             lengths: int [B], L; 0 for padding.
+        """
+        ...
+
+    def plan_sliding(self, view: WindowView, window: int) -> VerifyAttention:
+        """Plan a forward of ``window`` queries per request in the layers with a sliding window.
+
+        Query i of a request sees the ``view.reach`` tokens before its own, and its own. There are no scores.
         """
         ...
 

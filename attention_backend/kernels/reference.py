@@ -12,6 +12,7 @@ import torch
 
 from sglang_sparsespec.attention_backend.kernels.interface import LayerKV
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
+from sglang_sparsespec.attention_backend.sliding_window import WindowView
 
 
 def attention_inputs(
@@ -46,7 +47,7 @@ def attention_inputs(
 
 
 def softmax_probabilities(
-    q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None
+    q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None, sinks: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax probabilities and log-sum-exp in float32.
 
@@ -54,6 +55,7 @@ def softmax_probabilities(
         q: [queries, Hq, D].
         k: [tokens, Hkv, D].
         mask: bool [queries, tokens], True where visible; None: everything is.
+        sinks: [Hq], as ``interface.LayerKV.sinks``.
 
     Returns:
         probabilities [Hkv, g, queries, tokens] and lse [Hkv, g, queries].
@@ -65,6 +67,8 @@ def softmax_probabilities(
     if mask is not None:
         logits.masked_fill_(~mask, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
+    if sinks is not None:
+        lse = torch.logaddexp(lse, sinks.float().view(num_kv_heads, -1, 1))
     return torch.exp(logits - lse.unsqueeze(-1)), lse
 
 
@@ -81,6 +85,7 @@ def _attend_to_all(q: torch.Tensor, kv: LayerKV, slots: torch.Tensor, visible: t
         q, out: [B, Hq, D].
         slots, visible: int and bool [B, tokens]; a request of which nothing is visible gets zeros.
     """
+    slots = torch.where(visible, slots, 0)  # SGLang's padding slot: what others hold may be no numbers
     k, v = kv.k[slots].to(q.dtype).transpose(1, 2), kv.v[slots].to(q.dtype).transpose(1, 2)
     # Padding sees everything instead of nothing, and is emptied below: softmax has no answer for nothing.
     nothing = ~visible.any(dim=1).view(-1, 1, 1)
@@ -115,7 +120,8 @@ class ReferenceDraft:
             out.zero_()
             return
         index = torch.arange(width, device=q.device).unsqueeze(0)
-        if lse is None and width == int(lengths.max()) and not counts.any() and not start.any():
+        plain = lse is None and kv.sinks is None
+        if plain and width == int(lengths.max()) and not counts.any() and not start.any():
             # Everything is attended to (the policy ``full``), so all heads read the same slots.
             _attend_to_all(q, kv, self.req_to_token[rows, :width].long(), index < lengths, out)
             return
@@ -131,22 +137,30 @@ class ReferenceDraft:
         grouped = q.float().view(batch, num_kv_heads, num_q_heads // num_kv_heads, dim)
         logits = grouped @ kv.k[slots, heads].float().transpose(-1, -2) * kv.scaling
         logits.masked_fill_(~visible.unsqueeze(2), float("-inf"))
+        log_sums = torch.logsumexp(logits, dim=-1)
+        if kv.sinks is not None:
+            log_sums = torch.logaddexp(log_sums, kv.sinks.float().view(num_kv_heads, -1))
         # Padding sees nothing: NaN probabilities there become zeros.
-        probabilities = torch.softmax(logits, dim=-1).nan_to_num(0.0)
+        probabilities = torch.exp(logits - log_sums.unsqueeze(-1)).nan_to_num(0.0)
         attention = probabilities @ kv.v[slots, heads].float()
         out.copy_(attention.reshape(batch, num_q_heads, dim))
         if lse is not None:
-            lse.copy_(torch.logsumexp(logits, dim=-1).reshape(batch, num_q_heads))
+            lse.copy_(log_sums.reshape(batch, num_q_heads))
 
 
 @dataclass(frozen=True)
 class ReferenceVerify:
-    """See :class:`interface.VerifyAttention`. It needs no hints and ignores them."""
+    """See :class:`interface.VerifyAttention`. It needs no hints and ignores them.
+
+    Attributes:
+        reach: tokens before a query's own that it sees; None: all.
+    """
 
     req_to_token: torch.Tensor
     rows: torch.Tensor
     lengths: torch.Tensor
     window: int
+    reach: int | None = None
 
     def run(
         self,
@@ -158,19 +172,25 @@ class ReferenceVerify:
         lse: torch.Tensor | None = None,
     ) -> None:
         window = self.window
-        if window == 1 and scores is None and lse is None:
-            # A plain step: all requests at once, since on CPU a loop over them would cost more than the attention itself.
+        if window == 1 and scores is None and lse is None and kv.sinks is None:
+            # One token each: all requests at once, since on CPU a loop over them would cost more than the attention itself.
             totals = self.lengths.long().unsqueeze(1) + 1
             width = int(totals.max())
             index = torch.arange(width, device=q.device).unsqueeze(0)
-            _attend_to_all(q, kv, self.req_to_token[self.rows.long(), :width].long(), index < totals, out)
+            visible = index < totals
+            if self.reach is not None:
+                visible &= index >= totals - 1 - self.reach
+            _attend_to_all(q, kv, self.req_to_token[self.rows.long(), :width].long(), visible, out)
             return
         for b, (row, length) in enumerate(zip(self.rows.tolist(), self.lengths.tolist(), strict=True)):
             queries = slice(b * window, (b + 1) * window)
             slots = self.req_to_token[row, : length + window].long()
             query_position = torch.arange(length, length + window, device=q.device).unsqueeze(1)
-            mask = torch.arange(length + window, device=q.device).unsqueeze(0) <= query_position
-            probabilities, log_sums = softmax_probabilities(q[queries], kv.k[slots], kv.scaling, mask)
+            position = torch.arange(length + window, device=q.device).unsqueeze(0)
+            mask = position <= query_position
+            if self.reach is not None:
+                mask &= position >= query_position - self.reach
+            probabilities, log_sums = softmax_probabilities(q[queries], kv.k[slots], kv.scaling, mask, kv.sinks)
             if lse is not None:
                 lse[b] = log_sums.permute(2, 0, 1).flatten(1)
             out[queries] = weighted_values(probabilities, kv.v[slots]).to(out.dtype)
@@ -200,7 +220,8 @@ class ReferencePrefillScores:
             slots = self.req_to_token[row, :total].long()
             query_position = torch.arange(length, total, device=q.device).unsqueeze(1)
             mask = torch.arange(total, device=q.device).unsqueeze(0) <= query_position
-            probabilities, _ = softmax_probabilities(q[last - num_queries : last], kv.k[slots], kv.scaling, mask)
+            queries = q[last - num_queries : last]
+            probabilities, _ = softmax_probabilities(queries, kv.k[slots], kv.scaling, mask, kv.sinks)
             scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
 
 
@@ -246,6 +267,11 @@ class ReferenceKernels:
     def plan_verify(self, rows: torch.Tensor, lengths: torch.Tensor, window: int) -> ReferenceVerify:
         """See :meth:`interface.PillarKernels.plan_verify`."""
         return ReferenceVerify(self.req_to_token, rows, lengths, window)
+
+    def plan_sliding(self, view: WindowView, window: int) -> ReferenceVerify:
+        """See :meth:`interface.PillarKernels.plan_sliding`."""
+        rows = torch.arange(len(view.lengths), device=view.lengths.device)
+        return ReferenceVerify(view.slots, rows, view.lengths, window, view.reach)
 
     def plan_prefill_scores(
         self,

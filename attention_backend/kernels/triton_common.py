@@ -31,6 +31,14 @@ def kv_offsets(slot, stride_slot, offs_d, WIDE: tl.constexpr):
 
 
 @triton.jit
+def with_sinks(acc, lse2, sinks2):
+    """Outputs [M, D] and log2-sum-exps [M] of rows, once their ``sinks2`` (log2 logits, [M]) are in the softmax too."""
+    top = tl.maximum(lse2, sinks2)
+    total = top + tl.log2(tl.exp2(lse2 - top) + tl.exp2(sinks2 - top))
+    return acc * tl.exp2(lse2 - total)[:, None], total
+
+
+@triton.jit
 def let_next_start(PDL: tl.constexpr):
     """Let the next kernel's programs take the places of this one's as they finish (programmatic dependent launch)."""
     if PDL:

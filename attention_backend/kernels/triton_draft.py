@@ -35,6 +35,7 @@ from sglang_sparsespec.attention_backend.kernels.triton_common import (
     pdl_options,
     query_stride,
     wait_for_previous,
+    with_sinks,
 )
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
 
@@ -83,6 +84,7 @@ def _draft_kernel(
     seq_lens_ptr,
     out_ptr,
     lse_ptr,
+    sinks_ptr,
     part_o_ptr,
     part_lse_ptr,
     arrived_ptr,
@@ -108,6 +110,7 @@ def _draft_kernel(
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    SINKS: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -168,6 +171,9 @@ def _draft_kernel(
     acc = acc / l_i[:, None]
     lse2 = m_i + tl.log2(l_i)
     if not IS_SPLIT:
+        if SINKS:
+            sinks2 = tl.load(sinks_ptr + h * G + offs_m, mask=mask_m, other=0.0).to(tl.float32) * LOG2E
+            acc, lse2 = with_sinks(acc, lse2, sinks2)
         out = acc.to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + rows[:, None] * D + offs_d[None, :], out, mask=mask_m[:, None])
         if HAS_LSE:
@@ -190,6 +196,9 @@ def _draft_kernel(
                 out_rows = (b * HKV + h).to(tl.int64) * G + g
                 m = tl.full([MERGED_HEADS], -1e30, tl.float32)
                 total_w = tl.zeros([MERGED_HEADS], tl.float32)
+                if SINKS:  # a part without values
+                    m = tl.load(sinks_ptr + h * G + g, mask=mask_g, other=0.0).to(tl.float32) * LOG2E
+                    total_w += 1.0
                 res = tl.zeros([MERGED_HEADS, D], tl.float32)
                 for s in tl.range(0, used, MERGED_PARTS, num_stages=1):
                     offs_s = s + tl.arange(0, MERGED_PARTS)
@@ -260,6 +269,7 @@ def draft_attention(
     q: torch.Tensor,
     kv: LayerKV,
     table: SelectionTable,
+    positions: torch.Tensor,
     req_to_token: torch.Tensor,
     rows: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -273,6 +283,8 @@ def draft_attention(
     """Attention of one query per request over selected positions plus tail; see ``interface.DraftAttention``.
 
     Args:
+        table: sizes of the selections, and where the tails begin.
+        positions: int32 [rows, Hkv, capacity], the selections of the layer.
         scratch: at least B * Hq * splits * D partial outputs and B * Hq * splits sums, both unused when ``splits`` is 1,
             and B * Hkv counters.
         splits: programs per (request, KV head).
@@ -282,7 +294,6 @@ def draft_attention(
     num_kv_heads = kv.k.shape[1]
     if batch == 0:
         return
-    positions = table.positions[kv.index]
     group, parts = num_q_heads // num_kv_heads, min(MERGED_PARTS, triton.next_power_of_2(splits))
     merged_heads = max(1, MERGED_OF_THREAD * 32 * config.num_warps // (parts * head_dim))
     _draft_kernel[(num_kv_heads, splits, batch)](
@@ -297,6 +308,7 @@ def draft_attention(
         seq_lens_ptr=seq_lens,
         out_ptr=out,
         lse_ptr=lse if lse is not None else scratch.part_lse,
+        sinks_ptr=kv.sinks if kv.sinks is not None else scratch.part_lse,
         part_o_ptr=scratch.part_o,
         part_lse_ptr=scratch.part_lse,
         arrived_ptr=scratch.arrived,
@@ -322,6 +334,7 @@ def draft_attention(
         MIN_CHUNK=config.min_chunk,
         STAGES=config.stages,
         HAS_LSE=lse is not None,
+        SINKS=kv.sinks is not None,
         WIDE=is_wide(kv.k, kv.v),
         PDL=pdl,
         num_warps=config.num_warps,

@@ -7,6 +7,7 @@ in CUDA graphs: they neither synchronise nor read lengths on the host.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ from sglang_sparsespec.attention_backend.kernels.interface import DraftAttention
 from sglang_sparsespec.attention_backend.kernels.triton_common import LN2, MAX_ROWS, Scratch, has_early_start
 from sglang_sparsespec.attention_backend.kernels.triton_prefill_scores import Windows
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
+from sglang_sparsespec.attention_backend.sliding_window import WindowView
 
 SUPPORTED_HEAD_DIMS = (64, 128, 256)
 
@@ -38,6 +40,7 @@ class TritonDraft:
             q=q,
             kv=kv,
             table=kernels.table,
+            positions=kernels.table.positions[kv.index],
             req_to_token=kernels.req_to_token,
             rows=self.rows,
             seq_lens=self.seq_lens,
@@ -52,10 +55,15 @@ class TritonDraft:
 
 @dataclass(frozen=True)
 class TritonVerify:
-    """See :class:`interface.VerifyAttention`. Without a hint a pass over K finds the exact log-sum-exps first."""
+    """See :class:`interface.VerifyAttention`. Without a hint a pass over K finds the exact log-sum-exps first.
+
+    Attributes:
+        view: of a layer with a sliding window, whose rows the windows name; None for full attention.
+    """
 
     kernels: TritonKernels
     windows: Windows
+    view: WindowView | None = None
 
     def run(
         self,
@@ -67,13 +75,17 @@ class TritonVerify:
         lse: torch.Tensor | None = None,
     ) -> None:
         kernels, windows = self.kernels, self.windows
+        req_to_token = kernels.req_to_token if self.view is None else self.view.slots
+        reach = None if self.view is None else self.view.reach
         if lse_hint is None:
-            parts = kernels.window_lse(q, kv, windows)
+            parts = kernels.window_lse(q, kv, windows, req_to_token, reach)
             lse_hint = torch.logsumexp(parts * LN2.value, dim=0)
+            if kv.sinks is not None:
+                lse_hint = torch.logaddexp(lse_hint, kv.sinks.float())
         triton_verify.verify_attention(
             q=q,
             kv=kv,
-            req_to_token=kernels.req_to_token,
+            req_to_token=req_to_token,
             rows=windows.rows,
             lengths=windows.seq_lens,
             window=windows.size,
@@ -85,6 +97,45 @@ class TritonVerify:
             programs=kernels.verify_programs,
             max_batch=kernels.max_batch,
             config=kernels.verify_config,
+            pdl=kernels.pdl,
+            reach=reach,
+        )
+
+
+@dataclass(frozen=True)
+class TritonSlidingStep:
+    """One query per request in a layer with a sliding window: draft attention of a tail that begins with the window."""
+
+    kernels: TritonKernels
+    rows: torch.Tensor
+    seq_lens: torch.Tensor
+    view: WindowView
+
+    def run(
+        self,
+        q: torch.Tensor,
+        kv: LayerKV,
+        out: torch.Tensor,
+        scores: torch.Tensor | None = None,
+        lse_hint: torch.Tensor | None = None,
+        lse: torch.Tensor | None = None,
+    ) -> None:
+        """See :class:`interface.VerifyAttention`. There are no scores, and hints are not needed."""
+        assert scores is None
+        kernels, batch = self.kernels, self.rows.shape[0]
+        triton_draft.draft_attention(
+            q=q,
+            kv=kv,
+            table=kernels.no_selections,
+            positions=kernels.no_selections.positions[0],
+            req_to_token=self.view.slots,
+            rows=self.rows,
+            seq_lens=self.seq_lens,
+            out=out,
+            lse=lse,
+            scratch=kernels.scratch,
+            splits=kernels.draft_splits(batch),
+            config=kernels.draft_config(batch),
             pdl=kernels.pdl,
         )
 
@@ -103,7 +154,7 @@ class TritonPrefillScores:
             kv=kv,
             req_to_token=kernels.req_to_token,
             windows=self.windows,
-            lse2=kernels.window_lse(q, kv, self.windows),
+            lse2=kernels.window_lse(q, kv, self.windows, kernels.req_to_token),
             scores=scores,
             splits=kernels.scores_splits(self.windows.rows.shape[0]),
             config=kernels.scores_config,
@@ -188,6 +239,7 @@ class TritonKernels:
             self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.pdl = early_start and has_early_start(self.device)
         self._outgrown: list[Scratch] = []
+        self._outgrown_views: list[Any] = []
         self._reserve(shape.max_batch)
 
     # -------------------------------------------------------------------- plans
@@ -202,6 +254,16 @@ class TritonKernels:
         self._check_window(window)
         self._fit(rows.shape[0])
         return TritonVerify(self, Windows(rows, lengths, window))
+
+    def plan_sliding(self, view: WindowView, window: int) -> TritonVerify | TritonSlidingStep:
+        """See :meth:`interface.PillarKernels.plan_sliding`."""
+        self._check_window(window)
+        batch = view.lengths.shape[0]
+        self._fit(batch)
+        rows = self._places[:batch]
+        if window == 1:
+            return TritonSlidingStep(self, rows, view.lengths + 1, view)
+        return TritonVerify(self, Windows(rows, view.lengths, window), view)
 
     def plan_prefill_scores(
         self,
@@ -245,16 +307,19 @@ class TritonKernels:
         """Programs per KV head of verification."""
         return triton_verify.verify_num_programs(self.shape.num_kv_heads, self.num_sms, self.verify_config)
 
-    def window_lse(self, q: torch.Tensor, kv: LayerKV, windows: Windows) -> torch.Tensor:
+    def window_lse(
+        self, q: torch.Tensor, kv: LayerKV, windows: Windows, req_to_token: torch.Tensor, reach: int | None = None
+    ) -> torch.Tensor:
         """See :func:`triton_prefill_scores.window_lse`."""
         return triton_prefill_scores.window_lse(
             q=q,
             kv=kv,
-            req_to_token=self.req_to_token,
+            req_to_token=req_to_token,
             windows=windows,
             part_lse=self.scratch.part_lse,
             splits=self.scores_splits(windows.rows.shape[0]),
             config=self.scores_config,
+            reach=reach,
         )
 
     # ------------------------------------------------------------------ scratch
@@ -274,6 +339,9 @@ class TritonKernels:
             torch.empty(sums, dtype=torch.float32, device=self.device),
             torch.zeros(max_batch * shape.num_kv_heads, dtype=torch.int32, device=self.device),
         )
+        # A view's rows are its requests, and nothing is selected of it.
+        self.no_selections = SelectionTable(1, max_batch, shape.num_kv_heads, 1, self.device)
+        self._places = torch.arange(max_batch, device=self.device)
         self.max_batch = max_batch
 
     def _fit(self, batch: int) -> None:
@@ -287,6 +355,7 @@ class TritonKernels:
         self._refuse_to_capture(batch)
         # Graphs captured before go on using the old buffers.
         self._outgrown.append(self.scratch)
+        self._outgrown_views.append((self.no_selections, self._places))
         self._reserve(batch)
 
     def _refuse_to_capture(self, batch: int) -> None:

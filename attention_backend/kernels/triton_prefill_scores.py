@@ -72,6 +72,7 @@ def _window_lse_kernel(
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
+    REACH: tl.constexpr,
     PREFILL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -110,6 +111,8 @@ def _window_lse_kernel(
         slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
         qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
+        if REACH >= 0:
+            qk = tl.where(offs[None, :] >= (length + win - REACH)[:, None], qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
         # A split may start inside the window, where early rows see nothing yet.
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
@@ -128,6 +131,7 @@ def _window_scores_kernel(
     extend_start_ptr,
     extend_len_ptr,
     part_lse_ptr,
+    sinks_ptr,
     scores_ptr,
     scale_log2,
     batch,
@@ -148,6 +152,7 @@ def _window_scores_kernel(
     BLOCK_N: tl.constexpr,
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
+    SINKS: tl.constexpr,
     PREFILL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -173,9 +178,15 @@ def _window_scores_kernel(
     given = mask_m[:, None] & (offs_s < lse_splits)[None, :]
     parts = tl.load(part_lse_ptr + part, mask=given, other=float("-inf"))
     highest = tl.max(parts, 1)
+    if SINKS:
+        sinks2 = tl.load(sinks_ptr + head).to(tl.float32) * LOG2E
+        highest = tl.maximum(highest, sinks2)
     # Rows of padding get an infinite log-sum-exp, so they add nothing.
     highest = tl.where(highest == float("-inf"), float("inf"), highest)
-    lse2 = tl.where(mask_m, highest + tl.log2(tl.sum(tl.exp2(parts - highest[:, None]), 1)), float("inf"))
+    sums = tl.sum(tl.exp2(parts - highest[:, None]), 1)
+    if SINKS:
+        sums += tl.exp2(sinks2 - highest)
+    lse2 = tl.where(mask_m, highest + tl.log2(sums), float("inf"))
 
     q_rows = q_ptr + (first + win) * stride_q_tok + head * D
     q = tl.load(q_rows[:, None] + offs_d[None, :], mask=mask_m[:, None], other=0.0)
@@ -292,13 +303,15 @@ def window_lse(
     part_lse: torch.Tensor,
     splits: int,
     config: ScoresConfig,
+    reach: int | None = None,
 ) -> torch.Tensor:
-    """log2-sum-exp of every window query over its causal prefix, in parts.
+    """log2-sum-exp of every window query over its causal prefix, in parts, without sinks.
 
     Args:
         q: [tokens, Hq, D].
         part_lse: float32 scratch of at least splits * B * W * Hq elements.
         splits: programs per (request, KV head).
+        reach: tokens before a query's own that it sees; None: all.
 
     Returns:
         The scratch as float32 [splits, B, W, Hq]; a part without positions is -inf.
@@ -306,7 +319,8 @@ def window_lse(
     batch = windows.seq_lens.shape[0]
     if batch > 0:
         grid = (kv.k.shape[1], splits, batch)
-        _window_lse_kernel[grid](**_arguments(q, kv, req_to_token, windows, part_lse, splits, config))
+        arguments = _arguments(q, kv, req_to_token, windows, part_lse, splits, config)
+        _window_lse_kernel[grid](REACH=-1 if reach is None else reach, **arguments)
     shape = (splits, batch, windows.size, q.shape[1])
     return part_lse[: splits * batch * windows.size * q.shape[1]].view(shape)
 
@@ -336,6 +350,8 @@ def window_scores(
     # One of few, since each compiles a kernel of its own.
     most = next(count for count in MAX_LSE_SPLITS if parts <= count)
     _window_scores_kernel[(kv.k.shape[1], splits, batch)](
+        sinks_ptr=kv.sinks if kv.sinks is not None else lse2,
+        SINKS=kv.sinks is not None,
         scores_ptr=scores,
         lse_splits=parts,
         stride_s_b=scores.stride(0),

@@ -38,6 +38,7 @@ from sglang_sparsespec.attention_backend.kernels.triton_common import (
     query_stride,
     query_tile,
     wait_for_previous,
+    with_sinks,
 )
 
 # exp2 of this still fits bf16/fp32 after summing a few hundred rows; larger arguments mean a hint far below the truth.
@@ -67,6 +68,7 @@ def _fixed_reference(
     r2t_base,
     s_base,
     ref,
+    seen_from,
     bound,
     start,
     end,
@@ -79,6 +81,7 @@ def _fixed_reference(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    REACH: tl.constexpr,
     SCORES: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
@@ -101,6 +104,8 @@ def _fixed_reference(
         # Only the blocks that reach into the window or past the end need masks.
         if s + BLOCK_N > tl.minimum(length + 1, end):
             p = tl.where(offs[None, :] < bound[:, None], p, 0.0)
+        if REACH >= 0:
+            p = tl.where(offs[None, :] >= seen_from[:, None], p, 0.0)
         l_i += tl.sum(p, 1)
         if SCORES:
             sc = tl.sum(p, 0) * (SCORE_SCALE / R)
@@ -120,6 +125,7 @@ def _running_maximum(
     s_base,
     hint2,
     mask_m,
+    seen_from,
     bound,
     start,
     end,
@@ -132,6 +138,7 @@ def _running_maximum(
     D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    REACH: tl.constexpr,
     SCORES: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
@@ -149,6 +156,8 @@ def _running_maximum(
         v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
         qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
+        if REACH >= 0:
+            qk = tl.where(offs[None, :] >= seen_from[:, None], qk, float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
         m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
         alpha = tl.exp2(m_i - m_safe)
@@ -176,6 +185,7 @@ def _verify_kernel(
     req_ptr,
     seq_lens_ptr,
     hint_ptr,
+    sinks_ptr,
     out_ptr,
     part_o_ptr,
     part_lse_ptr,
@@ -205,8 +215,10 @@ def _verify_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
+    REACH: tl.constexpr,
     SCORES: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    SINKS: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
@@ -254,38 +266,43 @@ def _verify_kernel(
         ref = hint2 - shift_log2
         # Exclusive causal bound per row; the segment's end is folded in so that one compare masks both.
         bound = tl.minimum(length + win + 1, end)
+        seen_from = length + win - REACH
         r2t_base = r2t_ptr + tl.load(req_ptr + b).to(tl.int64) * stride_r2t
         s_base = scores_ptr + (tl.zeros([], tl.int64) + b) * stride_s_b + h.to(tl.int64) * stride_s_h
 
         l_i, acc = _fixed_reference(
-            q, k_base, v_base, r2t_base, s_base, ref, bound, start, end, length, scale_log2, stride_k_slot,
-            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, SCORES, WIDE, SCORE_SCALE, SCORE_MAX,
+            q, k_base, v_base, r2t_base, s_base, ref, seen_from, bound, start, end, length, scale_log2, stride_k_slot,
+            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, REACH, SCORES, WIDE, SCORE_SCALE, SCORE_MAX,
         )  # fmt: skip
         # NaN (a hint that is none) fails both comparisons; rows that see nothing here have l_i 0 and are redone too.
         log_l = tl.log2(l_i)
         usable = (log_l > low_log2) & (log_l < high_log2)
         if tl.sum((mask_m & (usable == 0)).to(tl.int32), 0) > 0:
             m_i, l_i, acc = _running_maximum(
-                q, k_base, v_base, r2t_base, s_base, hint2, mask_m, bound, start, end, length, scale_log2, clamp_log2,
-                stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, SCORES, WIDE, SCORE_MAX,
+                q, k_base, v_base, r2t_base, s_base, hint2, mask_m, seen_from, bound, start, end, length, scale_log2,
+                clamp_log2, stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, REACH, SCORES, WIDE, SCORE_MAX,
             )  # fmt: skip
             ref = m_i
             l_i = tl.where(l_i > 0, l_i, 1.0)
             log_l = tl.log2(l_i)
 
         acc = acc / tl.where(mask_m, l_i, 1.0)[:, None]
+        lse2 = ref + log_l
         if (from_block == 0) & (to_block == n_blocks):
+            if SINKS:
+                sinks2 = tl.load(sinks_ptr + h * G + offs_m % G).to(tl.float32) * LOG2E
+                acc, lse2 = with_sinks(acc, lse2, sinks2)
             tl.store(
                 out_ptr + q_rows[:, None] * D + offs_d[None, :],
                 acc.to(out_ptr.dtype.element_ty),
                 mask=mask_m[:, None],
             )
             if HAS_LSE:
-                tl.store(lse_ptr + q_rows, (ref + log_l) * LN2, mask=mask_m)
+                tl.store(lse_ptr + q_rows, lse2 * LN2, mask=mask_m)
         else:
             # A program has at most one part that does not begin its request (slot 0) and one that does (slot 1).
             place = ((h * PROGRAMS + c) * 2 + (from_block == 0).to(tl.int32)).to(tl.int64) * R + offs_m
-            tl.store(part_lse_ptr + place, ref + log_l, mask=mask_m)
+            tl.store(part_lse_ptr + place, lse2, mask=mask_m)
             tl.store(part_o_ptr + place[:, None] * D + offs_d[None, :], acc, mask=mask_m[:, None])
         first += n_blocks
 
@@ -296,6 +313,7 @@ def _verify_combine_kernel(
     part_o_ptr,
     part_lse_ptr,
     lse_ptr,
+    sinks_ptr,
     seq_lens_ptr,
     batch,
     HKV: tl.constexpr,
@@ -308,6 +326,7 @@ def _verify_combine_kernel(
     BLOCK_N: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_LSE: tl.constexpr,
+    SINKS: tl.constexpr,
     PDL: tl.constexpr,
 ):
     """Merge the parts of the requests that several programs shared."""
@@ -331,6 +350,9 @@ def _verify_combine_kernel(
     m_i = tl.full([ROWS], float("-inf"), tl.float32)
     l_i = tl.zeros([ROWS], dtype=tl.float32)
     acc = tl.zeros([ROWS, D], dtype=tl.float32)
+    if SINKS:  # a part without values
+        m_i = tl.load(sinks_ptr + h * G + offs_m % G).to(tl.float32) * LOG2E
+        l_i += 1.0
     for c in range(c_first, c_last + 1):
         place = ((h * PROGRAMS + c) * 2 + (c == c_first).to(tl.int32)).to(tl.int64) * R + offs_m
         lse2 = tl.load(part_lse_ptr + place, mask=mask_m, other=float("-inf"))
@@ -389,6 +411,7 @@ def verify_attention(
     max_batch: int,
     config: VerifyConfig,
     pdl: bool,
+    reach: int | None = None,
 ) -> None:
     """Causal attention of a window of W queries per request, with scores; see ``interface.VerifyAttention``.
 
@@ -398,6 +421,7 @@ def verify_attention(
         programs: per KV head.
         max_batch: what the kernels are compiled for, so that all smaller batches share them.
         pdl: start while the kernel before still runs.
+        reach: tokens before a query's own that it sees; None: all.
     """
     batch = lengths.shape[0]
     if batch == 0:
@@ -414,6 +438,7 @@ def verify_attention(
         "part_o_ptr": scratch.part_o,
         "part_lse_ptr": scratch.part_lse,
         "lse_ptr": lse if lse is not None else scratch.part_lse,
+        "sinks_ptr": kv.sinks if kv.sinks is not None else scratch.part_lse,
         "seq_lens_ptr": lengths,
         "batch": batch,
         "HKV": num_kv_heads,
@@ -425,6 +450,7 @@ def verify_attention(
         "MIN_BLOCKS": config.min_blocks,
         "BLOCK_N": block_n,
         "HAS_LSE": lse is not None,
+        "SINKS": kv.sinks is not None,
         "PDL": pdl,
         **pdl_options(pdl),
     }
@@ -451,6 +477,7 @@ def verify_attention(
         stride_s_h=stride_s_h,
         BLOCK_M=block_m,
         STAGES=config.stages,
+        REACH=-1 if reach is None else reach,
         SCORES=scores is not None,
         WIDE=is_wide(kv.k, kv.v),
         SCORE_SCALE=2.0**-shift,

@@ -149,19 +149,34 @@ class Measurement:
         return affords if group.world_size == 1 else group.broadcast_object(affords, src=0)
 
     def _fill_keys(self, used: int) -> None:
-        """Random keys in the first ``used`` slots after slot 0, which is SGLang's padding."""
+        """Random keys in the first ``used`` slots after slot 0, which is SGLang's padding.
+
+        Layers with a sliding window may have a pool with fewer slots. What comes behind them shares them.
+        """
+        table = self._sliding_slots
+        if table is not None:
+            backend = self._context.backend
+            fewest = min(len(backend.token_to_kv_pool.get_key_buffer(layer)) for layer in backend.layer_ids) - 1
+            table[1 : used + 1] = torch.arange(used, device=table.device) % fewest + 1
         for keys, _ in self._kv_buffers():
+            most = min(used, len(keys) - 1)
             numbers = torch.randn((BLOCK, *keys.shape[1:]), generator=self._generator, device=keys.device)
             # As bytes: not every operation takes 8-bit floats.
-            block, target = numbers.to(keys.dtype).view(torch.uint8), keys[1 : used + 1].view(torch.uint8)
-            blocks, rest = divmod(used, BLOCK)
-            target[: used - rest].view(blocks, *block.shape).copy_(block)
-            target[used - rest :].copy_(block[:rest])
+            block, target = numbers.to(keys.dtype).view(torch.uint8), keys[1 : most + 1].view(torch.uint8)
+            blocks, rest = divmod(most, BLOCK)
+            target[: most - rest].view(blocks, *block.shape).copy_(block)
+            target[most - rest :].copy_(block[:rest])
+
+    @property
+    def _sliding_slots(self) -> torch.Tensor | None:
+        """SGLang's table of the slots of layers with a sliding window; None if they have no pool of their own."""
+        sliding = self._context.backend.sliding
+        return sliding.slot_table if sliding is not None else None
 
     def _kv_buffers(self) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Keys and values [slots, Hkv, D] of each layer."""
         backend = self._context.backend
-        return [backend.token_to_kv_pool.get_kv_buffer(layer) for layer in range(len(backend.table.positions))]
+        return [backend.token_to_kv_pool.get_kv_buffer(layer) for layer in backend.layer_ids]
 
     def _point(self, batch: int, length: int) -> PointTimes:
         context, window, device = self._context, self._context.window, self._context.device
@@ -227,9 +242,11 @@ class Measurement:
         rows = slice(1, 1 + max(batch for batch, _ in self._grid))
         self._req_to_token[rows].zero_()
         written = torch.cat(self._written).long()
+        if (table := self._sliding_slots) is not None:
+            table[1 : used + 1] = 0
         for keys, values in self._kv_buffers():
             for buffer in (keys, values):
-                buffer.view(torch.uint8)[written] = 0
+                buffer.view(torch.uint8)[written[written < len(buffer)]] = 0
             if self._on_gpu:
                 keys[1 : used + 1].view(torch.uint8).zero_()
         backend.table.num_selected[rows].zero_()

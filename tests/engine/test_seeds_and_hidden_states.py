@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin
+from engine_process import ALLOW_TORCH, PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin
 from tiny_model import VOCAB, write_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -34,12 +34,6 @@ SEEDED: list[dict[str, Any]] = [
 LENGTHS = (1, 2, 9, 13, 20, 31)
 MODES = (True, "last", True, False, "last", True)
 SPARSESPEC: dict[str, Any] = {"speculative_algorithm": "SPARSESPEC", "sparsespec_speculate": "always"}
-ALLOW_TORCH = """
-def register():
-    from sglang.srt import server_args
-    server_args.add_deterministic_attention_backend_choices(["torch_native"])
-    server_args.add_radix_supported_deterministic_attention_backend_choices(["torch_native"])
-"""
 #: Drafts and verifications with the noise of the next position.
 SHIFT_NOISE = """
 def register():

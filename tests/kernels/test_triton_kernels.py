@@ -41,6 +41,7 @@ from sglang_sparsespec.attention_backend.kernels.reference import softmax_probab
 from sglang_sparsespec.attention_backend.kernels.triton_kernels import TritonKernels
 from sglang_sparsespec.attention_backend.kernels.triton_prefill_scores import Windows, window_scores
 from sglang_sparsespec.attention_backend.page_table import SelectionTable
+from sglang_sparsespec.attention_backend.sliding_window import SlidingWindow
 
 CPU_CASES = [
     Case("draft", g=1, d=64, lens=RAGGED, splits=0.01),
@@ -83,6 +84,18 @@ CPU_CASES = [
     Case("select", g=1, d=64, lens=(300, 12), budget=100, score_dtype="float16", values="signed"),
     Case("select", g=1, d=64, lens=(257, 300), budget=1, score_dtype="bfloat16", values="ties"),
     Case("growth", g=2, d=64, lens=(37, 0, 5), splits=100, hkv=1),
+    *[
+        Case("draft", g=8, d=64, lens=(40, 0, 9), splits=splits, hkv=1, sinks=True)
+        for splits in (0.01, 100)
+    ],
+    *[Case("verify", g=8, d=64, lens=(37, 0, 5), programs=n, hkv=1, sinks=True) for n in (1, 5)],
+    Case("exact", g=4, d=64, lens=(37, 0, 5), splits=100, sinks=True),
+    Case("prefill", g=4, d=64, lens=(37, 2, 70), splits=100, sinks=True),
+    # Windows shorter and longer than a block, in one part and in many; requests shorter than the window.
+    Case("sliding", g=4, d=64, lens=RAGGED, programs=1, splits=0.01, reach=11),
+    Case("sliding", g=6, d=64, lens=(150, 1), window=9, programs=5, splits=100, hkv=1, reach=40),
+    Case("sliding", g=8, d=64, lens=(90, 0, 20), programs=9, splits=100, hkv=1, reach=63, sinks=True),
+    Case("sliding", g=2, d=64, lens=(90, 20), programs=1, splits=0.01, hkv=1, reach=63, sinks=True),
 ]
 
 GPU_CASES = [
@@ -138,6 +151,14 @@ GPU_CASES = [
     ],
     Case("select", g=1, d=64, lens=(32768,) * 16, budget=1639, hkv=8, score_dtype="bfloat16", values="prob"),
     Case("growth", g=4, d=128, lens=LONG, budget=300, window=9, splits=4, hkv=8, block_n=0),
+    Case("draft", g=8, d=64, lens=LONG, budget=300, window=9, splits=6, hkv=8, block_n=0, sinks=True),
+    Case("draft", g=8, d=64, lens=LONG, budget=300, window=9, splits=0.01, hkv=8, block_n=0, sinks=True),
+    Case("verify", g=8, d=64, lens=LONG, window=9, programs=33, hkv=8, score_dtype="float16", block_n=0, sinks=True),
+    Case("exact", g=8, d=64, lens=LONG, window=9, splits=4, programs=33, hkv=8, block_n=0, sinks=True),
+    Case("prefill", g=8, d=64, lens=(1000, 3, 17, 4096), window=9, splits=4, hkv=8, block_n=0, sinks=True),
+    Case("sliding", g=8, d=64, lens=LONG, window=9, programs=33, splits=4, hkv=8, block_n=0, reach=127, sinks=True),
+    Case("sliding", g=4, d=256, lens=LONG, window=9, programs=132, splits=4, hkv=1, block_n=0, reach=511),
+    Case("sliding", g=2, d=128, lens=LONG, window=9, programs=33, splits=4, hkv=8, block_n=0, reach=1023),
 ]
 
 
@@ -202,7 +223,8 @@ def reference_scores(p: Problem, hint: torch.Tensor | None) -> tuple[torch.Tenso
         slots = p.req_to_token[row, : length + w].long()
         pos = torch.arange(length + w, device=p.device)
         mask = pos[None, :] <= pos[length:, None]
-        prob, lse = softmax_probabilities(p.qw[b * w : (b + 1) * w].float(), p.kv.k[slots].float(), p.kv.scaling, mask)
+        q, k = p.qw[b * w : (b + 1) * w].float(), p.kv.k[slots].float()
+        prob, lse = softmax_probabilities(q, k, p.kv.scaling, mask, p.kv.sinks)
         outs.append(weighted_values(prob, p.kv.v[slots].float()))
         lses[b] = lse.permute(2, 0, 1).reshape(w, p.hq)
         if hint is not None:
@@ -288,6 +310,41 @@ def check_rescored(p: Problem, kernels: TritonKernels) -> None:
     check_written(p, scores)
 
 
+def sliding_reference(p: Problem, window: int, q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``window`` queries per request over their own windows, from whole requests: outputs and LSE [B, window, Hq]."""
+    outs, lses = [], []
+    for b, (row, length) in enumerate(zip(p.rows.tolist(), p.lens.tolist(), strict=True)):
+        slots = p.req_to_token[row, : length + window].long()
+        pos = torch.arange(length + window, device=p.device)
+        mask = (pos[None, :] <= pos[length:, None]) & (pos[None, :] >= pos[length:, None] - p.case.reach)
+        queries, k = q[b * window : (b + 1) * window].float(), p.kv.k[slots].float()
+        prob, lse = softmax_probabilities(queries, k, p.kv.scaling, mask, p.kv.sinks)
+        outs.append(weighted_values(prob, p.kv.v[slots].float()))
+        lses.append(lse.permute(2, 0, 1).flatten(1))
+    return torch.cat(outs), torch.stack(lses)
+
+
+def check_sliding(p: Problem, kernels: TritonKernels) -> None:
+    """Layers with a sliding window: steps of one query, and verify windows."""
+    for window, q in ((1, p.q1), (p.case.window, p.qw)):
+        sliding = SlidingWindow(p.case.reach, p.req_to_token, object(), p.case.window)
+        view = sliding.view(p.rows, p.lens, window)
+        assert view.slots.shape == (p.batch, p.case.reach + window)
+        ref, exact = sliding_reference(p, window, q)
+        out, lse = torch.empty_like(ref), torch.empty_like(exact)
+        p.reference.plan_sliding(view, window).run(q.float(), p.exact_kv(), out, lse=lse)
+        assert rel_error(out, ref) < 1e-5 and (lse - exact).abs().max() < 1e-4
+        p.reference.plan_sliding(view, window).run(q.float(), p.exact_kv(), out)
+        assert rel_error(out, ref) < 1e-5
+        noise = torch.empty_like(exact).uniform_(-2, 2)
+        for hint in (exact + noise, torch.full_like(exact, -1e4), torch.full_like(exact, float("nan")), None):
+            out, lse = p.poison(*q.shape, dtype=p.dtype), torch.empty_like(exact)
+            poison_scratch(kernels)
+            kernels.plan_sliding(view, window).run(q, p.kv, out, lse_hint=hint, lse=lse)
+            assert rel_error(out, ref) < tolerance(p.dtype)
+            assert (lse - exact).abs().max() < 0.02
+
+
 def check_growth_of_all(p: Problem, kernels: TritonKernels) -> None:
     """Eager batches larger than the scratch was made for."""
     check_growth(p, kernels)
@@ -362,6 +419,7 @@ CHECKS = {
     "rescored": check_rescored,
     "select": check_select,
     "growth": check_growth_of_all,
+    "sliding": check_sliding,
 }
 
 

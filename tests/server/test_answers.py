@@ -99,8 +99,7 @@ def test_cases_end_in_every_way(expected: dict[int, tuple[Any, Any]]) -> None:
 def test_answers_are_plain_sglangs(model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path) -> None:
     """Rounds of all lengths, plain ones among them; every few rounds a request goes to the host."""
     environment = {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "2", **plain_rounds_plugin(tmp_path, every=2)}
-    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24"]
-    flags += ["--sparsespec-host-kv-gb", "0.1"]
+    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24", "--sparsespec-host-kv-gb", "0.1"]
     with serving(str(model), tmp_path / "server.log", *flags, environment=environment) as (server, client):
         assert_equal(answers(client.url, model), expected)
         state = client.state()
@@ -154,7 +153,7 @@ def register():
 def test_ends_by_sglangs_own_rule_are_found(model: Path, expected: dict[int, tuple[Any, Any]], tmp_path: Path) -> None:
     """The cases can fail: here a round's tokens are checked as one step."""
     environment = install_plugin(tmp_path, "zz_own_rule", OWN_RULE)
-    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24"]
+    flags = [*COMMON, "--max-total-tokens", "20000", "--sparsespec-min-budget", "24", "--sparsespec-host-kv-gb", "0.1"]
     with serving(str(model), tmp_path / "server.log", *flags, environment=environment) as (_, client):
         with pytest.raises(AssertionError, match="answers differ"):
             assert_equal(answers(client.url, model), expected)

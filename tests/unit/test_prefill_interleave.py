@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from sglang_sparsespec.scheduler_patch.prefill_interleave import decode_between_prefills
+from sglang_sparsespec.scheduler_patch.prefill_interleave import decode_between_prefills, tokens_of_room
 from sglang_sparsespec.settings import Settings
 
 GROWTH = 18
@@ -54,7 +54,7 @@ def scheduler(last: str | None = "prefill", **changes: Any) -> Any:
     return SimpleNamespace(
         **values,
         token_to_kv_pool_allocator=SimpleNamespace(available_size=lambda: values["free"]),
-        tree_cache=SimpleNamespace(evictable_size=lambda: values["evictable"]),
+        tree_cache=SimpleNamespace(supports_swa=lambda: False, evictable_size=lambda: values["evictable"]),
         draft_worker=SimpleNamespace(metrics=Metrics()),
     )
 
@@ -118,3 +118,17 @@ def test_rounds_leave_the_memory_that_the_chunks_to_come_need(free: int, evictab
 def test_without_a_prompt_in_mid_prefill_sglang_checks_the_memory() -> None:
     """It retracts requests if it must, which it cannot do with a prompt in mid-prefill."""
     assert choose(scheduler(chunked_req=None, waiting_queue=["a prompt"], free=0, evictable=0), Running(False)) == "round"
+
+
+@pytest.mark.parametrize(("pools", "room"), [((100, 5, 30, 8), 38), ((10, 5, 30, 8), 15)])
+def test_room_is_that_of_the_smaller_pool_where_windows_have_one_of_their_own(
+    pools: tuple[int, int, int, int], room: int
+) -> None:
+    full, full_evictable, swa, swa_evictable = pools
+    allocator = SimpleNamespace(full_available_size=lambda: full, swa_available_size=lambda: swa)
+    cache = SimpleNamespace(
+        supports_swa=lambda: True,
+        full_evictable_size=lambda: full_evictable,
+        swa_evictable_size=lambda: swa_evictable,
+    )
+    assert tokens_of_room(SimpleNamespace(token_to_kv_pool_allocator=allocator, tree_cache=cache)) == room

@@ -30,6 +30,16 @@ MLA_DIMS = {
     "v_head_dim": 16,
 }
 
+GPT_OSS: dict[str, Any] = {
+    "architectures": ["GptOssForCausalLM"],
+    "model_type": "gpt_oss",
+    "head_dim": 64,
+    "sliding_window": 64,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+
 #: What is wrong with each model, and its config.json as changes to a Llama's.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": (
@@ -43,18 +53,8 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 16,
         },
     ),
-    "qwen2_with_sliding_window": (
-        "sliding-window",
-        {
-            "architectures": ["Qwen2ForCausalLM"],
-            "model_type": "qwen2",
-            "use_sliding_window": True,
-            "sliding_window": 64,
-            "max_window_layers": 2,
-        },
-    ),
     "gemma2": (
-        "sliding-window",
+        "soft caps",
         {
             "architectures": ["Gemma2ForCausalLM"],
             "model_type": "gemma2",
@@ -62,18 +62,9 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "head_dim": 16,
         },
     ),
-    "gemma3": (
-        "sliding-window",
-        {
-            "architectures": ["Gemma3ForCausalLM"],
-            "model_type": "gemma3_text",
-            "sliding_window": 64,
-            "head_dim": 16,
-        },
-    ),
-    "olmo3": (
-        "sliding-window",
-        {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 64},
+    "cohere2_with_chunks": (
+        "attend within chunks",
+        {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "layer_types": ["chunked_attention"] * 4},
     ),
     "whisper": (
         "encoder-decoder",
@@ -453,21 +444,46 @@ def test_a_model_without_plain_grouped_query_attention_is_refused(
         resolve(model_path=path, disable_radix_cache=True)
 
 
-def test_a_model_with_plain_attention_is_accepted(resolve: Callable[..., Any], tmp_path: Path) -> None:
-    """Qwen2 names a sliding window in its config without using it."""
-    changes = {
+#: As in MODELS.
+SERVED: dict[str, dict[str, Any]] = {
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2"},
+    "qwen2_with_sliding_window": {  # SGLang serves it without
         "architectures": ["Qwen2ForCausalLM"],
         "model_type": "qwen2",
-        "use_sliding_window": False,
+        "use_sliding_window": True,
         "sliding_window": 64,
-    }
-    resolve(model_path=write_config(tmp_path / "qwen2", changes))
+        "max_window_layers": 2,
+    },
+    "gemma3": {
+        "architectures": ["Gemma3ForCausalLM"],
+        "model_type": "gemma3_text",
+        "sliding_window": 64,
+        "head_dim": 16,
+    },
+    "olmo3": {"architectures": ["Olmo3ForCausalLM"], "model_type": "olmo3", "sliding_window": 64},
+    "gpt_oss": GPT_OSS,
+}
+
+
+@pytest.mark.parametrize("model", SERVED)
+def test_models_with_grouped_query_attention_are_accepted(
+    resolve: Callable[..., Any], tmp_path: Path, model: str
+) -> None:
+    resolve(model_path=write_config(tmp_path / model, SERVED[model]))
+
+
+def test_the_host_tier_is_refused_where_windows_have_a_pool_of_their_own(
+    resolve: Callable[..., Any], tmp_path: Path
+) -> None:
+    with pytest.raises(ValueError, match="--sparsespec-host-kv-gb 1 .*sliding window"):
+        resolve(model_path=write_config(tmp_path / "gpt_oss", GPT_OSS), sparsespec_host_kv_gb=1)
 
 
 @pytest.mark.parametrize(
     ("change", "what"),
     [
-        ({"sliding_window_size": 64}, "a sliding window of 64 tokens"),
+        ({"use_irope": True}, "attention within chunks"),
+        ({"num_heads": 8}, "other heads than layer 0"),
         ({"logit_cap": 50.0}, "a logit soft cap of 50"),
         ({"is_cross_attention": True}, "cross attention"),
         ({"attn_type": "encoder_only"}, "cross attention"),
@@ -482,7 +498,7 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
     import torch
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
-    from sglang_sparsespec.attention_backend.layers import attention_layers
+    from sglang_sparsespec.attention_backend.layers import attention_layers, window_reach
 
     def layer(layer_id: int, **changes: Any) -> RadixAttention:
         if "attn_type" in changes:
@@ -505,6 +521,34 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
         attention_layers(torch.nn.ModuleList([layer(0), layer(1, **change)]))
     with pytest.raises(ValueError, match="no attention layers"):
         attention_layers(torch.nn.Linear(2, 2))
+    windows = [layer(0), layer(1, sliding_window_size=63), layer(2, sliding_window_size=63)]
+    assert [window_reach(found) for found in attention_layers(torch.nn.ModuleList(windows))] == [None, 63, 63]
+    with pytest.raises(ValueError, match="Layer 3 of this model has a sliding window of 31 tokens beside one of 63"):
+        attention_layers(torch.nn.ModuleList([*windows, layer(3, sliding_window_size=31)]))
+    with pytest.raises(ValueError, match="All layers of this model have a sliding window"):
+        attention_layers(torch.nn.ModuleList(windows[1:]))
+
+
+def test_sinks_are_found_beside_their_layers_and_nowhere_else() -> None:
+    import torch
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    from sglang_sparsespec.attention_backend.layers import attention_sinks, check_sinks
+
+    def block(layer_id: int) -> torch.nn.Module:
+        module = torch.nn.Module()
+        module.attn = RadixAttention(num_heads=4, head_dim=16, scaling=1.0, num_kv_heads=2, layer_id=layer_id)
+        return module
+
+    model = torch.nn.ModuleList([block(0), block(1)])
+    model[1].sinks = torch.nn.Parameter(torch.zeros(4))
+    found = attention_sinks(model)
+    assert list(found) == [1] and found[1] is model[1].sinks
+    check_sinks(None, found.get(0), 0)
+    check_sinks(model[1].sinks, found.get(1), 1)
+    for sinks, layer_id in ((torch.zeros(4), 0), (torch.zeros(4), 1), (None, 1)):
+        with pytest.raises(ValueError, match=f"Layer {layer_id} of this model has attention sinks"):
+            check_sinks(sinks, found.get(layer_id), layer_id)
 
 
 @pytest.fixture

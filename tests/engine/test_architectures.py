@@ -1,0 +1,209 @@
+"""Tokens under SPARSESPEC are plain SGLang's for tiny random models of each architecture (float32, CPU).
+
+Every run compares greedy outputs with what transformers computes from the same weights: an oracle that shares no attention
+with SGLang's backends. ``--all`` adds plain SGLang, with seeded sampling too, the unified schedule, and engines with a
+broken rule, whose outputs must differ.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from engine_process import (
+    ALLOW_TORCH,
+    PLAIN,
+    PLAIN_ENV,
+    EngineProcess,
+    install_plugin,
+    plain_rounds_plugin,
+)
+from tiny_architectures import CONFIGS, VOCAB, WINDOW, likeliest_tokens, write_tiny
+
+pytestmark = pytest.mark.slow
+
+#: Prompts that fit into a sliding window, that begin within one, and that are far longer; some are prefilled in chunks.
+LENGTHS = [3, 5, 9, WINDOW, 17, 26, 40, 60, 90, 150] * 3
+PROMPTS = [
+    torch.randint(0, VOCAB, (length,), generator=torch.Generator().manual_seed(number)).tolist()
+    for number, length in enumerate(LENGTHS)
+]
+NEW_TOKENS = 25
+COMMON: dict[str, Any] = {
+    "device": "cpu",
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_running_requests": 8,
+    "max_total_tokens": 4096,
+    "chunked_prefill_size": 64,
+    "log_level": "warning",
+}
+SPARSESPEC: dict[str, Any] = {
+    "speculative_algorithm": "SPARSESPEC",
+    "sparsespec_speculate": "always",
+    "speculative_num_steps": 4,
+    "sparsespec_min_budget": 8,
+}
+#: On a CPU SGLang's experts in torch read weights as Triton's kernels have them, not as those of ``triton_kernel``, which
+#: SGLang chooses for gpt-oss.
+OWN: dict[str, dict[str, Any]] = {"GptOssForCausalLM": {"moe_runner_backend": "triton"}}
+NEWER = ["Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"]
+WINDOWED = ["Gemma3ForCausalLM", "GptOssForCausalLM"]
+
+#: Rules that are broken, by the lines of a plugin that break them.
+BROKEN = {
+    "a window of one token more": """
+    from sglang_sparsespec.attention_backend.sliding_window import SlidingWindow
+    original = SlidingWindow.__init__
+    SlidingWindow.__init__ = lambda self, reach, *args: original(self, reach + 1, *args)
+""",
+    "no window at all": """
+    from sglang_sparsespec.attention_backend import backend
+    backend.window_reach = lambda layer: None
+""",
+    "no sinks": """
+    from dataclasses import replace
+    from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+    original = SparseSpecAttnBackend._kv_of
+    SparseSpecAttnBackend._kv_of = lambda self, layer: replace(original(self, layer), sinks=None)
+""",
+}
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("architectures")
+    return {architecture: write_tiny(architecture, folder / architecture) for architecture in CONFIGS}
+
+
+def greedy(engine: EngineProcess, prompts: list[list[int]] = PROMPTS) -> list[list[int]]:
+    sampling = {"temperature": 0.0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+    return [output["output_ids"] for output in engine.generate(input_ids=prompts, sampling_params=sampling)]
+
+
+def seeded(engine: EngineProcess) -> list[list[int]]:
+    sampling = [
+        {"temperature": 1.0, "sampling_seed": seed, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
+        for seed in range(len(PROMPTS))
+    ]
+    return [output["output_ids"] for output in engine.generate(input_ids=PROMPTS, sampling_params=sampling)]
+
+
+def assert_drafted(state: dict[str, Any]) -> None:
+    assert sum(state["sparsespec_accept_histogram"][1:]) > 30, "hardly any draft was accepted"
+    assert state["sparsespec_kv_read_share"] < 0.5
+
+
+@pytest.mark.parametrize("architecture", NEWER)
+def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Lock-step rounds of all lengths, and plain ones in between."""
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    with EngineProcess(plain_rounds_plugin(tmp_path), **args) as engine:
+        outputs = greedy(engine)
+        assert outputs == likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
+        assert len({tuple(output) for output in outputs}) > 20, "the model says the same whatever it is asked"
+        state = engine.state()
+        assert_drafted(state)
+        assert state["sparsespec_plain_rounds"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "own",
+    [{}, {"sparsespec_schedule": "unified"}, {"disable_radix_cache": True}, {"disable_overlap_schedule": True}],
+    ids=["lockstep", "unified", "no_radix_cache", "no_overlap"],
+)
+def test_slots_behind_windows_are_used_again(own: dict[str, Any], checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """gpt-oss with pools that are too small: one request has more tokens than the windows' pool, and others are retracted.
+
+    SGLang checks in every round that each slot has one owner, and at the end that none is lost.
+    """
+    env = {
+        "SGLANG_SWA_EVICTION_INTERVAL": "2",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+        **plain_rounds_plugin(tmp_path),
+    }
+    sizes = {"max_total_tokens": 900, "swa_full_tokens_ratio": 0.35, "log_level": "info"}
+    prompts = PROMPTS[-12:]
+    sampling = [{"temperature": 0.0, "max_new_tokens": 120, "ignore_eos": True} for _ in prompts]
+    sampling[-1]["max_new_tokens"] = 300  # after a prompt of 150
+    checkpoint = checkpoints["GptOssForCausalLM"]
+    with EngineProcess(
+        env, model_path=str(checkpoint), **{**COMMON, **OWN["GptOssForCausalLM"], **SPARSESPEC, **sizes, **own}
+    ) as engine:
+        for _ in range(2):  # the second time with what the radix cache has kept
+            outputs = [out["output_ids"] for out in engine.generate(input_ids=prompts, sampling_params=sampling)]
+            assert [len(output) for output in outputs] == [params["max_new_tokens"] for params in sampling]
+            assert outputs == likeliest_tokens(checkpoint, prompts, outputs)
+        assert_drafted(engine.state())
+        assert "Retract requests" in engine.log()
+
+
+# ---------------------------------------------------------------------- beside plain SGLang
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Plain SGLang's tokens for :data:`PROMPTS`."""
+
+    greedy: list[list[int]]
+    seeded: list[list[int]]
+
+
+@pytest.fixture(scope="module")
+def plain_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+    env = {**PLAIN_ENV, **install_plugin(tmp_path_factory.mktemp("site"), "zz_allow_torch", ALLOW_TORCH)}
+    found = {}
+    for architecture, checkpoint in checkpoints.items():
+        own = {"enable_deterministic_inference": True, **OWN.get(architecture, {})}
+        with EngineProcess(env, model_path=str(checkpoint), **COMMON, **own, **PLAIN) as engine:
+            found[architecture] = Answers(greedy(engine), seeded(engine))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", CONFIGS)
+def test_greedy_and_seeded_tokens_are_plain_sglangs(
+    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers], tmp_path: Path
+) -> None:
+    expected = plain_answers[architecture]
+    assert expected.greedy == likeliest_tokens(checkpoints[architecture], PROMPTS, expected.greedy)
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    with EngineProcess(plain_rounds_plugin(tmp_path), enable_deterministic_inference=True, **args) as engine:
+        assert greedy(engine) == expected.greedy
+        assert seeded(engine) == expected.seeded
+        state = engine.state()
+        assert_drafted(state)
+        assert state["sparsespec_plain_rounds"] > 10
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("architecture", WINDOWED)
+def test_tokens_of_unified_batches_are_plain_sglangs(
+    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers]
+) -> None:
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    with EngineProcess(enable_deterministic_inference=True, sparsespec_schedule="unified", **args) as engine:
+        assert greedy(engine) == plain_answers[architecture].greedy
+        assert seeded(engine) == plain_answers[architecture].seeded
+        assert_drafted(engine.state())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("architecture", "rule"),
+    [
+        *((architecture, rule) for architecture in WINDOWED for rule in ("a window of one token more", "no window at all")),
+        ("GptOssForCausalLM", "no sinks"),
+    ],
+)
+def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    env = install_plugin(tmp_path, "zz_broken", "def register():" + BROKEN[rule])
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    with EngineProcess(env, **args) as engine:
+        outputs = greedy(engine)
+    assert outputs != likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)

@@ -1,0 +1,109 @@
+"""Tiny random checkpoints of the architectures that people serve, in float32, and what transformers computes from them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+VOCAB = 64
+CONTEXT = 512
+#: Tokens that a layer with a sliding window attends to: far fewer than the tests' prompts have.
+WINDOW = 12
+
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": CONTEXT,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+    "tie_word_embeddings": False,
+    "dtype": "float32",
+}
+SLIDING, FULL = "sliding_attention", "full_attention"
+
+
+def _config(kind: str, **own: Any) -> Callable[[], Any]:
+    """Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves out then matters."""
+    return lambda: getattr(transformers, kind)(**{**COMMON, "initializer_range": 0.3, **own})
+
+
+#: By the name of the architecture as SGLang's model registry has it.
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "LlamaForCausalLM": _config("LlamaConfig"),
+    "Qwen2ForCausalLM": _config("Qwen2Config"),
+    "Qwen3ForCausalLM": _config("Qwen3Config", head_dim=32),
+    "Qwen3MoeForCausalLM": _config(
+        "Qwen3MoeConfig",
+        head_dim=32,
+        num_experts=8,
+        num_experts_per_tok=2,
+        moe_intermediate_size=32,
+        norm_topk_prob=True,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+    ),
+    "Gemma3ForCausalLM": _config(
+        "Gemma3TextConfig",
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        tie_word_embeddings=True,
+        sliding_window=WINDOW,
+        layer_types=[SLIDING, SLIDING, FULL, SLIDING],
+    ),
+    "GptOssForCausalLM": _config(
+        "GptOssConfig",
+        head_dim=32,
+        num_local_experts=8,
+        num_experts_per_tok=2,
+        sliding_window=WINDOW,
+        swiglu_limit=7.0,
+        layer_types=[SLIDING, FULL, SLIDING, FULL],
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": CONTEXT // 4,
+            "beta_fast": 32.0,
+            "beta_slow": 1.0,
+            "truncate": False,
+        },
+    ),
+}
+
+
+def write_tiny(architecture: str, folder: Path, seed: int = 0) -> Path:
+    """Write ``config.json`` and float32 safetensors of a random model of ``architecture``."""
+    torch.manual_seed(seed)
+    config = CONFIGS[architecture]()
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    assert type(model).__name__ == architecture
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if architecture == "Gemma3ForCausalLM" and "embed_tokens" in name:
+                weight.mul_(0.1)  # the model multiplies it by sqrt(hidden size), and each token would be followed by itself
+            elif architecture == "Gemma3ForCausalLM" and name == "model.norm.weight":
+                weight.fill_(9.0)  # for logits as large as the other models' have; the model adds 1
+            elif name.endswith(("bias", "sinks")):
+                weight.normal_(std=0.5)
+    model.save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def likeliest_tokens(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[int]]:
+    """The likeliest token in each output token's place, by transformers: the outputs themselves, if they are greedy."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    found = []
+    for prompt, output in zip(prompts, outputs, strict=True):
+        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+        found.append(logits.argmax(-1).tolist())
+    return found
