@@ -2,31 +2,66 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.cpu import bridges_plain
-from sglang_sparsespec.sglang_compat import ATTENTION_BACKENDS_OF, model_config_of
+from sglang_sparsespec.settings import is_sparsespec
+from sglang_sparsespec.sglang_compat import ATTENTION_BACKENDS_OF, DECLARES_RESOLUTION, model_config_of
 
 #: Models that SGLang serves with the backends of a list, since others have no attention sinks.
 WITH_SINKS = "GptOssForCausalLM"
 #: One of that list.
 LISTED = "triton"
 
+#: Whether SGLang is about to look for the backends of such a model in that list.
+_looks_for_sinks: ContextVar[bool] = ContextVar("sparsespec_looks_for_sinks", default=False)
 
-def attention_has_sinks(result: tuple[Any, Any], server_args: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
-    """The attention backends (of prefill and decoding) that SGLang looks for in the list of those with sinks.
+
+@contextmanager
+def _looking(server_args: Any) -> Iterator[None]:
+    served = is_sparsespec(server_args) or bridges_plain()
+    token = _looks_for_sinks.set(served and model_config_of(server_args).hf_config.architectures[0] == WITH_SINKS)
+    try:
+        yield
+    finally:
+        _looks_for_sinks.reset(token)
+
+
+def model_checks(original: Callable[..., None], server_args: Any) -> None:
+    """``ServerArgs._handle_model_specific_adjustments``: SGLang stops at backends that are not in its list.
 
     The list is a literal. The kernels here have sinks, and so has PyTorch's attention on CPU (``cpu.attention_on_cpu``).
     """
+    with _looking(server_args):
+        original(server_args)
+
+
+def model_checks_of_a_step(server_args: Any, previous: Callable[[Any], None]) -> None:
+    """Resolution step ``handle_model_specific_adjustments``: as :func:`model_checks`."""
+    with _looking(server_args):
+        previous(server_args)
+
+
+def attention_has_sinks(result: tuple[Any, Any], *args: Any, **kwargs: Any) -> tuple[Any, Any] | None:
+    """What SGLang looks for in its list: a backend of the list for each (of prefill and decoding) that has sinks too."""
     unlisted = {ATTENTION_BACKEND, "torch_native"} if bridges_plain() else {ATTENTION_BACKEND}
-    if not unlisted.intersection(result) or model_config_of(server_args).hf_config.architectures[0] != WITH_SINKS:
+    if not _looks_for_sinks.get() or not unlisted.intersection(result):
         return None  # None keeps the original result
     prefill, decode = (LISTED if name in unlisted else name for name in result)
     return prefill, decode
 
 
 def register_hooks() -> None:
-    """Register the hook of this module."""
+    """Register the hooks of this module."""
     add_hook(ATTENTION_BACKENDS_OF, attention_has_sinks, "after")
+    if DECLARES_RESOLUTION:
+        from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
+
+        register_resolution_hook("handle_model_specific_adjustments")(model_checks_of_a_step)
+    else:
+        add_hook("sglang.srt.server_args.ServerArgs._handle_model_specific_adjustments", model_checks, "around")

@@ -200,6 +200,13 @@ def attention_on_cpu(
     return torch.cat(outputs).flatten(1)
 
 
+def soft_cap_on_cpu(original: Callable[..., torch.Tensor], full_logits: torch.Tensor, cap: float) -> torch.Tensor:
+    """``softcap.softcap_inplace_logits``: SGLang caps the logits of the next token (Gemma 2) in Triton, in place."""
+    if full_logits.is_cuda:
+        return original(full_logits, cap)
+    return full_logits.div_(cap).tanh_().mul_(cap)
+
+
 # ------------------------------------------------------------------------------ streams
 
 
@@ -382,6 +389,7 @@ def register_hooks() -> None:
     for name in ("forward_extend", "forward_decode"):
         target = f"sglang.srt.layers.attention.torch_native_backend.TorchNativeAttnBackend.{name}"
         add_hook(target, attention_on_cpu, "around")
+    add_hook("sglang.kernels.ops.activation.softcap.softcap_inplace_logits", soft_cap_on_cpu, "around")
     add_hook("sglang.srt.mem_cache.allocation.assign_req_to_token_pool_func", assign_slots_on_cpu, "around")
     add_hook("sglang.srt.managers.overlap_utils.FutureMap._resolve_spec_extras", relay_on_cpu, "around")
     grammars = "sglang.srt.constrained.xgrammar_backend."
