@@ -557,7 +557,8 @@ class SparseSpecAttnBackend(AttentionBackend):
         k, v = self.token_to_kv_pool.get_kv_buffer(layer.layer_id)
         k_descale, _ = kv_descales(layer)
         sinks = self._sinks.get(layer.layer_id)
-        return LayerKV(k, v, layer.scaling * k_descale, self._index[layer.layer_id], sinks)
+        index = self._index[layer.layer_id]
+        return LayerKV(k, v, layer.scaling * k_descale, index, sinks, float(layer.logit_cap or 0))
 
     def _slots_to_write(self, layer: RadixAttention, forward_batch: ForwardBatch) -> torch.Tensor:
         """int64 [tokens]: where the layer's keys and values of the forward's tokens go, in the pool of its layers."""

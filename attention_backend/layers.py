@@ -16,8 +16,8 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
     """The model's attention layers in order, refused if one of them is not grouped-query attention as the kernels have it.
 
     Raises:
-        ValueError: a layer has a soft cap, chunked or cross attention, other dims than the others, or a window other than
-            theirs; or no layer has full attention.
+        ValueError: a layer has a cap that is none by tanh, chunked or cross attention, other dims than the rest, or another
+            window than theirs; or no layer has full attention.
     """
     from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
 
@@ -32,8 +32,10 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
 
     reaches = [reach for layer in layers if (reach := window_reach(layer)) is not None]
     for layer in layers:
-        if layer.logit_cap:
-            refuse(layer, f"a logit soft cap of {layer.logit_cap}")
+        if layer.logit_cap and layer.logit_capping_method != "tanh":
+            refuse(layer, f"a logit cap by {layer.logit_capping_method}")
+        if layer.xai_temperature_len > 0:
+            refuse(layer, "a temperature by length")
         if layer.use_irope:
             refuse(layer, "attention within chunks")
         if layer.is_cross_attention or layer.attn_type != AttentionType.DECODER:

@@ -178,10 +178,16 @@ def commands(path: Path) -> list[str]:
     model = f"--model-path {path} --load-format dummy"
     tokens = '--engine-args \'{"skip_tokenizer_init": true}\''
     speculates = "sparsespec sparsespec:pillar:unified"
+    engines = "plain sparsespec"
+    if "num_experts_per_tok" in SHAPES[path.name] and "quantization_config" not in SHAPES[path.name]:
+        # The copies are for Triton's experts; SGLang's choice for gpt-oss is another.
+        with_experts = " sparsespec,sparsespec_draft_weights=fp8_experts,moe_runner_backend=triton"
+        speculates += with_experts
+        engines += with_experts
     return [
         f"python benchmarks/parity.py {model} {tokens} --random-tokens 40,400,4000 --max-new-tokens 64 "
         f"--engines plain:triton {speculates} --results {path.name}-parity.jsonl",
-        f"SGLANG_SIMULATE_ACC_LEN={ACCEPT_LENGTH} python benchmarks/throughput.py {model} --engines plain sparsespec "
+        f"SGLANG_SIMULATE_ACC_LEN={ACCEPT_LENGTH} python benchmarks/throughput.py {model} --engines {engines} "
         f"--loads {' '.join(LOADS)} --results {path.name}-throughput.jsonl",
     ]
 

@@ -161,9 +161,9 @@ def attention_on_cpu(
     save_kv_cache: bool = True,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``TorchNativeAttnBackend.forward_extend`` and ``forward_decode``: SGLang's attention in torch lacks two things.
+    """``TorchNativeAttnBackend.forward_extend`` and ``forward_decode``: SGLang's attention in torch lacks three things.
 
-    It has no sinks, and in a pool of the layers with a sliding window it reads the slots of the other pool.
+    It has no sinks and no soft caps, and in a pool of the layers with a sliding window it reads the slots of the other pool.
 
     Args:
         q: [tokens, Hq * D]; k, v: [tokens, Hkv, D].
@@ -171,7 +171,7 @@ def attention_on_cpu(
     """
     windowed = layer.sliding_window_size is not None and layer.sliding_window_size >= 0
     has_own_pool = windowed and backend.swa_out_cache_loc is not None
-    if not runs_on_bridge() or (sinks is None and not has_own_pool):
+    if not runs_on_bridge() or not (sinks is not None or has_own_pool or layer.logit_cap):
         given = {} if sinks is None else {"sinks": sinks}
         return original(backend, q, k, v, layer, forward_batch, save_kv_cache, **given)
     pool = backend.token_to_kv_pool
@@ -193,7 +193,8 @@ def attention_on_cpu(
         if windowed:
             visible &= position >= query_position - layer.sliding_window_size
         part = queries[first : first + extend]
-        probabilities, _ = softmax_probabilities(part, keys[slots], layer.scaling, visible, sinks)
+        softmax = (keys[slots], layer.scaling, visible, sinks, layer.logit_cap or 0.0)
+        probabilities, _ = softmax_probabilities(part, *softmax)
         outputs.append(weighted_values(probabilities, values[slots]).to(q.dtype))
         first += extend
     return torch.cat(outputs).flatten(1)

@@ -13,7 +13,7 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_WEIGHTS
 from sglang_sparsespec.attention_backend.backend import backend_in_use
 from sglang_sparsespec.draft_weights.copies import DraftWeights, attach_draft_weights, draft_weights_of
 from sglang_sparsespec.hook_registry import add_hook
-from sglang_sparsespec.settings import FP8_WEIGHTS, is_sparsespec, settings_of
+from sglang_sparsespec.settings import FP8_EXPERTS, is_sparsespec, settings_of
 from sglang_sparsespec.sglang_compat import WEIGHT_UPDATES, in_force
 
 logger = logging.getLogger(__name__)
@@ -25,20 +25,25 @@ def copy_weights(result: Any, model_runner: Any, *args: Any, **kwargs: Any) -> N
     The copies are made here, so that the pool leaves room for them.
     """
     server_args = model_runner.server_args
-    if not is_sparsespec(server_args) or settings_of(server_args).draft_weights != FP8_WEIGHTS:
+    if not is_sparsespec(server_args) or not settings_of(server_args).has_fp8_drafts:
         return
+    with_experts = settings_of(server_args).draft_weights == FP8_EXPERTS
     # As the weights themselves, so that they leave the GPU and come back together.
     with model_runner.memory_saver_adapter.region(
         GPU_MEMORY_TYPE_WEIGHTS, enable_cpu_backup=in_force(server_args).enable_weights_cpu_backup
     ):
-        weights = DraftWeights(model_runner.model)
+        weights = DraftWeights(model_runner.model, with_experts)
+    if with_experts and not weights.has_experts:
+        logger.warning(
+            "Drafts use the model's own experts: none are of 16 bits and run in Triton (--moe-runner-backend triton)."
+        )
     if not len(weights):
         logger.warning(
             "Drafts use the model's own weights: it has no linear layers of 16 bits or more that could be copied in FP8."
         )
         return
     attach_draft_weights(model_runner, weights)
-    logger.info("FP8 draft weights: %d linear layers, %.2f GB.", len(weights), weights.nbytes / 1e9)
+    logger.info("FP8 draft weights: %s.", weights)
 
 
 def use_copy(
@@ -51,6 +56,13 @@ def use_copy(
     """``UnquantizedLinearMethod.apply``: SGLang multiplies with the model's weights; a draft step may use their copy."""
     out = _product_of_copy(layer, x, bias)
     return original(method, layer, x, bias) if out is None else out
+
+
+def use_copy_of_experts(original: Callable[..., Any], method: Any, layer: torch.nn.Module, dispatch_output: Any) -> Any:
+    """``UnquantizedFusedMoEMethod.apply``: as :func:`use_copy`, for the experts of a layer."""
+    weights = weights_in_use()
+    out = weights.experts(layer, method, dispatch_output) if weights is not None else None
+    return original(method, layer, dispatch_output) if out is None else out
 
 
 def use_copy_of_head(
@@ -116,6 +128,8 @@ def register_hooks() -> None:
     """Register the hooks of this module."""
     add_hook("sglang.srt.model_executor.model_runner.ModelRunner.load_model", copy_weights, "after")
     add_hook("sglang.srt.layers.quantization.unquant.UnquantizedLinearMethod.apply", use_copy, "around")
+    experts = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod.apply"
+    add_hook(experts, use_copy_of_experts, "around")
     add_hook("sglang.srt.layers.logits_processor.LogitsProcessor._compute_lm_head", use_copy_of_head, "around")
     add_hook("sglang.srt.layers.layernorm.RMSNorm.forward_cuda", quantise_norm, "around")
     add_hook("sglang.srt.layers.activation.SiluAndMul.forward_cuda", quantise_activation, "around")

@@ -293,6 +293,7 @@ REQUEST_RULES: dict[str, Rule] = {
     "routed_dp_rank": INTEGER,
     "disagg_prefill_dp_rank": INTEGER,
     "routing_key": TEXT,
+    "lora_id": Rule(lambda value, _: False, "absent: SGLang sets it, by lora_path"),
     "http_worker_ipc": Rule(lambda value, _: False, "absent: SGLang sets it between its own processes"),
 }
 #: Fields that not every supported SGLang has.

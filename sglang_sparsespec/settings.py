@@ -75,8 +75,8 @@ KERNELS = ("auto", "torch", "triton", "flashinfer")
 SCHEDULES = ("lockstep", "unified")
 ALWAYS, AUTO, NEVER = "always", "auto", "never"
 SPECULATE = (ALWAYS, AUTO, NEVER)
-MODEL_WEIGHTS, FP8_WEIGHTS = "model", "fp8"
-DRAFT_WEIGHTS = (AUTO, MODEL_WEIGHTS, FP8_WEIGHTS)
+MODEL_WEIGHTS, FP8_WEIGHTS, FP8_EXPERTS = "model", "fp8", "fp8_experts"
+DRAFT_WEIGHTS = (AUTO, MODEL_WEIGHTS, FP8_WEIGHTS, FP8_EXPERTS)
 #: ``--sparsespec-host-kv-gb auto``: a share of the free memory (``support.AUTO_HOST_KV_SHARE``).
 AUTO_HOST_KV = "auto"
 
@@ -214,10 +214,16 @@ class Settings:
     draft_weights: str = _setting(
         AUTO,
         "Weights that draft steps multiply with: 'model' the model's own; 'fp8' an FP8 copy of its linear layers, of half "
-        "their size, which verification never uses; 'auto' is fp8 on GPUs that have it, for models of 16 bits.",
+        "their size, which verification never uses; 'fp8_experts' one of a mixture's experts too; 'auto' is fp8 on GPUs "
+        "that have it, for models of 16 bits.",
         choices=DRAFT_WEIGHTS,
     )
     prefill_beside_decoding: bool = False
+
+    @property
+    def has_fp8_drafts(self) -> bool:
+        """Whether draft steps multiply with FP8 copies."""
+        return self.draft_weights in (FP8_WEIGHTS, FP8_EXPERTS)
 
     @property
     def has_host_tier(self) -> bool:

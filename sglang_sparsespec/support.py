@@ -110,14 +110,14 @@ REFUSALS: tuple[Refusal, ...] = (
         "use --sparsespec-kernels auto",
     ),
     Refusal(
-        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.settings.schedule == "unified",
-        "--sparsespec-draft-weights fp8 together with --sparsespec-schedule unified",
+        lambda c: c.settings.has_fp8_drafts and c.settings.schedule == "unified",
+        "--sparsespec-draft-weights {settings.draft_weights} together with --sparsespec-schedule unified",
         "its drafts and verifications share every product with the weights",
         "use --sparsespec-draft-weights model or --sparsespec-schedule lockstep",
     ),
     Refusal(
-        lambda c: c.settings.draft_weights == FP8_WEIGHTS and c.args.device == "cuda" and not has_fp8(),
-        "--sparsespec-draft-weights fp8",
+        lambda c: c.settings.has_fp8_drafts and c.args.device == "cuda" and not has_fp8(),
+        "--sparsespec-draft-weights {settings.draft_weights}",
         "the GPU's compute capability is below 8.9",
         "use --sparsespec-draft-weights model",
     ),
@@ -312,10 +312,6 @@ def _has_chunks(model: ModelConfig) -> bool:
     return "chunked_attention" in (getattr(model.hf_text_config, "layer_types", None) or ())
 
 
-def _has_soft_cap(model: ModelConfig) -> bool:
-    return bool(getattr(model.hf_text_config, "attn_logit_softcapping", None))
-
-
 def _is_recurrent(model: ModelConfig) -> bool:
     from sglang.srt.configs.hybrid_arch import linear_attn_model_spec, mambaish_config
 
@@ -327,7 +323,6 @@ MODEL_REFUSALS: tuple[tuple[Callable[[ModelConfig], bool], str], ...] = (
     (lambda model: not model.is_generation, "models that do not generate text are"),
     (_has_mla, "multi-head latent attention (MLA) is"),
     (_has_chunks, "layers that attend within chunks are"),
-    (_has_soft_cap, "soft caps on attention logits are"),
     (lambda model: model.is_encoder_decoder, "encoder-decoder models are"),
     (lambda model: model.is_multimodal, "multimodal models are"),
     (_is_recurrent, "models with recurrent layers are"),

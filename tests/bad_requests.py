@@ -69,6 +69,7 @@ BAD_REQUESTS: list[tuple[str, dict[str, Any]]] = [
     *(("session_params", {"session_params": value}) for value in ({"id": []}, {"id": "a", "offset": "x"}, {"x": 1})),
     ("positional_embed_overrides", {"positional_embed_overrides": {"embeds": [[1.0]], "positions": [0]}}),
     ("http_worker_ipc", {"http_worker_ipc": "ipc://x"}),
+    *(("lora_id", {"lora_id": value}) for value in ("x", [], ["x"])),
     ("multi_item_delimiter_indices", {"multi_item_delimiter_indices": [1]}),
     ("rid", {"rid": ["a"]}),
     ("decode_tp_size", {"text": ["a", "b"], "decode_tp_size": [1]}),

@@ -40,6 +40,7 @@ LONGEST_FIRST = (
     "engine/test_kv_manager.py",
     "engine/test_lora.py",
     "engine/test_seeds_and_hidden_states.py",
+    "engine/test_architectures.py",
     "rounds/test_unified_rounds.py",
     "tools/test_scripts.py",
     "unit/test_internal_state.py",

@@ -46,6 +46,7 @@ class Case:
         wide: caches that need 64-bit offsets (on CPU: that are taken to).
         sinks: query heads have attention sinks.
         reach: of a sliding window.
+        soft_cap: of logits, 0 for none.
     """
 
     kernel: str
@@ -63,6 +64,7 @@ class Case:
     wide: bool = False
     sinks: bool = False
     reach: int = 0
+    soft_cap: float = 0.0
 
     @property
     def name(self) -> str:
@@ -70,7 +72,7 @@ class Case:
         return (
             f"{self.kernel}-g{self.g}-d{self.d}-w{self.window}-{lens}-s{self.splits:g}-p{self.programs}"
             f"-{self.score_dtype}-{self.values}{'-wide' if self.wide else ''}{'-sinks' if self.sinks else ''}"
-            f"{f'-r{self.reach}' if self.reach else ''}"
+            f"{f'-r{self.reach}' if self.reach else ''}{f'-c{self.soft_cap:g}' if self.soft_cap else ''}"
         )
 
 
@@ -149,7 +151,7 @@ class Problem:
             k, v = spread(k), spread(v)
         # About as large as the log-sum-exp of the tokens, some far larger, some far smaller.
         sinks = (2 * torch.randn(self.hq, generator=gen) + 3).to(device, dtype) if case.sinks else None
-        self.kv = LayerKV(k, v, d**-0.5, LAYER, sinks)
+        self.kv = LayerKV(k, v, d**-0.5, LAYER, sinks, case.soft_cap)
         self.req_to_token = req_to_token.to(device)
         # SGLang passes int64 lengths and row indices; int32 must work too (seed picks).
         index = torch.int32 if seed % 2 else torch.int64

@@ -31,6 +31,8 @@ KINDS: dict[str, tuple[Sampling, int]] = {
     "frequency penalty": (Sampling(frequency_penalty=2.0), 38),
     "presence penalty": (Sampling(presence_penalty=-1.5, top_p=0.9), 50),
     "repetition penalty": (Sampling(repetition_penalty=0.5), 47),
+    # The first round's window has a row in which the text must not end, and rows in which it may.
+    "min_new_tokens": (Sampling(min_new_tokens=2, stop_token_ids=(1, 4)), 43),
 }
 
 

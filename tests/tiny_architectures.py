@@ -28,6 +28,7 @@ COMMON: dict[str, Any] = {
     "tie_word_embeddings": False,
     "dtype": "float32",
 }
+GEMMA = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
@@ -59,6 +60,16 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         sliding_window=WINDOW,
         layer_types=[SLIDING, SLIDING, FULL, SLIDING],
     ),
+    "Gemma2ForCausalLM": _config(
+        "Gemma2Config",
+        hidden_act="gelu_pytorch_tanh",  # published under both names; SGLang reads this one
+        head_dim=32,
+        query_pre_attn_scalar=32,
+        tie_word_embeddings=True,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=1.5,
+        layer_types=[SLIDING, FULL, SLIDING, FULL],
+    ),
     "GptOssForCausalLM": _config(
         "GptOssConfig",
         head_dim=32,
@@ -88,9 +99,9 @@ def write_tiny(architecture: str, folder: Path, seed: int = 0) -> Path:
     assert type(model).__name__ == architecture
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if architecture == "Gemma3ForCausalLM" and "embed_tokens" in name:
+            if architecture in GEMMA and "embed_tokens" in name:
                 weight.mul_(0.1)  # the model multiplies it by sqrt(hidden size), and each token would be followed by itself
-            elif architecture == "Gemma3ForCausalLM" and name == "model.norm.weight":
+            elif architecture in GEMMA and name == "model.norm.weight":
                 weight.fill_(9.0)  # for logits as large as the other models' have; the model adds 1
             elif name.endswith(("bias", "sinks")):
                 weight.normal_(std=0.5)

@@ -72,8 +72,10 @@ class Sampling:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     repetition_penalty: float = 1.0
+    min_new_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
 
-    def as_request(self, max_new_tokens: int) -> dict[str, float | int | bool]:
+    def as_request(self, max_new_tokens: int) -> dict[str, float | int | bool | list[int]]:
         """The ``sampling_params`` of a request."""
         return {
             "temperature": self.temperature,
@@ -83,8 +85,10 @@ class Sampling:
             "frequency_penalty": self.frequency_penalty,
             "presence_penalty": self.presence_penalty,
             "repetition_penalty": self.repetition_penalty,
+            "min_new_tokens": self.min_new_tokens,
             "max_new_tokens": max_new_tokens,
-            "ignore_eos": True,
+            "stop_token_ids": list(self.stop_token_ids),
+            "ignore_eos": not self.stop_token_ids,
         }
 
     def penalised(self, logits: torch.Tensor, output: Sequence[int]) -> torch.Tensor:
@@ -93,6 +97,8 @@ class Sampling:
         for token in set(output):
             logit = logits[token] - output.count(token) * self.frequency_penalty - self.presence_penalty
             logits[token] = logit * self.repetition_penalty if logit < 0 else logit / self.repetition_penalty
+        if len(output) < self.min_new_tokens:
+            logits[list(self.stop_token_ids)] = -torch.inf
         return logits
 
     def distribution(self, logits: torch.Tensor) -> torch.Tensor:
@@ -131,7 +137,7 @@ def greedy_continuation(folder: str | Path, prompt: list[int], length: int) -> l
 def sequence_probabilities(
     folder: Path, prompt: list[int], length: int, sampling: Sampling
 ) -> dict[tuple[int, ...], float]:
-    """Probability of every sequence of ``length`` tokens that may follow ``prompt``.
+    """Probability of every sequence that may follow ``prompt``: ``length`` tokens, fewer where one of them is a stop token.
 
     Computed by transformers from the same weights, with plain full attention; sequences
     of probability 0 are left out.
@@ -139,10 +145,10 @@ def sequence_probabilities(
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     sequences: dict[tuple[int, ...], float] = {(): 1.0}
     for _ in range(length):
-        prefixes = list(sequences)
+        extended = {prefix: prob for prefix, prob in sequences.items() if set(prefix) & set(sampling.stop_token_ids)}
+        prefixes = [prefix for prefix in sequences if prefix not in extended]
         inputs = torch.tensor([prompt + list(prefix) for prefix in prefixes])
         logits = torch.cat([model(chunk).logits[:, -1] for chunk in inputs.split(512)])
-        extended: dict[tuple[int, ...], float] = {}
         for prefix, row in zip(prefixes, logits, strict=True):
             for token, prob in enumerate(sampling.distribution(sampling.penalised(row, prefix)).tolist()):
                 if prob > 0:

@@ -273,10 +273,10 @@ class FlashInferKernels(TritonKernels):
         """Run FlashInfer over the lists of ``bucket``.
 
         Raises:
-            ValueError: caches that are not contiguous, or too large for page ids of 32 bits, or attention sinks.
+            ValueError: caches that are not contiguous, or too large for page ids of 32 bits; attention sinks, or a soft cap.
         """
-        if kv.sinks is not None:
-            raise ValueError(f"FlashInfer draft attention has no attention sinks; {REMEDY}.")
+        if kv.sinks is not None or kv.soft_cap:
+            raise ValueError(f"FlashInfer draft attention has neither sinks nor soft caps here; {REMEDY}.")
         if not (kv.k.is_contiguous() and kv.v.is_contiguous()):
             raise ValueError(f"FlashInfer draft attention needs contiguous KV caches; {REMEDY}.")
         if kv.k.shape[0] * kv.k.shape[1] >= 2**31:

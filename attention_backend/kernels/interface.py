@@ -67,6 +67,7 @@ class LayerKV:
         index: of the layer in ``SelectionTable.positions``, if it has full attention.
         sinks: float [Hq], contiguous: logits that are in every query's softmax beside its tokens, with values of 0
             (gpt-oss); None for a layer without. Log-sum-exps and probabilities are those with the sinks.
+        soft_cap: logits s become soft_cap * tanh(s / soft_cap) (Gemma 2); 0: they stay as they are.
     """
 
     k: torch.Tensor
@@ -74,6 +75,7 @@ class LayerKV:
     scaling: float
     index: int
     sinks: torch.Tensor | None = None
+    soft_cap: float = 0.0
 
 
 class DraftAttention(Protocol):

@@ -47,7 +47,12 @@ def attention_inputs(
 
 
 def softmax_probabilities(
-    q: torch.Tensor, k: torch.Tensor, scaling: float, mask: torch.Tensor | None, sinks: torch.Tensor | None = None
+    q: torch.Tensor,
+    k: torch.Tensor,
+    scaling: float,
+    mask: torch.Tensor | None,
+    sinks: torch.Tensor | None = None,
+    soft_cap: float = 0.0,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Softmax probabilities and log-sum-exp in float32.
 
@@ -55,7 +60,7 @@ def softmax_probabilities(
         q: [queries, Hq, D].
         k: [tokens, Hkv, D].
         mask: bool [queries, tokens], True where visible; None: everything is.
-        sinks: [Hq], as ``interface.LayerKV.sinks``.
+        sinks, soft_cap: as in ``interface.LayerKV``.
 
     Returns:
         probabilities [Hkv, g, queries, tokens] and lse [Hkv, g, queries].
@@ -63,13 +68,18 @@ def softmax_probabilities(
     queries, num_q_heads, dim = q.shape
     num_kv_heads = k.shape[1]
     grouped = q.float().view(queries, num_kv_heads, num_q_heads // num_kv_heads, dim)
-    logits = torch.einsum("rhgd,thd->hgrt", grouped, k.float()) * scaling
+    logits = capped(torch.einsum("rhgd,thd->hgrt", grouped, k.float()) * scaling, soft_cap)
     if mask is not None:
         logits.masked_fill_(~mask, float("-inf"))
     lse = torch.logsumexp(logits, dim=-1)
     if sinks is not None:
         lse = torch.logaddexp(lse, sinks.float().view(num_kv_heads, -1, 1))
     return torch.exp(logits - lse.unsqueeze(-1)), lse
+
+
+def capped(logits: torch.Tensor, soft_cap: float) -> torch.Tensor:
+    """``logits`` under the soft cap of ``interface.LayerKV``."""
+    return soft_cap * torch.tanh(logits / soft_cap) if soft_cap else logits
 
 
 def weighted_values(probabilities: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -120,7 +130,7 @@ class ReferenceDraft:
             out.zero_()
             return
         index = torch.arange(width, device=q.device).unsqueeze(0)
-        plain = lse is None and kv.sinks is None
+        plain = lse is None and kv.sinks is None and not kv.soft_cap
         if plain and width == int(lengths.max()) and not counts.any() and not start.any():
             # Everything is attended to (the policy ``full``), so all heads read the same slots.
             _attend_to_all(q, kv, self.req_to_token[rows, :width].long(), index < lengths, out)
@@ -135,7 +145,7 @@ class ReferenceDraft:
         slots = self.req_to_token[rows[:, None, None], position].long()  # [B, Hkv, width]
         heads = torch.arange(num_kv_heads, device=q.device).view(1, -1, 1)
         grouped = q.float().view(batch, num_kv_heads, num_q_heads // num_kv_heads, dim)
-        logits = grouped @ kv.k[slots, heads].float().transpose(-1, -2) * kv.scaling
+        logits = capped(grouped @ kv.k[slots, heads].float().transpose(-1, -2) * kv.scaling, kv.soft_cap)
         logits.masked_fill_(~visible.unsqueeze(2), float("-inf"))
         log_sums = torch.logsumexp(logits, dim=-1)
         if kv.sinks is not None:
@@ -172,7 +182,7 @@ class ReferenceVerify:
         lse: torch.Tensor | None = None,
     ) -> None:
         window = self.window
-        if window == 1 and scores is None and lse is None and kv.sinks is None:
+        if window == 1 and scores is None and lse is None and kv.sinks is None and not kv.soft_cap:
             # One token each: all requests at once, since on CPU a loop over them would cost more than the attention itself.
             totals = self.lengths.long().unsqueeze(1) + 1
             width = int(totals.max())
@@ -190,7 +200,8 @@ class ReferenceVerify:
             mask = position <= query_position
             if self.reach is not None:
                 mask &= position >= query_position - self.reach
-            probabilities, log_sums = softmax_probabilities(q[queries], kv.k[slots], kv.scaling, mask, kv.sinks)
+            softmax = (kv.k[slots], kv.scaling, mask, kv.sinks, kv.soft_cap)
+            probabilities, log_sums = softmax_probabilities(q[queries], *softmax)
             if lse is not None:
                 lse[b] = log_sums.permute(2, 0, 1).flatten(1)
             out[queries] = weighted_values(probabilities, kv.v[slots]).to(out.dtype)
@@ -221,7 +232,8 @@ class ReferencePrefillScores:
             query_position = torch.arange(length, total, device=q.device).unsqueeze(1)
             mask = torch.arange(total, device=q.device).unsqueeze(0) <= query_position
             queries = q[last - num_queries : last]
-            probabilities, _ = softmax_probabilities(queries, kv.k[slots], kv.scaling, mask, kv.sinks)
+            softmax = (kv.k[slots], kv.scaling, mask, kv.sinks, kv.soft_cap)
+            probabilities, _ = softmax_probabilities(queries, *softmax)
             scores[b, :, :length] = probabilities[..., :length].mean(dim=(1, 2)).to(scores.dtype)
 
 

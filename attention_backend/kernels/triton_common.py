@@ -31,6 +31,16 @@ def kv_offsets(slot, stride_slot, offs_d, WIDE: tl.constexpr):
 
 
 @triton.jit
+def capped(logits2, CAP2: tl.constexpr):
+    """Log2 logits under a soft cap of ``CAP2`` (log2 too); 0: as they are."""
+    if CAP2 > 0:
+        # CAP2 * tanh(logits2 / CAP2), by an exponential that may overflow to infinity.
+        return CAP2 - 2.0 * CAP2 / (tl.exp2(logits2 * (2.0 * 1.4426950408889634 / CAP2)) + 1.0)
+    else:
+        return logits2
+
+
+@triton.jit
 def with_sinks(acc, lse2, sinks2):
     """Outputs [M, D] and log2-sum-exps [M] of rows, once their ``sinks2`` (log2 logits, [M]) are in the softmax too."""
     top = tl.maximum(lse2, sinks2)

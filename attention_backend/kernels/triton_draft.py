@@ -29,6 +29,7 @@ from sglang_sparsespec.attention_backend.kernels.triton_common import (
     LN2,
     LOG2E,
     Scratch,
+    capped,
     is_wide,
     kv_offsets,
     num_splits,
@@ -111,6 +112,7 @@ def _draft_kernel(
     STAGES: tl.constexpr,
     HAS_LSE: tl.constexpr,
     SINKS: tl.constexpr,
+    CAP2: tl.constexpr,
     WIDE: tl.constexpr,
     PDL: tl.constexpr,
 ):
@@ -159,7 +161,7 @@ def _draft_kernel(
         slot = slots_of(raw, index + BLOCK_N, n_sel, tail, last, r2t_base)
         raw = raw_positions(pos_base, index + 2 * BLOCK_N, cap)
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-        qk = tl.where(index[None, :] < end, qk * scale_log2, float("-inf"))
+        qk = tl.where(index[None, :] < end, capped(qk * scale_log2, CAP2), float("-inf"))
         m_new = tl.maximum(m_i, tl.max(qk, 1))
         alpha = tl.exp2(m_i - m_new)
         p = tl.exp2(qk - m_new[:, None])
@@ -335,6 +337,7 @@ def draft_attention(
         STAGES=config.stages,
         HAS_LSE=lse is not None,
         SINKS=kv.sinks is not None,
+        CAP2=kv.soft_cap * LOG2E.value,
         WIDE=is_wide(kv.k, kv.v),
         PDL=pdl,
         num_warps=config.num_warps,

@@ -21,6 +21,7 @@ import triton.language as tl
 from sglang_sparsespec.attention_backend.kernels.interface import LayerKV
 from sglang_sparsespec.attention_backend.kernels.triton_common import (
     LOG2E,
+    capped,
     is_wide,
     kv_offsets,
     num_splits,
@@ -73,6 +74,7 @@ def _window_lse_kernel(
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     REACH: tl.constexpr,
+    CAP2: tl.constexpr,
     PREFILL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -109,7 +111,7 @@ def _window_lse_kernel(
         offs = s + offs_n
         k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
         slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, CAP2)
         qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
         if REACH >= 0:
             qk = tl.where(offs[None, :] >= (length + win - REACH)[:, None], qk, float("-inf"))
@@ -153,6 +155,7 @@ def _window_scores_kernel(
     MIN_CHUNK: tl.constexpr,
     STAGES: tl.constexpr,
     SINKS: tl.constexpr,
+    CAP2: tl.constexpr,
     PREFILL: tl.constexpr,
     WIDE: tl.constexpr,
 ):
@@ -200,7 +203,7 @@ def _window_scores_kernel(
         k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
         slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(qk * scale_log2 - lse2[:, None])
+        p = tl.exp2(capped(qk * scale_log2, CAP2) - lse2[:, None])
         tl.store(s_base + offs, (tl.sum(p, 0) * share).to(scores_ptr.dtype.element_ty), mask=offs < end)
 
 
@@ -288,6 +291,7 @@ def _arguments(
         "BLOCK_N": block_n,
         "MIN_CHUNK": config.min_chunk,
         "STAGES": config.stages,
+        "CAP2": kv.soft_cap * LOG2E.value,
         "PREFILL": windows.extend is not None,
         "WIDE": is_wide(kv.k),
         "num_warps": num_warps,

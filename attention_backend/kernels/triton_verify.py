@@ -31,6 +31,7 @@ from sglang_sparsespec.attention_backend.kernels.triton_common import (
     LN2,
     LOG2E,
     Scratch,
+    capped,
     is_wide,
     kv_offsets,
     let_next_start,
@@ -82,6 +83,7 @@ def _fixed_reference(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     REACH: tl.constexpr,
+    CAP2: tl.constexpr,
     SCORES: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_SCALE: tl.constexpr,
@@ -100,7 +102,7 @@ def _fixed_reference(
         v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
         slot = tl.load(r2t_base + tl.minimum(offs + BLOCK_N, end - 1))
         qk = tl.dot(q, tl.trans(k), input_precision="ieee")
-        p = tl.exp2(qk * scale_log2 - ref[:, None])
+        p = tl.exp2(capped(qk * scale_log2, CAP2) - ref[:, None])
         # Only the blocks that reach into the window or past the end need masks.
         if s + BLOCK_N > tl.minimum(length + 1, end):
             p = tl.where(offs[None, :] < bound[:, None], p, 0.0)
@@ -139,6 +141,7 @@ def _running_maximum(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     REACH: tl.constexpr,
+    CAP2: tl.constexpr,
     SCORES: tl.constexpr,
     WIDE: tl.constexpr,
     SCORE_MAX: tl.constexpr,
@@ -154,7 +157,7 @@ def _running_maximum(
         slot = tl.load(r2t_base + tl.minimum(offs, end - 1))
         k = tl.load(k_base + kv_offsets(slot, stride_k_slot, offs_d, WIDE)).to(q.dtype)
         v = tl.load(v_base + kv_offsets(slot, stride_v_slot, offs_d, WIDE)).to(q.dtype)
-        qk = tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2
+        qk = capped(tl.dot(q, tl.trans(k), input_precision="ieee") * scale_log2, CAP2)
         qk = tl.where(offs[None, :] < bound[:, None], qk, float("-inf"))
         if REACH >= 0:
             qk = tl.where(offs[None, :] >= seen_from[:, None], qk, float("-inf"))
@@ -216,6 +219,7 @@ def _verify_kernel(
     BLOCK_N: tl.constexpr,
     STAGES: tl.constexpr,
     REACH: tl.constexpr,
+    CAP2: tl.constexpr,
     SCORES: tl.constexpr,
     HAS_LSE: tl.constexpr,
     SINKS: tl.constexpr,
@@ -272,7 +276,7 @@ def _verify_kernel(
 
         l_i, acc = _fixed_reference(
             q, k_base, v_base, r2t_base, s_base, ref, seen_from, bound, start, end, length, scale_log2, stride_k_slot,
-            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, REACH, SCORES, WIDE, SCORE_SCALE, SCORE_MAX,
+            stride_v_slot, R, D, BLOCK_M, BLOCK_N, STAGES, REACH, CAP2, SCORES, WIDE, SCORE_SCALE, SCORE_MAX,
         )  # fmt: skip
         # NaN (a hint that is none) fails both comparisons; rows that see nothing here have l_i 0 and are redone too.
         log_l = tl.log2(l_i)
@@ -280,7 +284,7 @@ def _verify_kernel(
         if tl.sum((mask_m & (usable == 0)).to(tl.int32), 0) > 0:
             m_i, l_i, acc = _running_maximum(
                 q, k_base, v_base, r2t_base, s_base, hint2, mask_m, seen_from, bound, start, end, length, scale_log2,
-                clamp_log2, stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, REACH, SCORES, WIDE, SCORE_MAX,
+                clamp_log2, stride_k_slot, stride_v_slot, R, D, BLOCK_M, BLOCK_N, REACH, CAP2, SCORES, WIDE, SCORE_MAX,
             )  # fmt: skip
             ref = m_i
             l_i = tl.where(l_i > 0, l_i, 1.0)
@@ -478,6 +482,7 @@ def verify_attention(
         BLOCK_M=block_m,
         STAGES=config.stages,
         REACH=-1 if reach is None else reach,
+        CAP2=kv.soft_cap * LOG2E.value,
         SCORES=scores is not None,
         WIDE=is_wide(kv.k, kv.v),
         SCORE_SCALE=2.0**-shift,

@@ -11,6 +11,7 @@ import torch
 
 from sglang_sparsespec.attention_backend.kernels.triton_common import has_early_start
 from sglang_sparsespec.draft_weights import triton_fused, triton_product
+from sglang_sparsespec.draft_weights.experts import ExpertCopy, copied_experts
 from sglang_sparsespec.draft_weights.fp8 import Quantised, reference_linear
 
 #: Largest row that one program of a fused kernel holds.
@@ -30,13 +31,19 @@ class DraftWeights:
     On CUDA products run in SGLang's ``fp8_scaled_mm`` or in this project's ``triton_product``, whichever is faster, and
     norms and activations quantise what they hand to them. Elsewhere products are the reference's.
 
+    Args:
+        with_experts: copy experts too, which take by far the most of a mixture's memory.
+
     Attributes:
         nbytes: memory of the copies.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, with_experts: bool = False) -> None:
         self._copies = {layer: Quantised.of(layer.weight.data) for layer in copied_layers(model)}
-        self.nbytes = sum(copy.nbytes for copy in self._copies.values())
+        self._experts: dict[torch.nn.Module, ExpertCopy] = {}
+        if with_experts:
+            self._experts = {layer: ExpertCopy(layer) for layer in copied_experts(model)}
+        self.nbytes = sum(copy.nbytes for copies in (self._copies, self._experts) for copy in copies.values())
         self._input_widths = {copy.values.shape[1] for copy in self._copies.values()}
         # By shape of the weight: the timed numbers of tokens, ascending, and what is fastest; None: the model's weights.
         self._choices: dict[torch.Size, tuple[list[int], list[Product | None]]] = {}
@@ -47,12 +54,23 @@ class DraftWeights:
         self._made: tuple[torch.Tensor, Quantised] | None = None
 
     def __len__(self) -> int:
-        return len(self._copies)
+        return len(self._copies) + len(self._experts)
+
+    @property
+    def has_experts(self) -> bool:
+        """Whether experts of any layer are copied."""
+        return bool(self._experts)
+
+    def __str__(self) -> str:
+        experts = f" and the experts of {len(self._experts)}" if self._experts else ""
+        return f"{len(self._copies)} linear layers{experts}, {self.nbytes / 1e9:.2f} GB"
 
     def requantise(self) -> None:
         """Take over the model's weights, which were updated in place."""
         for layer, copy in self._copies.items():
             copy.take(layer.weight.data)
+        for experts in self._experts.values():
+            experts.requantise()
 
     # ------------------------------------------------------------- parts of a draft step
 
@@ -69,6 +87,11 @@ class DraftWeights:
         else:
             out = multiply(self._quantised(x, flat), copy, x.dtype, bias)
         return out.view(*x.shape[:-1], out.shape[-1])
+
+    def experts(self, layer: torch.nn.Module, method: Any, dispatch_output: Any) -> Any:
+        """What ``layer``'s experts make of ``dispatch_output``, by their copies; None if the model's are to be used."""
+        copy = self._experts.get(layer)
+        return copy.run(method, dispatch_output) if copy is not None else None
 
     def norm(
         self, norm: Any, x: torch.Tensor, residual: torch.Tensor | None

@@ -7,6 +7,8 @@ broken rule, whose outputs must differ.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,8 +52,9 @@ SPARSESPEC: dict[str, Any] = {
 #: On a CPU SGLang's experts in torch read weights as Triton's kernels have them, not as those of ``triton_kernel``, which
 #: SGLang chooses for gpt-oss.
 OWN: dict[str, dict[str, Any]] = {"GptOssForCausalLM": {"moe_runner_backend": "triton"}}
-NEWER = ["Qwen3MoeForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"]
-WINDOWED = ["Gemma3ForCausalLM", "GptOssForCausalLM"]
+#: Between them these have all that the others have: experts, windows in either kind of pool, sinks.
+EVERYTHING = ["Gemma3ForCausalLM", "GptOssForCausalLM"]
+WINDOWED = ["Gemma2ForCausalLM", "Gemma3ForCausalLM", "GptOssForCausalLM"]
 
 #: Rules that are broken, by the lines of a plugin that break them.
 BROKEN = {
@@ -64,6 +67,12 @@ BROKEN = {
     from sglang_sparsespec.attention_backend import backend
     backend.window_reach = lambda layer: None
 """,
+    "no soft caps": """
+    from dataclasses import replace
+    from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
+    original = SparseSpecAttnBackend._kv_of
+    SparseSpecAttnBackend._kv_of = lambda self, layer: replace(original(self, layer), soft_cap=0.0)
+""",
     "no sinks": """
     from dataclasses import replace
     from sglang_sparsespec.attention_backend.backend import SparseSpecAttnBackend
@@ -71,6 +80,21 @@ BROKEN = {
     SparseSpecAttnBackend._kv_of = lambda self, layer: replace(original(self, layer), sinks=None)
 """,
 }
+
+
+#: Copies of experts that have nothing to do with the experts.
+NOISY_EXPERTS = """
+def register():
+    from sglang_sparsespec.draft_weights.experts import ExpertCopy
+    original = ExpertCopy.__init__
+
+    def init(self, layer):
+        original(self, layer)
+        for copy in (self.w13, self.w2):
+            copy.take(copy.dequantised().flip(0))
+
+    ExpertCopy.__init__ = init
+"""
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +121,7 @@ def assert_drafted(state: dict[str, Any]) -> None:
     assert state["sparsespec_kv_read_share"] < 0.5
 
 
-@pytest.mark.parametrize("architecture", NEWER)
+@pytest.mark.parametrize("architecture", EVERYTHING)
 def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
     """Lock-step rounds of all lengths, and plain ones in between."""
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
@@ -110,7 +134,25 @@ def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints:
         assert state["sparsespec_plain_rounds"] > 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
+@pytest.mark.parametrize("architecture", ["Qwen3MoeForCausalLM", "GptOssForCausalLM"])
+def test_no_token_depends_on_copies_of_experts(architecture: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    """Drafts with FP8 copies of the experts; then with noise in their place, which makes worse drafts."""
+    args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
+    accepted = []
+    for name, source in (("zz_copies", "def register(): pass"), ("zz_noise", NOISY_EXPERTS)):
+        folder = tmp_path / name
+        folder.mkdir()
+        own = {"sparsespec_draft_weights": "fp8_experts", "sparsespec_min_budget": 256, "log_level": "info"}
+        with EngineProcess(install_plugin(folder, name, source), **{**args, **own}) as engine:
+            outputs = greedy(engine)
+            assert outputs == likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
+            accepted.append(engine.state()["sparsespec_accept_length"])
+            assert "linear layers and the experts of 4" in engine.log()
+    assert accepted[0] > accepted[1] + 0.5, f"accept lengths {accepted}: drafts do not use the copies"
+
+
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     "own",
     [{}, {"sparsespec_schedule": "unified"}, {"disable_radix_cache": True}, {"disable_overlap_schedule": True}],
@@ -155,22 +197,27 @@ class Answers:
 
 
 @pytest.fixture(scope="module")
-def plain_answers(checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Answers]:
+def plain_answers(
+    checkpoints: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[str], Answers]:
+    """Of an architecture; its engine is started once."""
     env = {**PLAIN_ENV, **install_plugin(tmp_path_factory.mktemp("site"), "zz_allow_torch", ALLOW_TORCH)}
-    found = {}
-    for architecture, checkpoint in checkpoints.items():
+
+    @functools.cache
+    def answers(architecture: str) -> Answers:
         own = {"enable_deterministic_inference": True, **OWN.get(architecture, {})}
-        with EngineProcess(env, model_path=str(checkpoint), **COMMON, **own, **PLAIN) as engine:
-            found[architecture] = Answers(greedy(engine), seeded(engine))
-    return found
+        with EngineProcess(env, model_path=str(checkpoints[architecture]), **COMMON, **own, **PLAIN) as engine:
+            return Answers(greedy(engine), seeded(engine))
+
+    return answers
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_and_seeded_tokens_are_plain_sglangs(
-    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers], tmp_path: Path
+    architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers], tmp_path: Path
 ) -> None:
-    expected = plain_answers[architecture]
+    expected = plain_answers(architecture)
     assert expected.greedy == likeliest_tokens(checkpoints[architecture], PROMPTS, expected.greedy)
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(plain_rounds_plugin(tmp_path), enable_deterministic_inference=True, **args) as engine:
@@ -181,24 +228,26 @@ def test_greedy_and_seeded_tokens_are_plain_sglangs(
         assert state["sparsespec_plain_rounds"] > 10
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("architecture", WINDOWED)
 def test_tokens_of_unified_batches_are_plain_sglangs(
-    architecture: str, checkpoints: dict[str, Path], plain_answers: dict[str, Answers]
+    architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers]
 ) -> None:
+    expected = plain_answers(architecture)
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(enable_deterministic_inference=True, sparsespec_schedule="unified", **args) as engine:
-        assert greedy(engine) == plain_answers[architecture].greedy
-        assert seeded(engine) == plain_answers[architecture].seeded
+        assert greedy(engine) == expected.greedy
+        assert seeded(engine) == expected.seeded
         assert_drafted(engine.state())
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize(
     ("architecture", "rule"),
     [
         *((architecture, rule) for architecture in WINDOWED for rule in ("a window of one token more", "no window at all")),
         ("GptOssForCausalLM", "no sinks"),
+        ("Gemma2ForCausalLM", "no soft caps"),
     ],
 )
 def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str, Path], tmp_path: Path) -> None:

@@ -10,13 +10,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from engine_process import EngineProcess, install_plugin
 from sampled_sequences import BOUND, KINDS, LENGTH, NUM_STEPS, engine_args, p_value, prompt_of
-from tiny_model import Sampling, sequence_probabilities, write_tiny_llama
+from tiny_model import VOCAB, Sampling, sequence_probabilities, write_tiny_llama, write_tokenizer
 from transformers import LlamaForCausalLM
 
 pytestmark = pytest.mark.slow
@@ -40,7 +41,7 @@ def register():
     from sglang_sparsespec.sampling.penalties import Penalties
 
     original, original_windows, original_round = reference.accept_by_rejection, reference.accept, Planner.next_round
-    original_penalties = Penalties.apply
+    original_penalties, original_mask = Penalties.apply, Penalties._mask_ends
 
     def asked():
         return open(os.environ["{RULE_ENV}"]).read()
@@ -79,7 +80,14 @@ def register():
         for index in range(width):
             original_penalties(self, logits[index::width], rows, positions[index::width])
 
+    def mask_ends(self, logits, rows, positions):
+        if asked() == "mask end tokens by a window's first row":
+            first = positions.view(len(rows), -1)[:, :1]
+            positions = first.expand(-1, logits.shape[1]).reshape(-1)
+        original_mask(self, logits, rows, positions)
+
     Penalties.apply = penalise
+    Penalties._mask_ends = mask_ends
     reference.accept_by_rejection = accept
     reference.accept = accept_windows
     Planner.next_round = next_round
@@ -88,7 +96,10 @@ def register():
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+    folder = write_tiny_llama(tmp_path_factory.mktemp("tiny") / "llama")
+    # min_new_tokens is refused without a tokenizer.
+    write_tokenizer(folder, VOCAB, KINDS["min_new_tokens"][0].stop_token_ids[0])
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -132,10 +143,11 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
     rule_file.write_text("as it is")
     site = tmp_path_factory.mktemp("site")
     env = {RULE_ENV: str(rule_file), **install_plugin(site, "broken_rule", BROKEN_RULE_PLUGIN)}
+    args = partial(engine_args, checkpoint, skip_tokenizer_init=False)
     with (
-        EngineProcess(**engine_args(checkpoint, port=31160)) as plain,
-        EngineProcess(env, **engine_args(checkpoint, port=31170, disable_overlap_schedule=True)) as breakable,
-        EngineProcess(**engine_args(checkpoint, port=31180, sparsespec_schedule="unified")) as unified,
+        EngineProcess(**args(port=31160)) as plain,
+        EngineProcess(env, **args(port=31170, disable_overlap_schedule=True)) as breakable,
+        EngineProcess(**args(port=31180, sparsespec_schedule="unified")) as unified,
     ):
         yield {
             "overlap": Sampler(plain, None),
@@ -154,6 +166,7 @@ MIXED = {
     "frequency penalty": 700,
     "presence penalty": 700,
     "repetition penalty": 700,
+    "min_new_tokens": 700,
 }
 UNFILTERED = {"temperature 1": 2000}
 
@@ -178,8 +191,10 @@ def test_sequences_of_a_mixed_batch_follow_the_target(
 ) -> None:
     assert sum(mixed_sequences[kind].values()) == MIXED[kind]
     assert p_value(mixed_sequences[kind], exact[kind]) >= BOUND
-    if "penalty" in kind:
-        free = replace(KINDS[kind][0], frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0)
+    free = replace(
+        KINDS[kind][0], frequency_penalty=0.0, presence_penalty=0.0, repetition_penalty=1.0, min_new_tokens=0
+    )
+    if free != KINDS[kind][0]:
         unpenalised = sequence_probabilities(checkpoint, prompt_of(kind), LENGTH, free)
         assert p_value(mixed_sequences[kind], unpenalised) < BROKEN, "the penalty is too weak to be seen"
 
@@ -274,13 +289,20 @@ def test_a_broken_acceptance_rule_is_found(
     assert p_value(found, exact["temperature 1"]) < BROKEN
 
 
+@pytest.mark.parametrize(
+    ("kind", "rule"),
+    [
+        ("frequency penalty", "penalise no token for drafts"),
+        ("min_new_tokens", "mask end tokens by a window's first row"),
+    ],
+)
 def test_a_penalty_that_overlooks_drafts_is_found(
-    engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
+    kind: str, rule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
 ) -> None:
-    kind, sampler = "frequency penalty", engines["no overlap"]
+    sampler = engines["no overlap"]
     assert sampler.rule_file is not None
     assert p_value(sampler.sample({kind: 700})[kind], exact[kind]) >= BOUND
-    sampler.rule_file.write_text("penalise no token for drafts")
+    sampler.rule_file.write_text(rule)
     try:
         found = sampler.sample({kind: 1500})[kind]
     finally:

@@ -84,11 +84,8 @@ CPU_CASES = [
     Case("select", g=1, d=64, lens=(300, 12), budget=100, score_dtype="float16", values="signed"),
     Case("select", g=1, d=64, lens=(257, 300), budget=1, score_dtype="bfloat16", values="ties"),
     Case("growth", g=2, d=64, lens=(37, 0, 5), splits=100, hkv=1),
-    *[
-        Case("draft", g=8, d=64, lens=(40, 0, 9), splits=splits, hkv=1, sinks=True)
-        for splits in (0.01, 100)
-    ],
-    *[Case("verify", g=8, d=64, lens=(37, 0, 5), programs=n, hkv=1, sinks=True) for n in (1, 5)],
+    *[Case("draft", g=8, d=64, lens=(40, 0, 9), splits=s, hkv=1, sinks=True) for s in (0.01, 100)],
+    Case("verify", g=8, d=64, lens=(37, 0, 5), programs=3, hkv=1, sinks=True),
     Case("exact", g=4, d=64, lens=(37, 0, 5), splits=100, sinks=True),
     Case("prefill", g=4, d=64, lens=(37, 2, 70), splits=100, sinks=True),
     # Windows shorter and longer than a block, in one part and in many; requests shorter than the window.
@@ -96,6 +93,10 @@ CPU_CASES = [
     Case("sliding", g=6, d=64, lens=(150, 1), window=9, programs=5, splits=100, hkv=1, reach=40),
     Case("sliding", g=8, d=64, lens=(90, 0, 20), programs=9, splits=100, hkv=1, reach=63, sinks=True),
     Case("sliding", g=2, d=64, lens=(90, 20), programs=1, splits=0.01, hkv=1, reach=63, sinks=True),
+    Case("draft", g=2, d=64, lens=(40, 9), splits=100, hkv=1, soft_cap=1.5),
+    Case("verify", g=2, d=64, lens=(37, 5), programs=3, hkv=1, soft_cap=1.5),
+    Case("prefill", g=2, d=64, lens=(37, 5), splits=100, hkv=1, soft_cap=1.5),
+    Case("sliding", g=2, d=64, lens=(37, 5), programs=3, splits=100, hkv=1, reach=11, soft_cap=1.5),
 ]
 
 GPU_CASES = [
@@ -159,6 +160,9 @@ GPU_CASES = [
     Case("sliding", g=8, d=64, lens=LONG, window=9, programs=33, splits=4, hkv=8, block_n=0, reach=127, sinks=True),
     Case("sliding", g=4, d=256, lens=LONG, window=9, programs=132, splits=4, hkv=1, block_n=0, reach=511),
     Case("sliding", g=2, d=128, lens=LONG, window=9, programs=33, splits=4, hkv=8, block_n=0, reach=1023),
+    Case("draft", g=2, d=256, lens=LONG, budget=300, window=9, splits=6, hkv=4, block_n=0, soft_cap=2.0),
+    Case("verify", g=2, d=256, lens=LONG, window=9, programs=33, hkv=4, score_dtype="float16", block_n=0, soft_cap=2.0),
+    Case("prefill", g=2, d=256, lens=(1000, 3, 17, 4096), window=9, splits=4, hkv=4, block_n=0, soft_cap=2.0),
 ]
 
 
@@ -224,7 +228,7 @@ def reference_scores(p: Problem, hint: torch.Tensor | None) -> tuple[torch.Tenso
         pos = torch.arange(length + w, device=p.device)
         mask = pos[None, :] <= pos[length:, None]
         q, k = p.qw[b * w : (b + 1) * w].float(), p.kv.k[slots].float()
-        prob, lse = softmax_probabilities(q, k, p.kv.scaling, mask, p.kv.sinks)
+        prob, lse = softmax_probabilities(q, k, p.kv.scaling, mask, p.kv.sinks, p.kv.soft_cap)
         outs.append(weighted_values(prob, p.kv.v[slots].float()))
         lses[b] = lse.permute(2, 0, 1).reshape(w, p.hq)
         if hint is not None:
@@ -318,7 +322,7 @@ def sliding_reference(p: Problem, window: int, q: torch.Tensor) -> tuple[torch.T
         pos = torch.arange(length + window, device=p.device)
         mask = (pos[None, :] <= pos[length:, None]) & (pos[None, :] >= pos[length:, None] - p.case.reach)
         queries, k = q[b * window : (b + 1) * window].float(), p.kv.k[slots].float()
-        prob, lse = softmax_probabilities(queries, k, p.kv.scaling, mask, p.kv.sinks)
+        prob, lse = softmax_probabilities(queries, k, p.kv.scaling, mask, p.kv.sinks, p.kv.soft_cap)
         outs.append(weighted_values(prob, p.kv.v[slots].float()))
         lses.append(lse.permute(2, 0, 1).flatten(1))
     return torch.cat(outs), torch.stack(lses)

@@ -1,4 +1,4 @@
-"""Checkpoints without weights (``benchmarks/model_shapes.py``): transformers reads them; the commands fit the benchmarks."""
+"""Checkpoints without weights (``benchmarks/model_shapes.py``): transformers reads them, and their commands are valid."""
 
 from __future__ import annotations
 

@@ -53,15 +53,6 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
             "moe_intermediate_size": 16,
         },
     ),
-    "gemma2": (
-        "soft caps",
-        {
-            "architectures": ["Gemma2ForCausalLM"],
-            "model_type": "gemma2",
-            "sliding_window": 64,
-            "head_dim": 16,
-        },
-    ),
     "cohere2_with_chunks": (
         "attend within chunks",
         {"architectures": ["Cohere2ForCausalLM"], "model_type": "cohere2", "layer_types": ["chunked_attention"] * 4},
@@ -454,6 +445,12 @@ SERVED: dict[str, dict[str, Any]] = {
         "sliding_window": 64,
         "max_window_layers": 2,
     },
+    "gemma2": {
+        "architectures": ["Gemma2ForCausalLM"],
+        "model_type": "gemma2",
+        "sliding_window": 64,
+        "head_dim": 16,
+    },
     "gemma3": {
         "architectures": ["Gemma3ForCausalLM"],
         "model_type": "gemma3_text",
@@ -484,7 +481,7 @@ def test_the_host_tier_is_refused_where_windows_have_a_pool_of_their_own(
     [
         ({"use_irope": True}, "attention within chunks"),
         ({"num_heads": 8}, "other heads than layer 0"),
-        ({"logit_cap": 50.0}, "a logit soft cap of 50"),
+        ({"logit_cap": 50.0, "logit_capping_method": "fixed"}, "a logit cap by fixed"),
         ({"is_cross_attention": True}, "cross attention"),
         ({"attn_type": "encoder_only"}, "cross attention"),
         ({"v_head_dim": 8}, "head dims 16 and 8"),
