@@ -1,4 +1,6 @@
-"""The virtual environment that quickstart and the tests run in: made from requirements.lock, kept in .venv.
+"""The virtual environments that quickstart and the tests run in, made from lock files.
+
+That of requirements.lock is in .venv. Tests run with the newer SGLang, too: requirements-0.5.23.lock, .venv-0.5.23.
 
 Standard library only: this runs before anything is installed.
 """
@@ -18,6 +20,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
 LOCK = REPO / "requirements.lock"
+NEWER_LOCK = REPO / "requirements-0.5.23.lock"
 UV = "uv==0.13.9"
 NEEDED_DISK_GB = 12
 STAMP = "sparsespec-environment"
@@ -81,19 +84,19 @@ def last_line(path: Path, limit: int = 90) -> str:
     return next((line[:limit] for line in reversed(lines) if line), "no output yet")
 
 
-def fingerprint() -> str:
-    """Changes whenever the environment has to be installed again."""
+def fingerprint(lock: Path) -> str:
+    """Changes whenever the environment of ``lock`` has to be installed again."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {REPO}".encode())
-    for path in (LOCK, REPO / "pyproject.toml"):
+    for path in (lock, REPO / "pyproject.toml"):
         digest.update(path.read_bytes())
     return digest.hexdigest()
 
 
-def ensure_environment() -> Path:
-    """Make (or bring up to date) the virtual environment; return its interpreter.
+def ensure_environment(lock: Path = LOCK) -> Path:
+    """Make (or bring up to date) the virtual environment of ``lock``; return its interpreter.
 
     ``SPARSESPEC_PYTHON`` names an interpreter to use as it is, with everything installed.
-    ``SPARSESPEC_VENV`` puts the environment somewhere else than ``.venv``.
+    ``SPARSESPEC_VENV`` puts the environment somewhere else than ``.venv``; the name of another lock file's has its suffix.
 
     Raises:
         SetupError: something could not be installed.
@@ -105,10 +108,11 @@ def ensure_environment() -> Path:
             raise SetupError(f"SPARSESPEC_PYTHON={given} is not an interpreter.")
         say(f"using the interpreter of SPARSESPEC_PYTHON as it is: {found}")
         return Path(found)
-    venv = Path(os.environ.get("SPARSESPEC_VENV") or REPO / ".venv").absolute()
+    suffix = lock.stem.removeprefix(LOCK.stem)  # "-0.5.23"
+    venv = Path(f"{os.environ.get('SPARSESPEC_VENV') or REPO / '.venv'}{suffix}").absolute()
     python = venv / "bin" / "python"
     stamp = venv / STAMP
-    wanted = fingerprint()
+    wanted = fingerprint(lock)
     if stamp.is_file() and stamp.read_text() == wanted and python.exists():
         say(f"environment is up to date: {venv}")
         return python
@@ -122,7 +126,7 @@ def ensure_environment() -> Path:
     stamp.unlink(missing_ok=True)
     if not (venv / "bin" / "pip").exists():
         run_shown([sys.executable, "-m", "venv", "--clear", venv], f"making a virtual environment in {venv}")
-    install_lock(python)
+    install_lock(python, lock)
     run_shown(
         [python, "-m", "pip", "install", "--no-deps", "--no-build-isolation", "--quiet", "-e", REPO],
         "installing this project",
@@ -131,20 +135,20 @@ def ensure_environment() -> Path:
     return python
 
 
-def install_lock(python: Path) -> None:
-    """Install requirements.lock with uv, or with pip where uv does not work."""
-    packages = sum("==" in line for line in LOCK.read_text().splitlines())
-    interpreter, lock = os.fspath(python), os.fspath(LOCK)
+def install_lock(python: Path, lock: Path) -> None:
+    """Install the packages of ``lock`` with uv, or with pip where uv does not work."""
+    packages = sum("==" in line for line in lock.read_text().splitlines())
+    interpreter, file = os.fspath(python), os.fspath(lock)
     pip = [interpreter, "-m", "pip", "install", "--disable-pip-version-check"]
-    what = f"installing {packages} packages from {LOCK.name}"
+    what = f"installing {packages} packages from {lock.name}"
     # --no-deps: the lock file is complete, so there is nothing to resolve.
     try:
         run_shown([*pip, "--quiet", UV], "installing uv")
-        uv = [interpreter, "-m", "uv", "pip", "install", "--python", interpreter, "--no-deps", "-r", lock]
+        uv = [interpreter, "-m", "uv", "pip", "install", "--python", interpreter, "--no-deps", "-r", file]
         run_shown(uv, f"{what} with uv", env={**os.environ, "UV_HTTP_TIMEOUT": "180"})
     except SetupError as error:
         say(f"uv did not work, falling back to pip (slower): {error}")
-        run_shown([*pip, "--progress-bar", "off", "--no-deps", "-r", lock], f"{what} with pip")
+        run_shown([*pip, "--progress-bar", "off", "--no-deps", "-r", file], f"{what} with pip")
 
 
 def fetch_model(python: Path, name: str, dtype: str) -> Path:

@@ -4,6 +4,9 @@ Makes the Python environment (.venv), fetches the test model's weights from the 
 (SmolLM2-135M in float32), and runs pytest while style and types are checked. Tests that need a GPU are
 skipped where there is none. The exit status is 0 only if everything passed.
 
+Without further arguments it also makes an environment of the newer SGLang (.venv-0.5.23), and runs the unit
+tests and those of tokens and distributions there, too. --one-release leaves that out.
+
 Left out by default, and run by --all:
   nightly   slower repeats of what other tests check. --all also starts each engine in new interpreters,
             where the default forks them from a process that has imported SGLang.
@@ -24,7 +27,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from environment import LOCK, REPO, SetupError, child_environment, ensure_environment, fetch_model, say
+from environment import LOCK, NEWER_LOCK, REPO, SetupError, child_environment, ensure_environment, fetch_model, say
 
 #: Tells the tests where the model is; if it is set already, that checkpoint is used.
 MODEL_VARIABLE = "SPARSESPEC_TEST_MODEL"
@@ -34,6 +37,14 @@ FRESH_VARIABLE = "SPARSESPEC_TEST_FRESH"
 LINTED = ("sglang_sparsespec", "attention_backend", "scheduler_patch", "scripts", "tests", "benchmarks")
 #: Test files that run at a time (pytest-xdist); an engine needs about 4 GB.
 WORKERS = 2
+#: What runs with the newer SGLang as well: what hooks do to its functions, and whether tokens are those of the model.
+_PARITY = "tests/engine/test_greedy_parity.py"
+NEWER_TESTS = (
+    f"{_PARITY}::test_lockstep_tokens_are_plain_sglangs",
+    f"{_PARITY}::test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs",
+    "tests/engine/test_sampling_distribution.py",
+    "tests/unit",
+)
 #: SHA-256 of the requirements.lock that the contract tests last passed with.
 CONTRACT_STAMP = REPO / "tests" / "contract" / "requirements.lock.sha256"
 
@@ -51,6 +62,7 @@ def parse_arguments(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]
         allow_abbrev=False,
     )
     parser.add_argument("--all", action="store_true", help="run the tests that are left out by default, too")
+    parser.add_argument("--one-release", action="store_true", help="run no test with the newer SGLang")
     parser.add_argument("--no-lint", action="store_true", help="run pytest only, without ruff and mypy")
     return parser.parse_known_args(argv)
 
@@ -86,6 +98,11 @@ def check_types(python: Path) -> str:
 def check_style(python: Path) -> str:
     """Run ruff on everything; what it found, empty if nothing."""
     return _run_check([python, "-m", "ruff", "check", "--quiet", *(name for name in LINTED if (REPO / name).exists())])
+
+
+def runs_newer(args: argparse.Namespace, pytest_arguments: Sequence[str]) -> bool:
+    """Whether tests run with the newer SGLang, too; a given interpreter (``SPARSESPEC_PYTHON``) has one SGLang."""
+    return not (args.one_release or pytest_arguments or os.environ.get("SPARSESPEC_PYTHON"))
 
 
 def lock_digest() -> str:
@@ -133,7 +150,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         with ThreadPoolExecutor() as pool:
             checks = {} if args.no_lint else {"ruff": check_style, "mypy": check_types}
             found = {name: pool.submit(check, python) for name, check in checks.items()}
+            # It is installed while the tests run: most of that time is spent waiting for the network.
+            newer = pool.submit(ensure_environment, NEWER_LOCK) if runs_newer(args, pytest_arguments) else None
             status = run_pytest(python, model, pytest_arguments, args.all)
+            if newer is not None:
+                say("the same with the newer SGLang ...")
+                status = run_pytest(newer.result(), model, NEWER_TESTS) or status
         for name, result in found.items():
             if result.result():
                 print(f"{name}:\n{result.result()}", flush=True)

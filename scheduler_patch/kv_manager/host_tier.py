@@ -49,6 +49,8 @@ class HostTier(ABC):
         self._rows = tree.req_to_token_pool
         self._forward_stream = forward_stream
         self._loads: list[Any] = []
+        #: Whether copies under way kept the last :meth:`store` from making room on the host.
+        self.host_is_busy = False
         # SGLang recomputes prefixes of a few tokens instead of loading them; a stored request
         # is loaded whole.
         tree.load_back_threshold = 1
@@ -98,8 +100,10 @@ class HostTier(ABC):
         Returns:
             The node of its last token, protected on the host until :meth:`forget` or
             :meth:`attach`, and the tokens that are copied; (None, tokens) if the host pool is
-            full: then the request still holds its device memory.
+            full: then the request still holds its device memory, and if it is full only for now (:attr:`host_is_busy`), it
+            may be stored again.
         """
+        self.host_is_busy = False
         committed = kv_of(req).kv_committed_len
         # The last token's KV is not written yet; it is what the next round drafts from.
         assert committed == len(req.origin_input_ids) + len(req.output_ids) - 1

@@ -205,6 +205,8 @@ class KVManager:
             return
         entry.node, copied = self.tier.store(req)
         self.metrics.tokens_to_host += copied
+        if entry.node is None and self.tier.host_is_busy:
+            return  # until the next iteration
         if entry.node is None:
             self.metrics.host_full += 1
             logger.warning(

@@ -135,15 +135,17 @@ class UnifiedHostTier(HostTier):
         return {copy for copy, write in writes.items() if node_id in write.publish_node_ids}
 
     def _drop_unprotected_copies(self) -> bool:
-        """Drop all copies of nodes that no stored request needs; False if some are being read or written.
+        """Drop all copies of nodes that no stored request needs; False if some of them are being read or written.
 
         SGLang keeps copies of what is on the device too; running requests that were stored once would fill the host. It
         drops them under its write-back policy only, and those of nodes that are on the host alone at all times.
         """
         tree = self.tree
-        protected = set().union(*(node.copies for node in self._protected))
-        # A copy in use is not dropped, but those of its ancestors would be. Loads protect their last node only.
-        if tree.ongoing_load_back or tree.ongoing_write_through.keys() - protected:
+        written = set().union(*(node.copies for node in self._protected))
+        loaded = {node.id for node in self._protected}
+        # Of a copy in use, SGLang protects the last node only: those above would be dropped.
+        self.host_is_busy = bool(tree.ongoing_write_through.keys() - written or tree.ongoing_load_back.keys() - loaded)
+        if self.host_is_busy:
             return False
         tree.is_write_back = True
         try:

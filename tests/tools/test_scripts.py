@@ -15,13 +15,15 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import environment
 import pytest
 import quickstart
 import run_tests
+
+from sglang_sparsespec.sglang_compat import SUPPORTED
 
 REPO = Path(__file__).resolve().parents[2]
 
@@ -543,6 +545,50 @@ def test_a_whole_run_that_passes_is_stamped_with_its_lock_file(
     run_tests.main(["--no-lint", *arguments])
     assert run_tests.contract_is_verified() is stamped
     assert everything == ["--all" in arguments]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "statuses", "status"),
+    [
+        ([], (0, 0), 0),
+        ([], (0, 1), 1),
+        ([], (1, 0), 1),
+        (["--all"], (0, 0), 0),
+        (["--one-release"], (0,), 0),
+        (["-x"], (0,), 0),
+    ],
+)
+def test_a_whole_run_tests_the_newer_sglang_too(
+    project: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], statuses: tuple[int, ...], status: int
+) -> None:
+    ran: list[tuple[str, list[str]]] = []
+
+    def pytest_stand_in(python: Path, model: Path, tests: Sequence[str], everything: bool = False) -> int:
+        ran.append((python.name, list(tests)))
+        assert everything == ("--all" in arguments and len(ran) == 1)
+        return statuses[len(ran) - 1]
+
+    monkeypatch.delenv("SPARSESPEC_PYTHON")
+    monkeypatch.setattr(run_tests, "CONTRACT_STAMP", project / "stamp")
+    monkeypatch.setattr(run_tests, "ensure_environment", lambda lock=environment.LOCK: Path(lock.name))
+    monkeypatch.setattr(run_tests, "ensure_test_model", lambda python: Path("/models/m"))
+    monkeypatch.setattr(run_tests, "run_pytest", pytest_stand_in)
+    assert run_tests.main(["--no-lint", *arguments]) == status
+    given = [argument for argument in arguments if argument == "-x"]
+    newer = (environment.NEWER_LOCK.name, list(run_tests.NEWER_TESTS))
+    assert ran == [(environment.LOCK.name, given), newer][: len(statuses)]
+
+
+def test_the_lock_files_hold_the_supported_releases() -> None:
+    """And the same versions of what checks the project."""
+    older, newer = (
+        dict(line.split("==") for line in lock.read_text().splitlines() if "==" in line and not line.startswith("#"))
+        for lock in (environment.LOCK, environment.NEWER_LOCK)
+    )
+    assert (older["sglang"], newer["sglang"]) == SUPPORTED
+    assert environment.NEWER_LOCK.stem.endswith(SUPPORTED[1])
+    assert all((REPO / test.partition("::")[0]).exists() for test in run_tests.NEWER_TESTS)
+    assert all(older[name] == newer[name] for name in ("pytest", "pytest-timeout", "pytest-xdist", "ruff", "scipy"))
 
 
 def test_pytest_is_told_where_the_model_is(

@@ -27,7 +27,7 @@ class Tier:
 
     def __init__(self, free: int) -> None:
         self.free_tokens = free
-        self.host_full = False
+        self.host_full = self.host_is_busy = False
         self.written = True
         self.loading = False
         self.loaded = True  # loads are done as soon as they are begun
@@ -337,6 +337,18 @@ def test_a_full_host_retracts_the_request(world: Any) -> None:
     w.manager.step(batch)
     assert w.queued == ["r1"] and w.released == ["r1"] and not w.manager.offloaded
     assert w.manager.metrics.host_full == 1 and w.manager.metrics.requests_offloaded == 0
+
+
+def test_a_host_that_is_full_only_for_now_is_tried_again(world: Any) -> None:
+    w = world(free=0)
+    batch = w.manager.step(Batch(requests_of(100, 100)))
+    w.tier.host_full = w.tier.host_is_busy = True
+    w.manager.step(batch)
+    w.manager.step(batch)
+    assert states(w) == [("r1", State.LEAVING)] and not w.queued and w.manager.metrics.host_full == 0
+    w.tier.host_full = False
+    w.manager.step(batch)
+    assert w.manager.metrics.requests_offloaded == 1
 
 
 def test_a_batch_whose_last_request_has_left_admits_again(world: Any) -> None:
