@@ -38,10 +38,8 @@ LINTED = ("sglang_sparsespec", "attention_backend", "scheduler_patch", "scripts"
 #: Test files that run at a time (pytest-xdist); an engine needs about 4 GB.
 WORKERS = 2
 #: What runs with the newer SGLang as well: what hooks do to its functions, and whether tokens are those of the model.
-_PARITY = "tests/engine/test_greedy_parity.py"
 NEWER_TESTS = (
-    f"{_PARITY}::test_lockstep_tokens_are_plain_sglangs",
-    f"{_PARITY}::test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs",
+    "tests/engine/test_greedy_parity.py::test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs",
     "tests/engine/test_sampling_distribution.py",
     "tests/unit",
 )
