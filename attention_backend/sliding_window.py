@@ -7,7 +7,6 @@ table from slots of the full pool to slots of that pool is read anew for every f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +42,8 @@ class SlidingWindow:
         self.reach = reach
         self._req_to_token = req_to_token
         self._offsets = torch.arange(reach + most_queries, device=req_to_token.device)
-        self._translate: Callable[[torch.Tensor], torch.Tensor] | None = None
-        self._pool: Any = None
-        if hasattr(pool, "translate_loc_from_full_to_swa"):
-            self._pool, self._translate = pool, pool.translate_loc_from_full_to_swa
+        # Only if these layers have slots of their own.
+        self._pool: Any = pool if hasattr(pool, "translate_loc_from_full_to_swa") else None
 
     @property
     def slot_table(self) -> torch.Tensor | None:
@@ -55,7 +52,7 @@ class SlidingWindow:
 
     def slots_of(self, slots: torch.Tensor) -> torch.Tensor | None:
         """The slots of these layers (int64) for ``slots`` of the full pool; None if they share the pool."""
-        return self._translate(slots) if self._translate is not None else None
+        return self._pool.translate_loc_from_full_to_swa(slots) if self._pool is not None else None
 
     def view(self, rows: torch.Tensor, lengths: torch.Tensor, num_queries: int) -> WindowView:
         """What ``num_queries`` queries of each request see. Recordable.
@@ -70,6 +67,6 @@ class SlidingWindow:
         # Short requests have no tokens at the last places, and nobody reads those.
         positions = positions.clamp(max=self._req_to_token.shape[1] - 1)
         slots = self._req_to_token[rows.long().unsqueeze(1), positions]
-        if self._translate is not None:
-            slots = self._translate(slots.long()).to(torch.int32)
+        if self._pool is not None:
+            slots = self._pool.translate_loc_from_full_to_swa(slots.long()).to(torch.int32)
         return WindowView(slots, lengths - start, self.reach)

@@ -226,9 +226,14 @@ def start_engine(settings: dict[str, Any]) -> Any:
     return sglang.Engine(**settings)
 
 
+def internal_state(engine: Any) -> dict[str, Any]:
+    """What an engine's scheduler says of itself, as under ``internal_states`` in ``/server_info``."""
+    return engine.get_server_info()["internal_states"][0]
+
+
 def attention_backends(engine: Any) -> dict[str, str | None]:
     """The attention backends that SGLang has chosen for a running engine."""
-    state = engine.get_server_info()["internal_states"][0]
+    state = internal_state(engine)
     names = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
     return {name: state.get(name) for name in names}
 

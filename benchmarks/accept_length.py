@@ -24,6 +24,7 @@ from _common import (
     EngineSpec,
     add_engine_options,
     describe,
+    internal_state,
     markdown,
     marks,
     repetition,
@@ -69,7 +70,7 @@ def run_policy(policy: str, args: argparse.Namespace) -> tuple[list[dict[str, An
             dataset = Dataset(args.corpora, context)
             sampling = {"temperature": args.temperature, "max_new_tokens": args.new_tokens, "ignore_eos": True}
             outputs = engine.generate(input_ids=dataset.prompts(args.model_path, args.prompts), sampling_params=sampling)
-            state = engine.get_server_info()["internal_states"][0]
+            state = internal_state(engine)
             record = {
                 **stamp(),
                 **describe(spec, args),

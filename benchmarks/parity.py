@@ -31,6 +31,7 @@ from _common import (
     add_engine_options,
     attention_backends,
     describe,
+    internal_state,
     markdown,
     read_data,
     say,
@@ -109,7 +110,7 @@ def run_engine(
     else:
         outputs = engine.generate(**{kind: list(prompts)}, sampling_params=sampling, **extra)
     figures = {"seconds": round(time.perf_counter() - started, 1), **attention_backends(engine)}
-    state = engine.get_server_info()["internal_states"][0]
+    state = internal_state(engine)
     names = ("accept_length", "kv_read_share", "forward_tokens", "forward_tokens_variation")
     figures |= {name: round(state[f"sparsespec_{name}"], 4) for name in names if f"sparsespec_{name}" in state}
     engine.shutdown()

@@ -38,6 +38,7 @@ from _common import (
     describe,
     device_name,
     flush,
+    internal_state,
     markdown,
     marks,
     pyplot,
@@ -125,7 +126,7 @@ def run_sample(engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bo
 
 def planner_state(engine: Any) -> dict[str, Any]:
     """What SPARSESPEC's planner believes, and the rounds by their drafts since the engine's start; {} of other engines."""
-    state = engine.get_server_info()["internal_states"][0]
+    state = internal_state(engine)
     names = ("draft_length_histogram", "acceptance_rates", "time_corrections")
     return {name: state[f"sparsespec_{name}"] for name in names if f"sparsespec_{name}" in state}
 

@@ -7,7 +7,6 @@ in CUDA graphs: they neither synchronise nor read lengths on the host.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
@@ -238,8 +237,7 @@ class TritonKernels:
         if self.device.type == "cuda":
             self.num_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
         self.pdl = early_start and has_early_start(self.device)
-        self._outgrown: list[Scratch] = []
-        self._outgrown_views: list[Any] = []
+        self._outgrown: list[tuple[Scratch, SelectionTable, torch.Tensor]] = []
         self._reserve(shape.max_batch)
 
     # -------------------------------------------------------------------- plans
@@ -354,8 +352,7 @@ class TritonKernels:
             return
         self._refuse_to_capture(batch)
         # Graphs captured before go on using the old buffers.
-        self._outgrown.append(self.scratch)
-        self._outgrown_views.append((self.no_selections, self._places))
+        self._outgrown.append((self.scratch, self.no_selections, self._places))
         self._reserve(batch)
 
     def _refuse_to_capture(self, batch: int) -> None:
@@ -365,4 +362,4 @@ class TritonKernels:
 
     def scratch_bytes(self) -> int:
         """Device memory held by the scratch buffers."""
-        return sum(scratch.nbytes for scratch in [self.scratch, *self._outgrown])
+        return sum(scratch.nbytes for scratch in [self.scratch, *(outgrown[0] for outgrown in self._outgrown)])
