@@ -425,17 +425,22 @@ def _code_reading(module: str, name: str, source: str) -> list[tuple[str, str]]:
     ]
 
 
-def _corpus(name: str, index: int) -> tuple[str, str]:
-    """Text to cut a prompt from, and what follows the cut."""
+def corpus_text(name: str, index: int = 0) -> str:
+    """``code`` (Python library sources) or ``math`` (OlympiadBench problems) as one text; ``index`` moves its beginning."""
     if name == "code":
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         files = files[index * 3 % len(files) :] + files
-        text = "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
-        return text, "\n\n# A summary of the functions above, each with what it returns:\n"
+        return "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
     asked = [row["question"] for row in read_data("olympiadbench")]
     asked = asked[index * 37 % len(asked) :] + asked
-    text = "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
-    return text, "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:"
+    return "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
+
+
+#: What follows the cut of a corpus.
+ENDINGS = {
+    "code": "\n\n# A summary of the functions above, each with what it returns:\n",
+    "math": "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:",
+}
 
 
 @dataclass(frozen=True)
@@ -494,8 +499,9 @@ class Dataset:
     def _cut(self, tokenizer: Any, index: int) -> list[int]:
         assert self.context is not None
         corpora = self.name.split("+")
-        text, ending = _corpus(corpora[index % len(corpora)], index // len(corpora))
-        tail = tokenizer(ending, add_special_tokens=False).input_ids
+        name = corpora[index % len(corpora)]
+        text = corpus_text(name, index // len(corpora))
+        tail = tokenizer(ENDINGS[name], add_special_tokens=False).input_ids
         head = tokenizer(text[: 8 * self.context], add_special_tokens=False).input_ids
         if len(head) + len(tail) < self.context:
             raise ValueError(f"the corpus {self.name} has no {self.context} tokens; use a shorter context")
