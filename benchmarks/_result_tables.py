@@ -129,10 +129,10 @@ class Figure:
     def median(self) -> float:
         return median(self.values)
 
-    def over(self, *others: Figure) -> Figure:
+    def over(self, *others: Figure, bold: bool = False) -> Figure:
         """Its median over the largest of the others'."""
         against = max(other.median for other in others)
-        return Figure((self.median / against,), ".2f", self.simulated or any(o.simulated for o in others), bold=True)
+        return Figure((self.median / against,), ".2f", self.simulated or any(o.simulated for o in others), bold)
 
     def __str__(self) -> str:
         shown = format(self.median, self.spec)
@@ -179,6 +179,7 @@ class Ratio:
     of: str
     over: tuple[str, ...]
     hidden: bool = False
+    bold: bool = False
 
 
 @dataclass(frozen=True)
@@ -298,7 +299,7 @@ class Table:
         line = Line(labels, {}, [], False)
         for column in self.columns:
             if isinstance(column, Ratio):
-                figure = line.figure(column.of).over(*(line.figure(title) for title in column.over))
+                figure = line.figure(column.of).over(*map(line.figure, column.over), bold=column.bold)
                 line.cells[column.title] = figure
                 continue
             found = results.select(row.file, row.where, column.where)
@@ -467,6 +468,6 @@ def speed(title: str, label: str, spec: str = ",.0f", hidden: bool = False) -> C
     return Column(title, "tokens_per_s", {"label": label}, spec, hidden)
 
 
-def over(title: str, of: str, *others: str, hidden: bool = False) -> Ratio:
+def over(title: str, of: str, *others: str, hidden: bool = False, bold: bool = False) -> Ratio:
     """A column over another, or over the largest of others."""
-    return Ratio(title, of, others, hidden)
+    return Ratio(title, of, others, hidden, bold)

@@ -210,20 +210,21 @@ TABLES = [
         """
         With real weights, SPARSESPEC's default settings give {x[over plain].lowest} to {x[over plain].highest} times the
         tokens per second of plain SGLang. The gain is in long contexts and full batches, where reading KV takes most of the
-        time. Below some 2,000 tokens of context little is gained, and one load loses: {x[over plain][32 x 2,048, greedy]} at
-        32 x 2,048. With the shapes of larger models, whose acceptance is simulated, it is {x[over plain].simulated_lowest}
-        to {x[over plain].simulated_highest}.""",
+        time. Batches of up to 2,048 tokens of context gain less than a tenth, and 32 x 2,048 loses a little:
+        {x[over plain][32 x 2,048, greedy]}. With the shapes of larger models, whose acceptance is simulated, it is
+        {x[over plain].simulated_lowest} to {x[over plain].simulated_highest}.""",
         MODEL_AND_LOAD,
         [
             speed("plain", "plain"),
             speed("SPARSESPEC", "sparsespec"),
-            over("over plain", "SPARSESPEC", "plain"),
+            over("over plain", "SPARSESPEC", "plain", bold=True),
         ],
         [*DEFAULT_ROWS, *LARGE_ROWS],
         note="""
         Output tokens per second, 512 new tokens, prompts in the cache. Plain is SGLang without speculation, with its default
         attention (FlashAttention 3). The simulated accept length is 7.02 with all eight drafts, 2% below the paper's 7.16
-        for what FP8 costs; with fewer drafts, which the planner chooses where that is faster, it was 5.9 to 6.6.""",
+        for what FP8 costs; with fewer drafts, which the planner chooses where that is faster, it was 5.9 to 6.6. Where
+        three runs are given, plain ran in another lease, an hour before.""",
     ),
     Table(
         "planner",
@@ -276,9 +277,10 @@ python benchmarks/throughput.py --model-path M --engines plain sparsespec ngram 
         "accept-length",
         "Accept length",
         """
-        Of nine tokens at most, a round gives seven to eight and a half, and more the longer the context and the lower the
-        temperature. FP8 copies of the weights cost {x[FP8 over own].lowest} to {x[FP8 over own].highest} of the accept
-        length, which is within the noise of 16 sampled texts but for 16,384 tokens at T 1.""",
+        Of nine tokens at most, a round gives {x[FP8].lowest} to {x[FP8].highest}, and more the longer the context and the
+        lower the temperature. FP8 copies of the weights give {x[FP8 over own].lowest} to {x[FP8 over own].highest} times the
+        accept length of the model's own. One accept length of 16 sampled texts has a noise of some 3%; only 16,384 tokens at
+        T 1 lie outside it.""",
         {"context": context_of, "T": lambda record: f"{record['temperature']:g}"},
         [
             Column("FP8", "accept_length", {"label": FP8_DRAFTS}, ".2f"),
@@ -300,8 +302,8 @@ python benchmarks/throughput.py --model-path M --engines plain sparsespec ngram 
         "window",
         "PillarAttn against a sliding window",
         """
-        What is read matters more than how much: the tokens that PillarAttn selects are accepted far more often than the
-        newest ones, with the same budget. The difference grows with the context.""",
+        Drafts that read the tokens that PillarAttn selects are accepted far more often than drafts that read as many of the
+        newest ones. The difference grows with the context.""",
         {"model": lambda record: MODELS[record["model"]], "context": lambda record: f"{record['context']:,}"},
         [
             Column("`pillar`", "accept_length", {"policy": "pillar"}, ".2f"),
@@ -324,9 +326,9 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
         "fp8-drafts",
         "FP8 drafts",
         """
-        Drafting with an FP8 copy of the weights is faster than drafting with the model's own at every load, by {x[FP8 over
-        own].lowest} to {x[FP8 over own].highest}: least in large batches, where KV and the verification take the time, and
-        most in small ones, where a draft step reads weights.""",
+        Drafting with an FP8 copy of the weights is faster than drafting with the model's own at every load,
+        {x[FP8 over own].lowest} to {x[FP8 over own].highest} times. It gains least in batches of 64 and more, where KV
+        and the verification take the time.""",
         LOAD,
         [
             speed("FP8", ALWAYS),
@@ -349,7 +351,7 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
         """
         Most of a draft step is matrix products. They read weights at less than the memory's speed, so that a step takes
         {x[step over bytes].simulated_lowest} (8B shapes) to {x[step over bytes].simulated_highest} (1.5B) times what its
-        bytes need. A faster draft step needs faster products of few rows, not less attention.""",
+        bytes need. A faster draft step needs faster products of few rows before it needs less attention.""",
         {
             "shapes": lambda record: shapes(record["model"]),
             "requests x context": lambda record: f"{record['batch']} x {record['context']:,}",

@@ -56,7 +56,7 @@ def results(tmp_path: Path) -> Results:
 
 
 def table(*batches: int, conclusion: str = "So it is.", **more: Any) -> Table:
-    columns = [speed("plain", "plain"), speed("ours", "sparsespec"), over("over plain", "ours", "plain")]
+    columns = [speed("plain", "plain"), speed("ours", "sparsespec"), over("over plain", "ours", "plain", bold=True)]
     rows = [load(FILE, f"random:8192,{batch},512,0.6") for batch in batches]
     return Table("loads", "Loads", conclusion, {"model": model_name, "load": load_name}, columns, rows, **more)
 
@@ -115,7 +115,7 @@ def test_what_follows_from_simulated_acceptance_says_so(results: Results) -> Non
     assert simulated.labels["model"] == "Qwen3-8B shapes, dummy weights, H200"
     assert [str(simulated.figure(title)).endswith("SIMULATED") for title in ("plain", "ours", "over plain")] == [0, 1, 1]
     assert not any("SIMULATED" in str(cell) for cell in measured.cells.values())
-    assert str(Figure((1.0,)).over(Figure((2.0,), simulated=True))) == "**0.50** SIMULATED"
+    assert str(Figure((1.0,)).over(Figure((2.0,), simulated=True))) == "0.50 SIMULATED"
     words = Table("n", "N", "", {"load": load_name}, [Words("n", lambda found: str(len(found)))], table(4).rows)
     assert words.lines(results)[0].cells == {"n": "5 SIMULATED"}
     marked = table(4, 8, mark_rows=True)
