@@ -259,6 +259,12 @@ def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str], 
     parser.add_argument("--results", help="JSON-lines file to append to")
 
 
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Where prompts are kept between runs, and how to make them on a machine that has nothing else to do."""
+    parser.add_argument("--prompts", type=Path, help="JSON file of prompts (default: beside --results)")
+    parser.add_argument("--make-prompts", action="store_true", help="make --prompts for this load, and run nothing")
+
+
 def start_engine(settings: dict[str, Any]) -> Any:
     """``sglang.Engine`` with ``settings``."""
     if settings["device"] == "cpu":

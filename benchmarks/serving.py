@@ -38,6 +38,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,7 @@ from _common import (
     Dataset,
     EngineSpec,
     add_engine_options,
+    add_prompt_options,
     describe,
     make_prompts,
     markdown,
@@ -157,12 +159,13 @@ def write_prompts(args: argparse.Namespace, tokenizer: Any, path: Path) -> list[
 
     Each prompt's own line keeps it out of another's cached prefix.
     """
-    make_prompts(args.prompts, args.model_path, [(dataset, args.requests) for dataset in args.dataset])
-    sources = {dataset: iter(prompts_of(args.prompts, dataset, args.requests)) for dataset in args.dataset}
     rng = random.Random(args.seed)
+    drawn = [(rng.choice(args.dataset), rng.choice(args.new_tokens)) for _ in range(args.requests)]
+    counts = Counter(dataset for dataset, _ in drawn)
+    make_prompts(args.prompts, args.model_path, counts.items())
+    sources = {dataset: iter(prompts_of(args.prompts, dataset, count)) for dataset, count in counts.items()}
     texts, lines = [], []
-    for index in range(args.requests):
-        dataset, length = rng.choice(args.dataset), rng.choice(args.new_tokens)
+    for index, (dataset, length) in enumerate(drawn):
         text = tokenizer.decode(next(sources[dataset]))
         texts.append(text if dataset.context is None else f"# {index:05d}\n{text}")
         # bench_serving asks for as many tokens as the second turn has.
@@ -455,7 +458,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rates", nargs="+", type=parse_rate, default=["2", "4", "8", "inf"], help=shares)
     parser.add_argument("--capacity", type=float, help="requests per second (default: of the first engine at inf)")
     parser.add_argument("--dataset", nargs="+", type=Dataset.parse, default=[Dataset("code", 4096)])
-    parser.add_argument("--prompts", type=Path, help="JSON file of prompts (default: beside --results)")
+    add_prompt_options(parser)
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--new-tokens", nargs="+", type=int, default=[512])
     parser.add_argument("--tpot-limit-ms", type=float, default=50, help="time per output token that goodput allows")
@@ -482,6 +485,11 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run with the given command line; 1 if a run failed."""
     args = parse_arguments(argv)
+    if args.make_prompts:
+        from transformers import AutoTokenizer
+
+        write_prompts(args, AutoTokenizer.from_pretrained(args.model_path), Path(os.devnull))
+        return 0
     # So that a program that is ended stops its server, which is in a session of its own.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     runs = run(args)

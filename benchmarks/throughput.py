@@ -51,6 +51,7 @@ from _common import (
     Progress,
     Served,
     add_engine_options,
+    add_prompt_options,
     attention_backends,
     describe,
     device_name,
@@ -561,8 +562,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     add_engine_options(parser, ["plain", "sparsespec"], vllm=True)
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(Dataset("code", 8192), 64, 512, 0.6)])
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--prompts", type=Path, help="JSON file of prompts (default: beside --results)")
-    parser.add_argument("--make-prompts", action="store_true", help="make --prompts for these loads, and run nothing")
+    add_prompt_options(parser)
     parser.add_argument("--vllm-python", default=sys.executable, help="command that starts a Python that has vLLM")
     parser.add_argument("--interleave", action="store_true", help="start every engine anew for every repeat")
     parser.add_argument("--respect-eos", action="store_true", help="let outputs end")

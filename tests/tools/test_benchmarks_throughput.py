@@ -413,12 +413,16 @@ def test_a_plot_marks_simulated_figures(tmp_path: Path) -> None:
     assert "SIMULATED" in (tmp_path / "p.svg").read_text()
 
 
-def test_the_programs_take_what_a_gpu_session_gives_them(tmp_path: Path) -> None:
-    environment = {**os.environ, "MODEL": "m", "DRAFT": "d", "OUT": str(tmp_path), "PYTHON": "echo"}
+@pytest.mark.parametrize("others", [{}, {"DRAFT": "d", "VLLM_PYTHON": "env A=b python3", "SHAPES": "qwen3-8b"}])
+def test_the_programs_take_what_a_gpu_session_gives_them(others: dict[str, str], tmp_path: Path) -> None:
+    (python := tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "MODEL": "m", "OUT": str(tmp_path), "PYTHON": str(python), **others}
     subprocess.run([str(REPO / "benchmarks/gpu_session.sh")], env=environment, check=True, timeout=60)
-    commands = [path.read_text().split() for path in tmp_path.glob("*.log")]
-    assert {Path(program).stem for program, *_ in commands} >= {"throughput", "serving", "parity", "kernel_table"}
-    for program, *arguments in commands:
+    commands = {path.stem: path.read_text().splitlines() for path in tmp_path.glob("*.log")}
+    assert {Path(program).stem for program, *_ in commands.values()} >= {"throughput", "serving", "parity", "kernel_table"}
+    assert ("long-shapes" in commands, "vllm:ngram" in commands["rivals"]) == (bool(others), bool(others))
+    for program, *arguments in commands.values():
         name = Path(program).stem
         if name != "kernel_table":  # which looks for a GPU
             importlib.import_module(name).parse_arguments(arguments)
