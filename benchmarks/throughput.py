@@ -257,7 +257,7 @@ def full_batch_figures(served: Served, batch: int) -> dict[str, Any]:
     if end <= begin:
         raise RuntimeError("the batch was never full between two samples: ask for more, or for longer outputs")
     share = (tokens_until(progress, end) - tokens_until(progress, begin)) / counted
-    full = [sample.running for sample in progress if begin <= sample.t <= end]
+    full = [sample.running for sample in progress if begin <= sample.t < end]
     seconds = served.ended - served.started
     return {
         "timed": "while the batch was full",
@@ -268,7 +268,7 @@ def full_batch_figures(served: Served, batch: int) -> dict[str, Any]:
         "full_from_s": round(begin - served.started, 3),
         "full_to_s": round(end - served.started, 3),
         "full_share_of_tokens": round(share, 4),
-        "mean_running_full": round(mean(full), 2) if full else None,
+        "mean_running_full": round(mean(full), 2),
         "counted_tokens": round(counted),
         "progress": [[round(s.t - served.started, 2), round(s.generated), s.running] for s in progress],
     }
