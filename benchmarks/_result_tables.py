@@ -129,6 +129,12 @@ class Figure:
     def median(self) -> float:
         return median(self.values)
 
+    @property
+    def spread(self) -> str:
+        """Lowest to highest; empty where both read the same."""
+        lowest, highest = (format(value, self.spec) for value in (min(self.values), max(self.values)))
+        return f"{lowest} to {highest}" if lowest != highest else ""
+
     def over(self, *others: Figure, bold: bool = False) -> Figure:
         """Its median over the largest of the others'."""
         against = max(other.median for other in others)
@@ -137,9 +143,7 @@ class Figure:
     def __str__(self) -> str:
         shown = format(self.median, self.spec)
         text = f"**{shown}**" if self.bold else shown
-        lowest, highest = format(min(self.values), self.spec), format(max(self.values), self.spec)
-        if lowest != highest:
-            text += f" ({lowest} to {highest})"
+        text += f" ({self.spread})" if self.spread else ""
         return f"{text} SIMULATED" if self.simulated and self.marked else text
 
 
@@ -199,8 +203,10 @@ class Line:
     labels: dict[str, str]
     cells: dict[str, Figure | str]
     #: Runs of each measured column.
-    runs: list[int]
-    simulated: bool
+    runs: list[int] = field(default_factory=list)
+    #: Of the measured columns' records.
+    commits: set[str] = field(default_factory=set)
+    simulated: bool = False
 
     def figure(self, title: str) -> Figure:
         """The number in a column.
@@ -290,13 +296,14 @@ class Table:
         Raises:
             LookupError: a record or a field is not there.
             FileNotFoundError: a file is not there.
+            ValueError: the runs of a cell are of several commits.
         """
         return [self._line(results, row) for row in self.rows]
 
     def _line(self, results: Results, row: Row) -> Line:
         first = results.matching(row.file, row.where)[0]
         labels = {title: row.names.get(title) or str(value_of(first, value)) for title, value in self.labels.items()}
-        line = Line(labels, {}, [], False)
+        line = Line(labels, {})
         for column in self.columns:
             if isinstance(column, Ratio):
                 figure = line.figure(column.of).over(*map(line.figure, column.over), bold=column.bold)
@@ -308,6 +315,10 @@ class Table:
             if isinstance(column, Words):
                 line.cells[column.title] = column.words(found) + (" SIMULATED" if simulated and not self.mark_rows else "")
                 continue
+            commits = {commit_of(record) for record in found if record.get("commit")}
+            if len(commits) > 1:
+                raise ValueError(f"{row.file}, {column.title}: runs of several commits, {sorted(commits)}; name one there")
+            line.commits |= commits
             values = tuple(value_of(record, column.value) for record in found)
             line.cells[column.title] = Figure(values, column.spec, simulated, marked=not self.mark_rows)
             line.runs.append(len(values))
@@ -331,12 +342,26 @@ class Table:
             rows.append([*shown, *cells, *([", ".join(map(str, runs))] if len(counts) > 1 else [])])
         header = [*self.labels, *titles, *(["runs"] if len(counts) > 1 else [])]
         text = markdown_table(header, rows, len(self.labels))
-        if not counts:
-            return text
-        if counts == {1}:
-            return text + "\n\nOne run each."
-        runs_of_all = "the runs" if len(counts) > 1 else f"{min(counts)} runs"
-        return f"{text}\n\nMedians of {runs_of_all}; lowest to highest in brackets."
+        remarks = self._remarks(lines, titles)
+        return "\n\n".join([text, *([paragraph(" ".join(remarks))] if remarks else [])])
+
+    @staticmethod
+    def _remarks(lines: Sequence[Line], titles: Sequence[str]) -> list[str]:
+        """What is said of the rows below them: runs, and commits where they differ within a row."""
+        counts = {count for line in lines for count in line.runs}
+        shown = [cell for line in lines for title in titles if isinstance(cell := line.cells[title], Figure)]
+        found = ["One run each."] if counts == {1} else []
+        if counts > {1} or counts and min(counts) > 1:
+            runs = "the runs" if len(counts) > 1 else f"{min(counts)} runs"
+            spread = "; lowest to highest in brackets" if any(figure.spread for figure in shown) else ""
+            found.append(f"Medians of {runs}{spread}.")
+        mixed = [line for line in lines if len(line.commits) > 1]
+        if mixed:
+            names = ", ".join(sorted(set().union(*(line.commits for line in mixed))))
+            rows = "; ".join(list(line.labels.values())[-1] for line in mixed)
+            where = "all rows" if mixed == list(lines) else f"these rows: {rows}"
+            found.append(f"Columns are of different commits ({names}) in {where}.")
+        return found
 
     def text(self, results: Results, root: str, heading: bool = True, plots: Sequence[str] = ()) -> str:
         """The table as it stands in a page: title, conclusion, plots, rows, where they come from.

@@ -110,6 +110,12 @@ def test_a_cell_is_the_median_with_the_spread_and_the_number_of_runs(results: Re
     assert table(8).markdown([line]).endswith("One run each.")
 
 
+def test_a_row_is_named_by_its_records() -> None:
+    record = sample("plain", 1.0, output_length=3072, dataset="aime", temperature=0.0, packages={"sglang": "0.5.23"})
+    assert load_name(record) == "4 x AIME, 3,072 new, greedy"
+    assert model_name(record) == "Qwen3-8B shapes, dummy weights, H200, SGLang 0.5.23"
+
+
 def test_what_follows_from_simulated_acceptance_says_so(results: Results) -> None:
     simulated, measured = table(4, 8).lines(results)
     assert simulated.labels["model"] == "Qwen3-8B shapes, dummy weights, H200"
@@ -183,6 +189,20 @@ def test_what_is_missing_is_an_error(results: Results) -> None:
         table(16).lines(results)
     with pytest.raises(LookupError, match="a record of plain has no draft_step.ms"):
         Table("n", "N", "", {}, [Column("n", "draft_step.ms")], [Row(FILE, {"batch": 8})]).lines(results)
+
+
+def test_runs_of_several_commits_are_not_mixed(results: Results) -> None:
+    records = results.records(FILE)
+    records[0]["commit"] = "a" * 12
+    with pytest.raises(ValueError, match="plain: runs of several commits, .*'5cc1318', 'aaaaaaa'"):
+        table(4).lines(results)
+    for record in records[:3]:
+        record["commit"] = "a" * 12
+    lines = table(4, 8).lines(results)
+    text = " ".join(table(4, 8).markdown(lines).split())
+    assert text.endswith("Columns are of different commits (5cc1318, aaaaaaa) in these rows: 4 x 8,192, T 0.6.")
+    assert table(4).markdown(lines[:1]).endswith("Columns are of different commits (5cc1318, aaaaaaa) in all rows.")
+    assert "commits" not in table(8).markdown(lines[1:])
 
 
 # --------------------------------------------------------------------------- plots
