@@ -18,7 +18,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from _common import REPO, SIMULATE, device_name, marks
+from _common import NOT_LOSSLESS, REPO, SIMULATE, device_name, marks
 
 sys.path.append(str(REPO / "scripts"))
 
@@ -39,7 +39,7 @@ UNRECORDED = {
     "2026-11-25-h100/accept-length-qwen2.5-coder-1.5b.jsonl": "0102b6f",
 }
 #: Options that change no figure.
-UNSHOWN = ("--results", "--log-level", "--time-limit")
+UNSHOWN = ("--results", "--log-level", "--time-limit", "--prompts", "--vllm-python")
 #: SGLang's release where a label does not name one.
 USUAL_SGLANG = "0.5.17"
 
@@ -458,30 +458,42 @@ MODELS = {
     "smollm2-135m-float32": "SmolLM2-135M, float32",
 }
 #: Names of the questions that have no length.
-QUESTIONS = {"aime": "AIME", "olympiadbench": "OlympiadBench"}
+QUESTIONS = {
+    "aime": "AIME",
+    "olympiadbench": "OlympiadBench",
+    "aime+olympiadbench": "AIME and OlympiadBench",
+    "code-reading": "code to read",
+}
 USUAL_OUTPUT = 512
 
 
 def load(file: str, text: str, **where: Any) -> Row:
-    """The row of a load: DATASET,BATCH,NEW_TOKENS,TEMPERATURE as throughput.py takes it."""
-    dataset, batch, new_tokens, temperature = text.split(",")
+    """The row of a load: DATASET,BATCH,NEW_TOKENS,TEMPERATURE[,REQUESTS] as throughput.py takes it."""
+    dataset, batch, new_tokens, temperature, *requests = text.split(",")
     about = {"dataset": dataset, "batch": int(batch), "output_length": int(new_tokens), "temperature": float(temperature)}
-    return Row(file, {"kind": "sample", **about, **where})
+    kept_full = {"kept_full": True, "requests": int(requests[0])} if requests else {"kept_full": lambda value: not value}
+    return Row(file, {"kind": "sample", **about, **kept_full, **where})
 
 
 def model_name(record: Record) -> str:
-    """The model of a record, what its weights are, its device, and SGLang's release if it is not the usual one."""
+    """The model of a record, what its weights are, its device, and SGLang's release if it is not the usual one.
+
+    What only some engines are, such as not lossless, the columns' titles must say.
+    """
     name = MODELS.get(str(record["model"]), str(record["model"]))
-    parts = [name, *(mark for mark in marks(record) if mark != "SIMULATED acceptance")]
+    parts = [name, *(mark for mark in marks(record) if mark not in ("SIMULATED acceptance", NOT_LOSSLESS))]
     parts.append(device_name(record).removeprefix("NVIDIA ").split()[0])
-    release = record["packages"]["sglang"]
-    return ", ".join([*parts, *([f"SGLang {release}"] if release != USUAL_SGLANG else [])])
+    release = record["packages"].get("sglang")  # a Python of vLLM's own has none
+    return ", ".join([*parts, *([f"SGLang {release}"] if release not in (None, USUAL_SGLANG) else [])])
 
 
 def load_name(record: Record) -> str:
     """Requests x context, and what is unusual about the outputs."""
     name, _, context = record["dataset"].partition(":")
-    parts = [f"{record['batch']} x {f'{int(context):,}' if context else QUESTIONS[name]}"]
+    requests = f"{record['requests']} x" if record.get("kept_full") else f"{record['batch']} x"
+    parts = [f"{requests} {f'{int(context):,}' if context else QUESTIONS[name]}"]
+    if record.get("kept_full"):
+        parts.append(f"{record['batch']} at once")
     if record["output_length"] != USUAL_OUTPUT:
         parts.append(f"{record['output_length']:,} new")
     parts.append(f"T {record['temperature']:g}" if record["temperature"] else "greedy")

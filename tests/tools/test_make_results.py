@@ -160,6 +160,24 @@ def test_a_table_says_where_its_figures_come_from(results: Results) -> None:
     assert "--engines plain sparsespec\n" in table(8).text(results, ""), "two engines of one command"
 
 
+def test_batches_that_were_kept_full_are_rows_of_their_own(tmp_path: Path) -> None:
+    asked = {"dataset": "aime+olympiadbench", "output_length": 4096}
+    records = [
+        sample("plain", 50.0, **asked),
+        sample("plain", 90.0, requests=8, kept_full=True, **asked),
+        sample("vllm", 70.0, requests=8, kept_full=True, packages={"vllm": "0.26.0"}, simulated_accept_length=None, **asked),
+    ]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    rows = [load("r.jsonl", "aime+olympiadbench,4,4096,0.6"), load("r.jsonl", "aime+olympiadbench,4,4096,0.6,8")]
+    words = {"model": model_name, "load": load_name}
+    one, full = Table("n", "N", "", words, [speed("plain", "plain")], rows).lines(Results(tmp_path))
+    assert (one.labels["load"], str(one.cells["plain"])) == ("4 x AIME and OlympiadBench, 4,096 new, T 0.6", "50")
+    assert full.labels["load"] == "8 x AIME and OlympiadBench, 4 at once, 4,096 new, T 0.6"
+    assert str(full.cells["plain"]) == "90"
+    (vllm,) = Table("n", "N", "", words, [speed("vLLM", "vllm")], rows[1:]).lines(Results(tmp_path))
+    assert (vllm.labels["model"], str(vllm.cells["vLLM"])) == ("Qwen3-8B shapes, dummy weights, H200", "70")
+
+
 def test_what_is_missing_is_an_error(results: Results) -> None:
     with pytest.raises(FileNotFoundError):
         Table("n", "N", "", {}, [speed("plain", "plain")], [load("2026-01-02-h200/none.jsonl", "aime,1,2,0")]).lines(results)
