@@ -1,7 +1,7 @@
 """Work beside the current CUDA stream; it can be captured into graphs, where it becomes a parallel branch.
 
 Forwards of the unified schedule use it: draft attention runs beside verification, and selection beside the rest of the
-layer. ``docs/results.md`` says what that gives.
+layer. ``docs/results-archive.md`` says what that gives.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
 import importlib.metadata
 import json
@@ -18,11 +19,11 @@ import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 REPO = Path(__file__).resolve().parent.parent
 DATA = Path(__file__).resolve().parent / "data"
-PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "sglang-sparsespec")
+PACKAGES = ("torch", "triton", "flashinfer-python", "sglang", "sglang-kernel", "sglang-sparsespec", "vllm")
 #: SGLang's variable for acceptance that is drawn instead of decided. A record made under it says so.
 SIMULATE = "SGLANG_SIMULATE_ACC_LEN"
 #: Plain SGLang needs this project's substitute for missing CPU kernels too, on a processor without AMX.
@@ -132,10 +133,19 @@ def same_origin(record: dict[str, Any], environment: dict[str, Any]) -> bool:
 
 #: SGLang's own speculative algorithms, by the names that ``--engines`` takes.
 SGLANG_SPECULATION = {"ngram": "NGRAM", "standalone": "STANDALONE", "eagle3": "EAGLE3"}
+#: vLLM's by the names that follow ``vllm:``; the values are its documentation's example.
+VLLM_SPECULATION = {
+    "ngram": {"method": "ngram", "num_speculative_tokens": 5, "prompt_lookup_max": 4},
+    "ngram_gpu": {"method": "ngram_gpu", "num_speculative_tokens": 5, "prompt_lookup_max": 4},
+}
 ENGINES_HELP = (
-    "each KIND[:DETAIL][,SETTING=VALUE ...]. KIND: plain, sparsespec, ngram, standalone or eagle3. DETAIL: an attention "
-    "backend (default: SGLang's choice), or sparsespec's draft policy and schedule. SETTING: an argument of sglang.Engine"
+    "each KIND[:DETAIL][,SETTING=VALUE ...]. KIND: plain, sparsespec, ngram, standalone or eagle3 (in throughput.py also "
+    "vllm). DETAIL: an attention backend (default: SGLang's choice), sparsespec's draft policy and schedule, or vLLM's "
+    "ngram or ngram_gpu. SETTING: an argument of sglang.Engine, or vllm.LLM"
 )
+#: Settings of one engine that change what its model computes.
+LOSSY_SETTINGS = ("quantization", "kv_cache_dtype")
+NOT_LOSSLESS = "not lossless"
 
 
 @dataclass(frozen=True)
@@ -143,7 +153,7 @@ class EngineSpec:
     """An engine by name, such as ``sparsespec:pillar:unified,sparsespec_kernels=flashinfer``.
 
     Attributes:
-        settings: further ``sglang.Engine`` arguments; values are JSON, or else text.
+        settings: further arguments of ``sglang.Engine``, or of ``vllm.LLM``; values are JSON, or else text.
     """
 
     label: str
@@ -160,8 +170,8 @@ class EngineSpec:
         """
         name, *given = re.split(r",(?=\w+=)", text)
         kind, *details = name.split(":")
-        most = {"plain": 1, "sparsespec": 2, **dict.fromkeys(SGLANG_SPECULATION, 1)}
-        if len(details) > most.get(kind, -1):
+        most = {"plain": 1, "sparsespec": 2, "vllm": 1, **dict.fromkeys(SGLANG_SPECULATION, 1)}
+        if len(details) > most.get(kind, -1) or (kind == "vllm" and not set(details) <= set(VLLM_SPECULATION)):
             raise argparse.ArgumentTypeError(f"no engine {text!r}; {ENGINES_HELP}")
         settings = {}
         for item in given:
@@ -171,6 +181,38 @@ class EngineSpec:
             except ValueError:
                 settings[key] = value
         return cls(text, kind, tuple(details), settings)
+
+    @classmethod
+    def parse_sglang(cls, text: str) -> EngineSpec:
+        """As :meth:`parse`, for programs that run SGLang alone.
+
+        Raises:
+            ArgumentTypeError: no such engine, or vLLM.
+        """
+        spec = cls.parse(text)
+        if spec.kind == "vllm":
+            raise argparse.ArgumentTypeError("only throughput.py starts vLLM; serving.py measures its server with --attach")
+        return spec
+
+    def vllm_args(self, args: argparse.Namespace, max_batch: int) -> dict[str, Any]:
+        """Arguments of ``vllm.LLM``, whose own defaults stand where these are not needed for the same load.
+
+        Its statistics are on, as its server has them, since accept lengths come from them.
+        """
+        found: dict[str, Any] = {
+            "model": args.model_path,
+            "load_format": args.load_format,
+            "dtype": args.dtype,
+            "seed": 0,
+            "max_num_seqs": max_batch,
+            "enable_prefix_caching": True,
+            "disable_log_stats": False,
+            "tensor_parallel_size": args.engine_args.get("tp_size", 1),
+            "skip_tokenizer_init": args.engine_args.get("skip_tokenizer_init", False),
+        }
+        if self.details:
+            found["speculative_config"] = dict(VLLM_SPECULATION[self.details[0]])
+        return {**found, **self.settings}
 
     def engine_args(self, args: argparse.Namespace, max_batch: int) -> dict[str, Any]:
         """Arguments of ``sglang.Engine``.
@@ -204,10 +246,10 @@ class EngineSpec:
         return {**found, **args.engine_args, **self.settings}
 
 
-def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str]) -> None:
-    """``--engines`` and what all engines have in common."""
-    default = list(map(EngineSpec.parse, engines))
-    parser.add_argument("--engines", nargs="*", type=EngineSpec.parse, default=default, help=ENGINES_HELP)
+def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str], vllm: bool = False) -> None:
+    """``--engines``, with ``vllm`` among them or not, and what all engines have in common."""
+    parse = EngineSpec.parse if vllm else EngineSpec.parse_sglang
+    parser.add_argument("--engines", nargs="*", type=parse, default=list(map(parse, engines)), help=ENGINES_HELP)
     parser.add_argument("--model-path", required=True)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda")
     parser.add_argument("--dtype", default="bfloat16")
@@ -215,6 +257,12 @@ def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str]) 
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON object of sglang.Engine arguments")
     parser.add_argument("--log-level", default="warning")
     parser.add_argument("--results", help="JSON-lines file to append to")
+
+
+def add_prompt_options(parser: argparse.ArgumentParser) -> None:
+    """Where prompts are kept between runs, and how to make them on a machine that has nothing else to do."""
+    parser.add_argument("--prompts", type=Path, help="JSON file of prompts (default: beside --results)")
+    parser.add_argument("--make-prompts", action="store_true", help="make --prompts for this load, and run nothing")
 
 
 def start_engine(settings: dict[str, Any]) -> Any:
@@ -251,22 +299,60 @@ def flush(engine: Any, timeout: float = 60) -> None:
         time.sleep(0.1)
 
 
+class Progress(NamedTuple):
+    """How far an engine is at one time.
+
+    Attributes:
+        t: ``time.time()``.
+        generated: tokens since its start, by its own count.
+        running: requests in its batch.
+    """
+
+    t: float
+    generated: float
+    running: int
+
+
+@dataclass
+class Served:
+    """What came of requests that were sent as others ended.
+
+    Attributes:
+        outputs: as of ``sglang.Engine.generate``, in the order of the prompts.
+        progress: samples from before the first request to after the last.
+        started, drains, ended: ``time.time()`` of the first request, of the first end of a request with none left to
+            take its place, and of the last end.
+    """
+
+    outputs: list[dict[str, Any]]
+    progress: list[Progress]
+    started: float
+    drains: float
+    ended: float
+
+
+class OutOfTime(Exception):
+    """The time limit was reached before a sample was whole."""
+
+
 def simulated_accept_length(kind: str) -> float | None:
     """The accept length that an engine of ``kind`` is made to have; None if its acceptance is real."""
     given = float(os.environ.get(SIMULATE) or 0)
-    return given if given > 0 and kind != "plain" else None
+    return given if given > 0 and kind not in ("plain", "vllm") else None
 
 
 def describe(spec: EngineSpec, args: argparse.Namespace) -> dict[str, Any]:
     """What a record says about its engine."""
+    common = {} if spec.kind == "vllm" else args.engine_args
     return {
         "model": Path(args.model_path).name,
         "load_format": args.load_format,
         "dtype": args.dtype,
         "engine": spec.label,
         "label": spec.label,
-        "engine_args": {**args.engine_args, **spec.settings},
+        "engine_args": {**common, **spec.settings},
         "tp_size": {**args.engine_args, **spec.settings}.get("tp_size", 1),
+        "lossless": not set(spec.settings) & set(LOSSY_SETTINGS),
         "simulated_accept_length": simulated_accept_length(spec.kind),
     }
 
@@ -278,6 +364,8 @@ def marks(record: dict[str, Any]) -> list[str]:
         found.append("SIMULATED acceptance")
     if record.get("load_format") == "dummy":
         found.append("dummy weights")
+    if record.get("lossless") is False:
+        found.append(NOT_LOSSLESS)
     return found
 
 
@@ -285,6 +373,7 @@ def marks(record: dict[str, Any]) -> list[str]:
 
 #: Data files of questions, and the key of the question in each line.
 QUESTIONS = {"aime": ("aime24.jsonl", "problem"), "olympiadbench": ("olympiadbench.jsonl", "question")}
+CODE_READING = "code-reading"
 CORPORA = ("math", "code")
 INSTRUCTION = "\n\nReason step by step, and put the final answer within \\boxed{}."
 NGRAM = 8
@@ -299,34 +388,74 @@ def read_data(name: str) -> list[dict[str, Any]]:
 
 def chat_prompt(tokenizer: Any, question: str) -> list[int]:
     """A question as the model is asked it, as token ids: in its chat template, or as plain text if it has none."""
-    text, templated = question + INSTRUCTION, bool(getattr(tokenizer, "chat_template", None))
+    return _chat_ids(tokenizer, [("user", question + INSTRUCTION)], "\n\nSolution:")
+
+
+def _chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], plain_ending: str) -> list[int]:
+    """Turns (role, text) as token ids; ``plain_ending`` follows where the model has no chat template."""
+    templated = bool(getattr(tokenizer, "chat_template", None))
     if templated:
-        message = [{"role": "user", "content": text}]
-        text = tokenizer.apply_chat_template(message, add_generation_prompt=True, tokenize=False)
+        messages = [{"role": role, "content": text} for role, text in turns]
+        text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     else:
-        text += "\n\nSolution:"
+        text = "\n\n".join(text for _, text in turns) + plain_ending
     # A template writes the special tokens itself.
     return tokenizer(text, add_special_tokens=not templated).input_ids
 
 
-def _corpus(name: str, index: int) -> tuple[str, str]:
-    """Text to cut a prompt from, and what follows the cut."""
+def _functions(least_lines: int = 20, most_lines: int = 60) -> list[tuple[str, str, str]]:
+    """Functions of the installed Python library (module, name, source), the same order in every run."""
+    found = []
+    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
+        text = path.read_text(errors="replace")
+        lines = text.splitlines()
+        for node in ast.parse(text).body:
+            if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
+                if least_lines <= node.end_lineno - node.lineno + 1 <= most_lines:
+                    found.append((path.stem, node.name, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
+    random.Random(0).shuffle(found)
+    return found
+
+
+def _code_reading(module: str, name: str, source: str) -> list[tuple[str, str]]:
+    """A function to be read and used, in the shape of LiveCodeBench's prompts (system turn, question, format, answer)."""
+    question = (
+        f"This is the function `{name}` of Python's module `{module}`:\n\n```python\n{source}\n```\n\n"
+        "Follow it step by step for an input that reaches most of its branches. Then write a program that reads inputs "
+        "for it, one a line, and prints what it returns for each, or the name of the exception that it raises."
+    )
+    form = "Read from standard input, write to standard output, and put the whole program between these delimiters."
+    return [
+        ("system", "You are an expert Python programmer. You solve the question with a correct Python program."),
+        ("user", f"### Question:\n{question}\n\n### Format: {form}\n```python\n# YOUR CODE HERE\n```\n\n### Answer:\n\n"),
+    ]
+
+
+def corpus_text(name: str, index: int = 0) -> str:
+    """``code`` (Python library sources) or ``math`` (OlympiadBench problems) as one text; ``index`` moves its beginning."""
     if name == "code":
         files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
         files = files[index * 3 % len(files) :] + files
-        text = "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
-        return text, "\n\n# A summary of the functions above, each with what it returns:\n"
+        return "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
     asked = [row["question"] for row in read_data("olympiadbench")]
     asked = asked[index * 37 % len(asked) :] + asked
-    text = "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
-    return text, "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:"
+    return "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
+
+
+#: What follows the cut of a corpus.
+ENDINGS = {
+    "code": "\n\n# A summary of the functions above, each with what it returns:\n",
+    "math": "\n\nA detailed solution of Problem 1, step by step.\n\nSolution:",
+}
 
 
 @dataclass(frozen=True)
 class Dataset:
     """A workload by name.
 
-    ``aime`` and ``olympiadbench`` are questions as they are. ``math:TOKENS`` (OlympiadBench problems, then the request to
+    ``aime`` and ``olympiadbench`` are questions as they are, ``aime+olympiadbench`` those of the one and then of the other.
+    ``code-reading`` asks about functions of the installed Python library in the shape of LiveCodeBench's prompts; its
+    problems are not LiveCodeBench's. ``math:TOKENS`` (OlympiadBench problems, then the request to
     solve one) and ``code:TOKENS`` (installed Python library sources, to be continued by a summary; not LiveCodeBench) are
     cut to that many tokens, and ``code+math:TOKENS`` takes the two in turn. ``random:TOKENS`` are random token ids, for
     dummy weights.
@@ -343,11 +472,11 @@ class Dataset:
             ArgumentTypeError: no such dataset, or a length where there is none, or none where one is needed.
         """
         name, _, length = text.partition(":")
-        if name in QUESTIONS and not length:
+        if (name == CODE_READING or set(name.split("+")) <= set(QUESTIONS)) and not length:
             return cls(name)
         if (name == "random" or set(name.split("+")) <= set(CORPORA)) and length.isdigit() and int(length) > 0:
             return cls(name, int(length))
-        forms = "aime, olympiadbench, code:TOKENS, math:TOKENS, code+math:TOKENS or random:TOKENS"
+        forms = "aime, olympiadbench, aime+olympiadbench, code-reading, {code,math,code+math}:TOKENS or random:TOKENS"
         raise argparse.ArgumentTypeError(f"dataset {text!r}: expected {forms}")
 
     def __str__(self) -> str:
@@ -365,20 +494,63 @@ class Dataset:
         from transformers import AutoTokenizer
 
         tokenizer = AutoTokenizer.from_pretrained(model_path)
+        if self.name == CODE_READING:
+            functions = [_code_reading(*function) for function in _functions()]
+            return [_chat_ids(tokenizer, functions[index % len(functions)], "") for index in range(count)]
         if self.context is None:
-            asked = [row[QUESTIONS[self.name][1]] for row in read_data(self.name)]
+            asked = [row[QUESTIONS[name][1]] for name in self.name.split("+") for row in read_data(name)]
             return [chat_prompt(tokenizer, asked[index % len(asked)]) for index in range(count)]
         return [self._cut(tokenizer, index) for index in range(count)]
 
     def _cut(self, tokenizer: Any, index: int) -> list[int]:
         assert self.context is not None
         corpora = self.name.split("+")
-        text, ending = _corpus(corpora[index % len(corpora)], index // len(corpora))
-        tail = tokenizer(ending, add_special_tokens=False).input_ids
+        name = corpora[index % len(corpora)]
+        text = corpus_text(name, index // len(corpora))
+        tail = tokenizer(ENDINGS[name], add_special_tokens=False).input_ids
         head = tokenizer(text[: 8 * self.context], add_special_tokens=False).input_ids
         if len(head) + len(tail) < self.context:
             raise ValueError(f"the corpus {self.name} has no {self.context} tokens; use a shorter context")
         return head[: self.context - len(tail)] + tail
+
+
+def make_prompts(path: Path, model_path: str, wanted: Iterable[tuple[Dataset, int]]) -> None:
+    """See that the file of prompts has so many of each dataset; those that it has stay as they are.
+
+    Engines of different environments, and machines, read the same token ids from it, and none spends time on making them.
+
+    Raises:
+        ValueError: the file is another model's.
+    """
+    model, found = Path(model_path).name, _read_prompts(path)
+    if found["model"] not in (None, model):
+        raise ValueError(f"{path} has prompts of {found['model']}, not of {model}; give another file by --prompts")
+    counts: dict[Dataset, int] = {}
+    for dataset, count in wanted:
+        counts[dataset] = max(count, counts.get(dataset, 0))
+    lacking = {dataset: count for dataset, count in counts.items() if len(found["prompts"].get(str(dataset), ())) < count}
+    if lacking:
+        made = {str(dataset): dataset.prompts(model_path, count) for dataset, count in lacking.items()}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside = path.with_suffix(".partial")
+        beside.write_text(json.dumps({"model": model, "prompts": {**found["prompts"], **made}}))
+        beside.replace(path)
+
+
+def prompts_of(path: Path, dataset: Dataset, count: int) -> list[list[int]]:
+    """The first ``count`` prompts of a dataset in a file of prompts, as token ids.
+
+    Raises:
+        ValueError: it has fewer.
+    """
+    found = _read_prompts(path)["prompts"].get(str(dataset), [])
+    if len(found) < count:
+        raise ValueError(f"{path} has {len(found)} prompts of {dataset}, {count} are needed")
+    return found[:count]
+
+
+def _read_prompts(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text()) if path.exists() else {"model": None, "prompts": {}}
 
 
 def distinct_share(tokens: Sequence[Any]) -> float:

@@ -338,6 +338,7 @@ def table(records: Sequence[dict[str, Any]]) -> str:
         [
             {
                 "engine": record["engine"],
+                "seconds": record["seconds"],
                 **{name.replace("_", " "): significant(record[name], 5) for name in columns},
                 "retractions": record["retractions"],
                 "moved and back": f"{record['offloads']}, {record['restores']}" if "offloads" in record else None,

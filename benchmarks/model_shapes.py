@@ -36,6 +36,21 @@ QWEN3_8B: dict[str, Any] = {
     "tie_word_embeddings": False,
     "torch_dtype": "bfloat16",
 }
+QWEN3_1_7B = {
+    **QWEN3_8B,
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 16,
+    "tie_word_embeddings": True,
+}
+QWEN3_14B = {
+    **QWEN3_8B,
+    "hidden_size": 5120,
+    "intermediate_size": 17408,
+    "num_hidden_layers": 40,
+    "num_attention_heads": 40,
+}
 QWEN3_30B_A3B = {
     **QWEN3_8B,
     "architectures": ["Qwen3MoeForCausalLM"],
@@ -149,7 +164,9 @@ QUANTISED: dict[str, dict[str, Any]] = {
 }
 #: Configurations by name.
 SHAPES: dict[str, dict[str, Any]] = {
+    "qwen3-1.7b": QWEN3_1_7B,
     "qwen3-8b": QWEN3_8B,
+    "qwen3-14b": QWEN3_14B,
     "qwen3-30b-a3b": QWEN3_30B_A3B,
     "gemma3-1b": GEMMA3_1B,
     "gemma3-27b-text": GEMMA3_27B,

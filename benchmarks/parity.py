@@ -9,8 +9,13 @@ be equal. Where 16-bit kernels of different shapes break ties, each divergence i
 tokens in the baseline's own log-probabilities at the first differing position: a tie has a margin within the rounding of the
 logits. How large that is, plain engines among ``--engines`` show (``plain:triton``): where they and the baseline have
 written the same tokens so far, small margins between the best tokens still differ. The largest such difference is the bound,
-if it is more than ``--tie-margin``. The exit status is 1 if an output differs on a CPU, or differs at more than a tie on a
-GPU.
+if it is more than ``--tie-margin``. Controls may be asked fewer prompts (``--control-prompts``): the bound can only become
+lower. The exit status is 1 if an output differs on a CPU, or differs at more than a tie on a GPU.
+
+Ten thousand short generations, which fit into some minutes of a GPU:
+
+    python benchmarks/parity.py --model-path M --results parity.jsonl --short 0 --problems 0 --long 0 --cuts 10000 \\
+        --max-new-tokens 48 --alternatives 10 --concurrency 256 --control-prompts 1000 --engines plain:triton sparsespec
 """
 
 from __future__ import annotations
@@ -30,6 +35,7 @@ from _common import (
     EngineSpec,
     add_engine_options,
     attention_backends,
+    corpus_text,
     describe,
     internal_state,
     markdown,
@@ -41,7 +47,6 @@ from _common import (
     write_record,
 )
 
-ALTERNATIVES = 5  # log-probabilities kept per position
 ROUNDING = 1e-4  # of a difference of two log-probabilities
 CLOSE = 1.0  # a larger margin is no candidate for a tie, and shows nothing about ties
 
@@ -87,6 +92,17 @@ def load_prompts(short: int, problems: int, long: int, long_chars: int) -> list[
     return prompts
 
 
+def cut_prompts(count: int, least_chars: int = 60, most_chars: int = 1500) -> list[str]:
+    """``count`` pieces of code and of mathematics in turn, cut at random places: the same in every run, all different."""
+    generator, texts = random.Random(0), [corpus_text(name) for name in ("code", "math")]
+    found: dict[str, None] = {}
+    while len(found) < count:
+        text, length = texts[len(found) % 2], generator.randint(least_chars, most_chars)
+        begin = generator.randrange(len(text) - length)
+        found[text[begin : begin + length]] = None
+    return list(found)
+
+
 def random_prompts(lengths: Sequence[int], count: int, vocab_size: int) -> list[list[int]]:
     """``count`` prompts of random token ids of each of ``lengths``: the same in every run."""
     generator = random.Random(0)
@@ -101,7 +117,7 @@ def run_engine(
     if spec.kind == "sparsespec":
         settings.setdefault("sparsespec_speculate", "always")  # what is compared is speculation
     sampling = {"temperature": 0.0, "max_new_tokens": args.max_new_tokens, "ignore_eos": True}
-    extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": ALTERNATIVES} if logprobs else {}
+    extra: dict[str, Any] = {"return_logprob": True, "top_logprobs_num": args.alternatives} if logprobs else {}
     kind = "input_ids" if args.random_tokens else "prompt"
     engine = start_engine(settings)
     started = time.perf_counter()
@@ -185,6 +201,9 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--problems", type=int, default=36, help="AIME and OlympiadBench prompts")
     parser.add_argument("--long", type=int, default=4, help="prompts of --long-chars characters")
     parser.add_argument("--long-chars", type=int, default=6800)
+    parser.add_argument("--cuts", type=int, default=0, help="prompts of 60 to 1,500 characters out of code and mathematics")
+    parser.add_argument("--alternatives", type=int, default=5, help="log-probabilities of the baseline at each position")
+    parser.add_argument("--control-prompts", type=int, help="controls are asked the first so many prompts (default: all)")
     parser.add_argument(
         "--random-tokens",
         type=lambda text: [int(length) for length in text.split(",")],
@@ -200,7 +219,10 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> int:
     args = parse_arguments()
-    prompts: Sequence[str] | Sequence[list[int]] = load_prompts(args.short, args.problems, args.long, args.long_chars)
+    prompts: Sequence[str] | Sequence[list[int]] = [
+        *load_prompts(args.short, args.problems, args.long, args.long_chars),
+        *cut_prompts(args.cuts),
+    ]
     if args.random_tokens:
         config = json.loads((Path(args.model_path) / "config.json").read_text())
         prompts = random_prompts(args.random_tokens, args.problems, config["vocab_size"])
@@ -214,11 +236,12 @@ def main() -> int:
     for spec in sorted(args.engines, key=lambda spec: spec.kind != "plain"):
         say(f"{spec.label}: starting")
         is_control = spec.kind == "plain" and not on_cpu
-        outputs, figures = run_engine(spec, prompts, args, logprobs=is_control)
+        asked = prompts[: args.control_prompts] if spec.kind == "plain" else prompts
+        outputs, figures = run_engine(spec, asked, args, logprobs=is_control)
         if is_control:
-            figures["margin_noise"] = round(margin_noise(baseline, outputs), 4)
+            figures["margin_noise"] = round(margin_noise(baseline[: len(asked)], outputs), 4)
             tie_margin = max(tie_margin, figures["margin_noise"])
-        found = divergences(baseline, outputs)
+        found = divergences(baseline[: len(asked)], outputs)
         passed = not found if on_cpu else are_ties(found, tie_margin)
         failed = failed or not passed
         lengths = [output["meta_info"]["prompt_tokens"] for output in outputs]
@@ -229,11 +252,13 @@ def main() -> int:
             "concurrency": args.concurrency,
             "baseline": args.baseline.label,
             "baseline_attention": about_baseline["attention_backend"],
-            "prompts": len(prompts),
+            "prompts": len(asked),
+            "max_new_tokens": args.max_new_tokens,
+            "baseline_seconds": about_baseline["seconds"],
             "longest_prompt": max(lengths),
             "prompts_of_2000_tokens": sum(length >= 2000 for length in lengths),
             "tokens": sum(len(output["output_ids"]) for output in outputs),
-            "equal_prompts": len(prompts) - len(found),
+            "equal_prompts": len(asked) - len(found),
             "divergences": found,
             "tie_margin": None if on_cpu else tie_margin,
             "passed": passed,
@@ -241,7 +266,7 @@ def main() -> int:
         }
         write_record(args.results, record)
         margins = [item["margin"] for item in found]
-        row = {"engine": spec.label, "equal": f"{record['equal_prompts']} of {len(prompts)}", "passed": str(passed)}
+        row = {"engine": spec.label, "equal": f"{record['equal_prompts']} of {len(asked)}", "passed": str(passed)}
         row["largest margin"] = max((margin for margin in margins if margin is not None), default=None)
         rows.append({**row, "unknown margins": margins.count(None), "accept length": figures.get("accept_length")})
     print(markdown(rows))

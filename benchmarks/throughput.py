@@ -1,16 +1,27 @@
-"""Whole-engine throughput: plain SGLang, SPARSESPEC and SGLang's own speculation under the same loads, in one command.
+"""Whole-engine throughput: plain SGLang, SPARSESPEC, SGLang's own speculation and vLLM under the same loads, in one command.
 
     python benchmarks/throughput.py --model-path M --results throughput.jsonl --plot throughput.png \\
-        --engines plain sparsespec ngram standalone,speculative_draft_model_path=D \\
-        --loads code:{2048,8192},{32,128},512,0.6 aime,64,3072,0.6
+        --engines plain sparsespec ngram standalone,speculative_draft_model_path=D vllm vllm:ngram \\
+        --vllm-python "env PYTHONPATH=/tmp/vllm-site python3" \\
+        --loads code:{2048,8192},{32,128},512,0.6 aime+olympiadbench,64,4096,0.6,128
 
 A load is DATASET,BATCH,NEW_TOKENS,TEMPERATURE (bash's braces make the product; datasets: ``_common.Dataset``). Prompts are
-prefilled first and sent again together, so that decoding is timed, by SGLang's ``throughput_test_once``; each sample starts
-from a flushed cache. Outputs are made to go on to their full length unless ``--respect-eos`` is given.
+prefilled first and sent again together, so that decoding is timed; each sample starts from an empty cache. "Whole run" adds
+the time of prefilling them.
+
+With a fifth part, REQUESTS, the batch is kept full: so many requests are asked from an empty cache, BATCH of them under way
+at once, each sent when another ends. Tokens per second are then those of the time in which the batch was full (from when all
+run to the first end of a request that no other follows), and of the whole run. Tokens are counted by the engines themselves.
+
+Outputs are made to go on to their full length unless ``--respect-eos`` is given. Prompts are made once, as token ids in a
+file that all engines read (``--prompts``); ``--make-prompts`` makes it beforehand and runs nothing. vLLM is started by
+``--vllm-python``, so that it may lie in an environment of its own. ``plain,quantization=fp8,kv_cache_dtype=fp8_e4m3`` is
+SGLang with FP8 weights and KV, marked "not lossless".
 
 Every engine runs in a process of its own. Each sample becomes a JSON line at once. The same command goes on after an
-interruption: samples of the same commit and device are not taken again. ``--interleave`` starts every engine anew for every
-repeat, so that a drift of the machine meets all of them. ``--report`` makes the table of a results file and runs nothing.
+interruption: samples of the same commit and device are not taken again, and one that ``--time-limit`` cuts is given up.
+``--interleave`` starts every engine anew for every repeat, so that a drift of the machine meets all of them. ``--report``
+makes the table of a results file and runs nothing.
 
 With dummy weights (``--load-format dummy``, dataset ``random:TOKENS``) set SGLANG_SIMULATE_ACC_LEN; such figures are marked
 SIMULATED in every record and row.
@@ -19,8 +30,10 @@ SIMULATED in every record and row.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import hashlib
 import json
+import shlex
 import subprocess
 import sys
 import time
@@ -31,16 +44,23 @@ from statistics import mean, median
 from typing import Any
 
 from _common import (
+    NOT_LOSSLESS,
     Dataset,
     EngineSpec,
+    OutOfTime,
+    Progress,
+    Served,
     add_engine_options,
+    add_prompt_options,
     attention_backends,
     describe,
     device_name,
     flush,
     internal_state,
+    make_prompts,
     markdown,
     marks,
+    prompts_of,
     pyplot,
     read_records,
     repetition,
@@ -51,25 +71,47 @@ from _common import (
     start_engine,
     write_record,
 )
+from _vllm import VllmEngine
 
 #: What makes rows comparable with each other.
-LOAD = ("model", "device", "commit", "dataset", "batch", "output_length", "temperature", "ignore_eos")
+LOAD = ("model", "device", "commit", "dataset", "batch", "requests", "output_length", "temperature", "ignore_eos")
+#: Decode rounds between two load snapshots of SGLang's scheduler, while its progress is looked at.
+PUBLISH_INTERVAL = 4
+SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
 class Load:
-    """``batch`` prompts at once, each answered with ``new_tokens`` tokens."""
+    """``batch`` prompts at once, each answered with ``new_tokens`` tokens.
+
+    Attributes:
+        requests: of them all, ``batch`` at a time; None: there is one batch, whose prompts are in the cache.
+    """
 
     dataset: Dataset
     batch: int
     new_tokens: int
     temperature: float
+    requests: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Load:
-        """From DATASET,BATCH,NEW_TOKENS,TEMPERATURE."""
-        dataset, batch, new_tokens, temperature = text.split(",")
-        return cls(Dataset.parse(dataset), int(batch), int(new_tokens), float(temperature))
+        """From DATASET,BATCH,NEW_TOKENS,TEMPERATURE[,REQUESTS].
+
+        Raises:
+            ValueError: there are too many or too few parts.
+            ArgumentTypeError: no such dataset, or fewer requests than run at once.
+        """
+        dataset, batch, new_tokens, temperature, *requests = text.split(",")
+        found = cls(Dataset.parse(dataset), int(batch), int(new_tokens), float(temperature), *map(int, requests))
+        if found.prompts < found.batch:
+            raise argparse.ArgumentTypeError(f"{text!r}: a batch of {found.batch} is never full")
+        return found
+
+    @property
+    def prompts(self) -> int:
+        """How many there are."""
+        return self.batch if self.requests is None else self.requests
 
 
 def sample_key(spec: EngineSpec, load: Load, args: argparse.Namespace) -> str:
@@ -77,51 +119,177 @@ def sample_key(spec: EngineSpec, load: Load, args: argparse.Namespace) -> str:
     rest = [args.model_path, args.engine_args, args.dtype, args.device, args.load_format, args.respect_eos, args.interleave]
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
     shape = f"{load.dataset}|b{load.batch}|o{load.new_tokens}|t{load.temperature:g}"
+    if load.requests is not None:
+        shape += f"|n{load.requests}"
     return f"{Path(args.model_path).name}|{spec.label}|{shape}|{digest}"
 
 
 # ----------------------------------------------------------------------- measuring
 
 
-class Recorder:
-    """An engine for SGLang's benchmark that is sent token ids and keeps its outputs."""
+def run_sample(engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bool, deadline: float) -> dict[str, Any]:
+    """One timed run, from a flushed cache.
 
-    def __init__(self, engine: Any) -> None:
-        self.engine = engine
-        self.outputs: list[dict[str, Any]] = []
-
-    def generate(self, prompt: list[list[int]], sampling_params: list[dict[str, Any]], **_: Any) -> list[dict[str, Any]]:
-        """As ``Engine.generate``."""
-        self.outputs = self.engine.generate(input_ids=prompt, sampling_params=sampling_params)
-        return self.outputs
-
-    def get_server_info(self) -> dict[str, Any]:
-        """The engine's own."""
-        return self.engine.get_server_info()
-
-
-def run_sample(engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bool) -> dict[str, Any]:
-    """One timed run, from a flushed cache."""
-    from sglang.benchmark.datasets import DatasetRow
-    from sglang.benchmark.offline_throughput import throughput_test_once
-
+    Raises:
+        OutOfTime: the deadline (``time.time()``) came before the end of a run with a full batch.
+    """
     flush(engine)
-    fixed = {"ignore_eos": True, "temperature": load.temperature}
-    for tokens in (1, 16):  # prefill, then a few rounds to warm up
-        engine.generate(input_ids=prompts, sampling_params={**fixed, "max_new_tokens": tokens})
-    rows = [DatasetRow(prompt=prompt, prompt_len=len(prompt), output_len=load.new_tokens) for prompt in prompts]
-    recorder = Recorder(engine)
-    result = throughput_test_once("engine", recorder, rows, ignore_eos, {"temperature": load.temperature}, profile=False)
+    take = time_batch if load.requests is None else time_full_batch
+    figures, outputs = take(engine, load, prompts, ignore_eos, deadline)
     return {
-        "timed": "decoding, prompts in the cache",
-        "prompt_tokens": result["total_input_tokens"],
+        "prompt_tokens": sum(map(len, prompts)),
         "distinct_prompts": len(set(map(tuple, prompts))),
-        "seconds": round(result["total_latency"], 3),
-        "output_tokens": result["total_output_tokens"],
-        "tokens_per_s": round(result["output_throughput"], 1),
-        **figures_of(recorder.outputs),
-        **planner_state(engine),
+        "prompts_digest": digest(prompts),
+        **figures,
+        **figures_of(outputs),
+        **(engine.figures if isinstance(engine, VllmEngine) else planner_state(engine)),
     }
+
+
+def time_batch(
+    engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bool, deadline: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and outputs of one batch whose prompts are in the cache."""
+    fixed = {"ignore_eos": True, "temperature": load.temperature}
+    started = time.perf_counter()
+    engine.generate(input_ids=prompts, sampling_params={**fixed, "max_new_tokens": 1})
+    prefill = time.perf_counter() - started
+    engine.generate(input_ids=prompts, sampling_params={**fixed, "max_new_tokens": 16})  # a few rounds to warm up
+    sampling = {**fixed, "ignore_eos": ignore_eos, "max_new_tokens": load.new_tokens}
+    started = time.perf_counter()
+    outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
+    seconds = time.perf_counter() - started
+    tokens = completion_tokens(outputs)
+    figures = {
+        "timed": "decoding, prompts in the cache",
+        "seconds": round(seconds, 3),
+        "prefill_seconds": round(prefill, 3),
+        "output_tokens": tokens,
+        "tokens_per_s": round(tokens / seconds, 1),
+        "tokens_per_s_whole": round(tokens / (prefill + seconds), 1),
+    }
+    return figures, outputs
+
+
+def time_full_batch(
+    engine: Any, load: Load, prompts: list[list[int]], ignore_eos: bool, deadline: float
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Figures and outputs of a run in which requests are sent as others end.
+
+    Raises:
+        OutOfTime: the deadline came first.
+    """
+    sampling = {"ignore_eos": ignore_eos, "temperature": load.temperature, "max_new_tokens": load.new_tokens}
+    few = {**sampling, "ignore_eos": True, "max_new_tokens": 16}
+    engine.generate(input_ids=prompts[: load.batch], sampling_params=few)  # a few rounds to warm up
+    flush(engine)
+    serve = engine.serve if isinstance(engine, VllmEngine) else lambda *given: serve_sglang(engine, *given)
+    served = serve(prompts, sampling, load.batch, deadline)
+    return full_batch_figures(served, load.batch), served.outputs
+
+
+def serve_sglang(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], at_once: int, deadline: float = float("inf")
+) -> Served:
+    """As :meth:`VllmEngine.serve`, of ``sglang.Engine``."""
+    return engine.loop.run_until_complete(_serve_sglang(engine, prompts, sampling, at_once, deadline))
+
+
+async def _serve_sglang(
+    engine: Any, prompts: list[list[int]], sampling: dict[str, Any], at_once: int, deadline: float
+) -> Served:
+    started = time.time()
+    progress = [Progress(started, sglang_progress(engine).generated, 0)]
+    outputs: list[Any] = [None] * len(prompts)
+    places = asyncio.Semaphore(at_once)
+    sent = 0
+    drains: list[float] = []
+
+    async def ask(index: int) -> None:
+        nonlocal sent
+        async with places:
+            if time.time() > deadline:
+                return
+            sent += 1
+            outputs[index] = await engine.async_generate(input_ids=prompts[index], sampling_params=dict(sampling))
+            if sent == len(prompts):
+                drains.append(time.time())
+
+    answers = asyncio.gather(*map(ask, range(len(prompts))))
+    while not answers.done():
+        await asyncio.wait([answers], timeout=SAMPLE_SECONDS)
+        progress.append(sglang_progress(engine))
+        if time.time() > deadline and not answers.done():
+            engine.tokenizer_manager.abort_request(abort_all=True)
+            await answers
+            raise OutOfTime
+    await answers
+    ended = time.time()
+    await asyncio.sleep(2 * SAMPLE_SECONDS)  # an idle scheduler publishes its load at once
+    progress.append(sglang_progress(engine)._replace(t=ended, running=0))
+    newest = {sample.t: sample for sample in progress if started <= sample.t <= ended}
+    return Served(outputs, [newest[t] for t in sorted(newest)], started, drains[0], ended)
+
+
+def sglang_progress(engine: Any) -> Progress:
+    """The scheduler's newest load snapshot."""
+    load = engine.tokenizer_manager.load_snapshot_reader.read_all()[0]
+    return Progress(load.timestamp, load.decode_moments[5] if load.decode_moments else 0.0, load.num_running_reqs)
+
+
+def full_batch_figures(served: Served, batch: int) -> dict[str, Any]:
+    """Figures of the whole run, and of the time in which the batch was full.
+
+    That is from the first sample with ``batch`` running requests to ``served.drains``. If so many never ran, as where the
+    KV pool is too small for them, it is from the first sample with a token on. An engine's own count leaves out first
+    tokens, or has some too many at a request's end; so it is taken for shares of the tokens that came.
+
+    Raises:
+        RuntimeError: the engine's count does not change, or the batch was full for no time at all.
+    """
+    progress, tokens = served.progress, completion_tokens(served.outputs)
+    counted = progress[-1].generated - progress[0].generated
+    if counted <= 0:
+        raise RuntimeError("the engine's count of generated tokens does not change")
+    began = [sample.t for sample in progress if sample.running >= batch]
+    began = began or [sample.t for sample in progress if sample.generated > progress[0].generated]
+    begin, end = began[0], served.drains
+    if end <= begin:
+        raise RuntimeError("the batch was never full between two samples: ask for more, or for longer outputs")
+    share = (tokens_until(progress, end) - tokens_until(progress, begin)) / counted
+    full = [sample.running for sample in progress if begin <= sample.t < end]
+    seconds = served.ended - served.started
+    return {
+        "timed": "while the batch was full",
+        "seconds": round(seconds, 3),
+        "output_tokens": tokens,
+        "tokens_per_s": round(share * tokens / (end - begin), 1),
+        "tokens_per_s_whole": round(tokens / seconds, 1),
+        "full_from_s": round(begin - served.started, 3),
+        "full_to_s": round(end - served.started, 3),
+        "full_share_of_tokens": round(share, 4),
+        "mean_running_full": round(mean(full), 2),
+        "counted_tokens": round(counted),
+        "progress": [[round(s.t - served.started, 2), round(s.generated), s.running] for s in progress],
+    }
+
+
+def tokens_until(progress: Sequence[Progress], t: float) -> float:
+    """An engine's count at a time between samples, by a straight line."""
+    for left, right in zip(progress, progress[1:], strict=False):
+        if left.t <= t <= right.t and right.t > left.t:
+            return left.generated + (right.generated - left.generated) * (t - left.t) / (right.t - left.t)
+    return progress[-1].generated if t > progress[-1].t else progress[0].generated
+
+
+def completion_tokens(outputs: Iterable[dict[str, Any]]) -> int:
+    """Tokens of all outputs."""
+    return sum(output["meta_info"]["completion_tokens"] for output in outputs)
+
+
+def digest(tokens: Any) -> str:
+    """Equal for equal token ids."""
+    return hashlib.sha256(json.dumps(tokens).encode()).hexdigest()[:16]
 
 
 def planner_state(engine: Any) -> dict[str, Any]:
@@ -136,14 +304,13 @@ def figures_of(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     repeats = repetition(output["output_ids"] for output in outputs)
     accept = [output["meta_info"].get("spec_accept_length") for output in outputs]
     fresh = [value for value, repeated in zip(accept, repeats, strict=True) if not repeated]
-    text = json.dumps([output["output_ids"] for output in outputs])
     return {
         "accept_length": round(mean(accept), 3) if all(accept) else None,
         "accept_length_not_repetitive": round(mean(fresh), 3) if fresh and all(fresh) else None,
         "repetitive_prompts": sum(repeats),
         "retractions": sum(output["meta_info"].get("num_retractions", 0) for output in outputs),
         # Equal for equal outputs: greedy ones of lossless engines, where arithmetic is deterministic.
-        "outputs_digest": hashlib.sha256(text.encode()).hexdigest()[:16],
+        "outputs_digest": digest([output["output_ids"] for output in outputs]),
     }
 
 
@@ -162,8 +329,8 @@ def missing(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespace) 
 def run_engine(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespace) -> None:
     """Start an engine in this process and append the samples that are missing."""
     left = missing(spec, repeats, args)
-    prompts = {load: load.dataset.prompts(args.model_path, load.batch) for load, _ in left}
-    engine = start_engine(spec.engine_args(args, max(load.batch for load in args.loads)))
+    prompts = {load: prompts_of(args.prompts, load.dataset, load.prompts) for load, _ in left}
+    engine = start(spec, args)
     about = {**stamp(), **describe(spec, args), "kind": "sample", "ignore_eos": not args.respect_eos}
     about.update(attention_backends(engine), interleaved=args.interleave)
     for load, repeat in left:
@@ -174,13 +341,30 @@ def run_engine(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespac
             "repeat": repeat,
             "dataset": str(load.dataset),
             "batch": load.batch,
+            "requests": load.prompts,
+            "kept_full": load.requests is not None,
             "output_length": load.new_tokens,
             "temperature": load.temperature,
         }
-        figures = run_sample(engine, load, prompts[load], not args.respect_eos)
+        try:
+            figures = run_sample(engine, load, prompts[load], not args.respect_eos, args.deadline)
+        except OutOfTime:
+            say(f"{spec.label}, {sample['key']}: given up at the time limit")
+            break
         write_record(args.results, {**about, **sample, **figures})
-        say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']:,} tokens/s, accept length {figures['accept_length']}")
+        say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']} tokens/s, accept length {figures['accept_length']}")
     engine.shutdown()
+
+
+def start(spec: EngineSpec, args: argparse.Namespace) -> Any:
+    """The engine, with room for the largest of the loads' batches."""
+    largest = max(load.batch for load in args.loads)
+    if spec.kind == "vllm":
+        return VllmEngine(spec.vllm_args(args, largest))
+    settings = spec.engine_args(args, largest)
+    if any(load.requests is not None for load in args.loads):
+        settings.setdefault("load_snapshot_publish_interval", PUBLISH_INTERVAL)
+    return start_engine(settings)
 
 
 def run_apart(spec: EngineSpec, repeats: Sequence[int], args: argparse.Namespace, argv: Sequence[str]) -> str:
@@ -191,7 +375,8 @@ def run_apart(spec: EngineSpec, repeats: Sequence[int], args: argparse.Namespace
     with log.open("ab") as sink:
         try:
             grace = None if args.deadline == float("inf") else max(1.0, args.deadline - time.time()) + 120
-            command = [sys.executable, __file__, *argv, *child]
+            python = shlex.split(args.vllm_python) if spec.kind == "vllm" else [sys.executable]
+            command = [*python, __file__, *argv, *child]
             status = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, timeout=grace).returncode
         except subprocess.TimeoutExpired:
             return "it went on after the time limit"
@@ -208,6 +393,8 @@ def last_error(text: str, status: int) -> str:
 def run_all(args: argparse.Namespace, argv: Sequence[str]) -> bool:
     """Run what the results file lacks; whether all of it could be run."""
     complete = True
+    wanted = [pair for spec in args.engines for pair in missing(spec, range(args.repeats), args)]
+    make_prompts(args.prompts, args.model_path, [(load.dataset, load.prompts) for load, _ in wanted])
     rounds = [[repeat] for repeat in range(args.repeats)] if args.interleave else [list(range(args.repeats))]
     for repeats in rounds:
         for spec in args.engines:
@@ -229,18 +416,31 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> bool:
 def aggregate(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row per cell: medians over the repeats, with the lowest and highest.
 
-    ``times_plain`` is the throughput over that of the fastest engine without speculation under the same load.
+    ``times_plain`` is the throughput over that of the fastest lossless SGLang without speculation under the same load.
     """
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for record in records:
         if record["kind"] == "sample":
-            record = {**record, "device": device_name(record)}
+            record = {"requests": record["batch"], **record, "device": device_name(record)}
             groups.setdefault((record["key"], *(record[name] for name in LOAD)), []).append(record)
     rows = [_row(samples) for samples in groups.values()]
     for row in rows:
-        plain = [r["tokens_per_s"] for r in rows if r["kind"] == "plain" and all(r[name] == row[name] for name in LOAD)]
+        plain = [r["tokens_per_s"] for r in rows if is_baseline(r) and all(r[name] == row[name] for name in LOAD)]
         row["times_plain"] = row["tokens_per_s"] / max(plain) if plain else None
     return sorted(rows, key=lambda row: (*(str(row[name]) for name in LOAD), -row["tokens_per_s"]))
+
+
+def is_baseline(row: dict[str, Any]) -> bool:
+    """Whether others may be compared with it: SGLang without speculation, and lossless."""
+    return row["kind"] == "plain" and NOT_LOSSLESS not in row["marks"]
+
+
+def load_name(row: dict[str, Any], separator: str = ", ") -> str:
+    """A row's load for people."""
+    load = f"{row['batch']} x {row['dataset']}"
+    if row["kept_full"]:
+        load = f"{row['requests']} x {row['dataset']}, {row['batch']} at once"
+    return f"{load}{separator}{row['output_length']} new, T {row['temperature']:g}"
 
 
 def _row(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -258,13 +458,16 @@ def _row(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "marks": marks(first),
         "repeats": len(samples),
         "interleaved": first["interleaved"],
+        "kept_full": first.get("kept_full", False),
+        "full_share": middle("full_share_of_tokens"),
+        "tokens_per_s_whole": middle("tokens_per_s_whole"),
         "tokens_per_s": median(rates),
         "lowest": min(rates),
         "highest": max(rates),
         "accept_length": middle("accept_length"),
         "accept_length_not_repetitive": middle("accept_length_not_repetitive"),
         "repetitive": max(sample["repetitive_prompts"] for sample in samples),
-        "repeated_prompts": first["batch"] - first["distinct_prompts"],
+        "repeated_prompts": first["requests"] - first["distinct_prompts"],
         "retractions": max(sample.get("retractions") or 0 for sample in samples),
     }
 
@@ -273,7 +476,9 @@ def remarks(row: dict[str, Any]) -> str:
     """What a reader must know before using the row's figures."""
     found = list(row["marks"])
     if row["repetitive"]:
-        found.append(f"{row['repetitive']} of {row['batch']} outputs repeat themselves")
+        found.append(f"{row['repetitive']} of {row['requests']} outputs repeat themselves")
+    if row["kept_full"]:
+        found.append(f"the batch was full for {row['full_share']:.0%} of the tokens")
     if row["ignore_eos"]:
         found.append("outputs go on past their end")
     if row["repeated_prompts"]:
@@ -293,12 +498,13 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         [
             {
                 "model": row["model"],
-                "load": f"{row['batch']} x {row['dataset']}, {row['output_length']} new, T {row['temperature']:g}",
+                "load": load_name(row),
                 "engine": row["engine"],
                 "attention": row["attention"],
                 "tokens/s": round(row["tokens_per_s"]),
                 "lowest": round(row["lowest"]),
                 "highest": round(row["highest"]),
+                "whole run": round(row["tokens_per_s_whole"]) if row["tokens_per_s_whole"] is not None else None,
                 "x plain": significant(row["times_plain"]),
                 "accept length": significant(row["accept_length"]),
                 "not repeating": significant(row["accept_length_not_repetitive"]),
@@ -309,10 +515,16 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+def server_of(record: dict[str, Any]) -> str:
+    """SGLang or vLLM, and its version."""
+    name = "vLLM" if record["label"].startswith("vllm") else "SGLang"
+    return f"{name} {record['packages'].get(name.lower())}"
+
+
 def report(records: Sequence[dict[str, Any]]) -> str:
     """The Markdown report of a results file."""
     samples = [record for record in records if record["kind"] == "sample"]
-    origins = sorted({f"Commit {r['commit']}, {device_name(r)}, SGLang {r['packages'].get('sglang')}." for r in samples})
+    origins = sorted({f"Commit {r['commit']}, {device_name(r)}, {server_of(r)}." for r in samples})
     parts = [*origins, table(aggregate(samples))] if samples else []
     taken = {record["key"] for record in samples}
     failed = {(r["label"], r["reason"]): r for r in records if r["kind"] == "not run" and r["key"] not in taken}
@@ -330,7 +542,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         return
     frame = pandas.DataFrame(
         {
-            "load": f"{row['batch']} x {row['dataset']}\n{row['output_length']} new, T {row['temperature']:g}",
+            "load": load_name(row, "\n"),
             "engine": " ".join([row["engine"], *(f"({mark})" for mark in row["marks"])]),
             "times": row["times_plain"],
         }
@@ -347,9 +559,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_engine_options(parser, ["plain", "sparsespec"])
+    add_engine_options(parser, ["plain", "sparsespec"], vllm=True)
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(Dataset("code", 8192), 64, 512, 0.6)])
     parser.add_argument("--repeats", type=int, default=3)
+    add_prompt_options(parser)
+    parser.add_argument("--vllm-python", default=sys.executable, help="command that starts a Python that has vLLM")
     parser.add_argument("--interleave", action="store_true", help="start every engine anew for every repeat")
     parser.add_argument("--respect-eos", action="store_true", help="let outputs end")
     parser.add_argument("--time-limit", type=float, default=0, help="seconds after which no sample is begun; 0: none")
@@ -361,6 +575,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.results:
         parser.error("--results is needed")
+    args.prompts = args.prompts or Path(args.results).with_suffix(".prompts.json")
     if args.time_limit and not args.child:
         args.deadline = time.time() + args.time_limit
     return args
@@ -372,6 +587,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.child:
         run_engine(args.child, args.child_repeats, args)
+        return 0
+    if args.make_prompts:
+        make_prompts(args.prompts, args.model_path, [(load.dataset, load.prompts) for load in args.loads])
         return 0
     complete = args.report or run_all(args, argv)
     records = read_records(args.results)

@@ -9,10 +9,12 @@ A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``.
 from __future__ import annotations
 
 import argparse
-import re
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+
+import generated_parts
+from generated_parts import markdown_table
 
 from sglang_sparsespec import ALGORITHM, metrics
 from sglang_sparsespec.settings import FLAGS, default_by_policy, flag_of
@@ -34,12 +36,6 @@ SGLANG_FLAGS = (
         "does not stop the others, at the price of a later first token of its own.",
     ),
 )
-
-
-def markdown_table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """Rows of cells as Markdown."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
 def flag_table() -> str:
@@ -65,14 +61,7 @@ def filled(text: str) -> str:
     Raises:
         ValueError: a table has no place in it, or more than one.
     """
-    for name, make in TABLES.items():
-        begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-        place = re.compile(f"{re.escape(begin)}.*?{re.escape(end)}", re.DOTALL)
-        if (count := len(place.findall(text))) != 1:
-            raise ValueError(f"{begin} ... {end} stands {count} times in the page; it must stand there once")
-        block = f"{begin}\n{make()}\n{end}"
-        text = place.sub(lambda match, block=block: block, text)  # type: ignore[misc]
-    return text
+    return generated_parts.filled(text, {name: make() for name, make in TABLES.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -303,6 +303,7 @@ if DECLARES_RESOLUTION:
 
 
 def _has_mla(model: ModelConfig) -> bool:
+    # A value is a part of its key, and the kernels read keys and values of one width (docs/mla.md).
     from sglang.srt.configs.model_config import AttentionArch
 
     return model.attention_arch == AttentionArch.MLA

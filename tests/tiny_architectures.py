@@ -32,13 +32,17 @@ GEMMA = ("Gemma2ForCausalLM", "Gemma3ForCausalLM")
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _config(kind: str, **own: Any) -> Callable[[], Any]:
+#: The smallest sizes that the kernels of GPUs take, and weights that keep the scale of activations with these.
+FOR_GPUS: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.15}
+
+
+def _config(kind: str, **own: Any) -> Callable[..., Any]:
     """Weights are larger than a fresh model's, so that attention is peaked: what a draft leaves out then matters."""
-    return lambda: getattr(transformers, kind)(**{**COMMON, "initializer_range": 0.3, **own})
+    return lambda **sizes: getattr(transformers, kind)(**{**COMMON, "initializer_range": 0.3, **own, **sizes})
 
 
 #: By the name of the architecture as SGLang's model registry has it.
-CONFIGS: dict[str, Callable[[], Any]] = {
+CONFIGS: dict[str, Callable[..., Any]] = {
     "LlamaForCausalLM": _config("LlamaConfig"),
     "Qwen2ForCausalLM": _config("Qwen2Config"),
     "Qwen3ForCausalLM": _config("Qwen3Config", head_dim=32),
@@ -91,30 +95,45 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 }
 
 
-def write_tiny(architecture: str, folder: Path, seed: int = 0) -> Path:
-    """Write ``config.json`` and float32 safetensors of a random model of ``architecture``."""
+def write_tiny(architecture: str, folder: Path, seed: int = 0, **sizes: Any) -> Path:
+    """Write ``config.json`` and safetensors of a random model of ``architecture``, in float32 if ``sizes`` has no ``dtype``.
+
+    Args:
+        sizes: what the configuration has instead of :data:`CONFIGS`', such as :data:`FOR_GPUS`.
+    """
     torch.manual_seed(seed)
-    config = CONFIGS[architecture]()
+    config = CONFIGS[architecture](**sizes)
+    dtype = config.dtype
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     assert type(model).__name__ == architecture
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if architecture in GEMMA and "embed_tokens" in name:
-                weight.mul_(0.1)  # the model multiplies it by sqrt(hidden size), and each token would be followed by itself
+                # The model multiplies it by sqrt(hidden size), and each token would be followed by itself.
+                weight.mul_(0.8 * config.hidden_size**-0.5)
             elif architecture in GEMMA and name == "model.norm.weight":
                 weight.fill_(9.0)  # for logits as large as the other models' have; the model adds 1
             elif name.endswith(("bias", "sinks")):
                 weight.normal_(std=0.5)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     return folder
 
 
 @torch.no_grad()
-def likeliest_tokens(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[int]]:
-    """The likeliest token in each output token's place, by transformers: the outputs themselves, if they are greedy."""
+def shortfalls(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> torch.Tensor:
+    """By how much each output token's logit is less than the largest in its place, by transformers in float32.
+
+    Returns:
+        ``(tokens of all outputs,)`` float32.
+    """
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     found = []
     for prompt, output in zip(prompts, outputs, strict=True):
         logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.argmax(-1).tolist())
-    return found
+        found.append(logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def are_likeliest(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> bool:
+    """Whether every output token is the likeliest in its place, as those of greedy decoding are."""
+    return bool((shortfalls(folder, prompts, outputs) == 0).all())

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from engine_process import EngineProcess, install_plugin
+from tiny_architectures import FOR_GPUS, shortfalls, write_tiny
 from tiny_model import VOCAB, greedy_continuation, write_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -138,3 +140,33 @@ def test_a_verification_that_used_the_copies_would_be_found(server: Server, chec
     server.load(checkpoints[0], "everywhere")
     outputs, _ = server.generate()
     assert outputs != expected(checkpoints[0])
+
+
+#: Of logits of these random models in bfloat16; their best two are 0.7 apart in the median.
+ROUNDING = 0.4
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the tests above run on the CPU")
+def test_on_a_gpu_copies_follow_the_weights_and_change_no_token(tmp_path: Path) -> None:
+    """All of the above with the kernels of GPUs and captured graphs, in one engine."""
+    sizes = {**FOR_GPUS, "dtype": "bfloat16"}
+    checkpoints = [write_tiny("LlamaForCausalLM", tmp_path / str(seed), seed, **sizes) for seed in (0, 1)]
+    mode_file = tmp_path / "mode"
+    mode_file.write_text("")
+    env = {MODE_ENV: str(mode_file), **install_plugin(tmp_path, "zz_spoilt_copies", PLUGIN)}
+    args = {**engine_args(checkpoints[0]), "device": "cuda", "dtype": "bfloat16", "mem_fraction_static": 0.3}
+    with EngineProcess(env, **args, cuda_graph_bs_decode=[1, 4]) as engine:
+        server = Server(engine, mode_file)
+        found = {}
+        for name, seed, mode in (("first", 0, ""), ("stale", 1, "stale"), ("second", 1, ""), ("noise", 0, "noise")):
+            server.load(checkpoints[seed], mode)
+            outputs, accept_length = server.generate()
+            missing = float(shortfalls(checkpoints[seed], PROMPTS, outputs).max())
+            print(name, "accept length", accept_length, "largest shortfall", missing)
+            assert missing < ROUNDING, name
+            found[name] = accept_length
+        server.load(checkpoints[0], "everywhere")
+        outputs, _ = server.generate()
+    assert float(shortfalls(checkpoints[0], PROMPTS, outputs).max()) > 2 * ROUNDING
+    assert min(found["first"], found["second"]) > 1.5 * max(found["stale"], found["noise"])

@@ -63,6 +63,36 @@ def test_a_control_shows_how_far_small_margins_move_between_kernels() -> None:
     assert parity.margin_noise([plain], [with_alternatives([8, 7], [swapped, moved])]) == pytest.approx(0.375)
 
 
+def test_ten_thousand_prompts_are_all_different() -> None:
+    prompts = parity.cut_prompts(10_000)
+    assert len(set(prompts)) == 10_000 and prompts[:50] == parity.cut_prompts(50)
+    assert min(map(len, prompts)) >= 60 and max(map(len, prompts)) <= 1500
+
+
+def test_controls_are_asked_fewer_prompts_and_all_others_all(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    close = [[-0.7, 7, None], [-0.825, 8, None]]
+    asked: dict[str, int] = {}
+
+    def run_engine(spec: Any, prompts: list[str], args: Any, logprobs: bool) -> Any:
+        asked[spec.label] = len(prompts)
+        token = 8 if spec.kind == "sparsespec" else 7
+        outputs = [with_alternatives([token], [close]) for _ in prompts]
+        for item in outputs:
+            item["meta_info"]["prompt_tokens"] = 9
+        return outputs, {"seconds": 1.0, "attention_backend": "fa3"}
+
+    monkeypatch.setattr(parity, "run_engine", run_engine)
+    command = ["parity.py", "--model-path", "m", "--short", "0", "--problems", "0", "--long", "0", "--cuts", "30"]
+    monkeypatch.setattr("sys.argv", [*command, "--control-prompts", "4", "--engines", "plain:triton", "sparsespec"])
+    assert parity.main() == 0
+    assert asked == {"plain": 30, "plain:triton": 4, "sparsespec": 30}
+    assert "4 of 4" in (table := capsys.readouterr().out) and "0 of 30" in table
+    monkeypatch.setattr("sys.argv", [*command, "--tie-margin", "0.1"])
+    assert parity.main() == 1
+
+
 def test_parity_takes_no_simulated_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     parity.parse_arguments(["--model-path", "m"])
     monkeypatch.setenv(SIMULATE, "7")

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 import importlib
+import json
 import os
+import shlex
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +21,10 @@ sys.path.append(str(REPO / "benchmarks"))
 
 import _common  # noqa: E402
 import throughput  # noqa: E402
-from _common import Dataset, EngineSpec  # noqa: E402
+from _common import Dataset, EngineSpec, OutOfTime, Progress, Served  # noqa: E402
+from _vllm import VllmEngine  # noqa: E402
+
+FAKE_VLLM = REPO / "tests" / "fake_vllm"
 
 RIVALS = REPO / "benchmarks/results/2026-11-27-h100/run-rivals-qwen2.5-coder-1.5b-d090498.jsonl"
 
@@ -49,9 +56,19 @@ def test_engines_are_what_their_names_say() -> None:
     assert settings('plain,cuda_graph_bs_decode=[1, 2],sleep=true')["cuda_graph_bs_decode"] == [1, 2]
     assert settings("plain", "--device", "cpu")["attention_backend"] == "torch_native"
     assert settings("sparsespec", "--engine-args", '{"tp_size": 2}')["tp_size"] == 2
-    for wrong in ("magic", "plain:a:b", "sparsespec:a:b:c"):
+    for wrong in ("magic", "plain:a:b", "sparsespec:a:b:c", "vllm:fa3"):
         with pytest.raises(argparse.ArgumentTypeError, match="no engine"):
             EngineSpec.parse(wrong)
+
+
+def test_vllm_has_its_own_arguments_and_only_throughput_starts_it() -> None:
+    args = options("--engine-args", '{"tp_size": 2, "cuda_graph_bs_decode": [1]}')
+    settings = EngineSpec.parse("vllm:ngram,gpu_memory_utilization=0.9").vllm_args(args, 64)
+    assert (settings["max_num_seqs"], settings["tensor_parallel_size"], settings["gpu_memory_utilization"]) == (64, 2, 0.9)
+    assert settings["speculative_config"]["method"] == "ngram" and "cuda_graph_bs_decode" not in settings
+    assert "speculative_config" not in EngineSpec.parse("vllm").vllm_args(args, 64)
+    with pytest.raises(argparse.ArgumentTypeError, match="serving.py measures its server with --attach"):
+        EngineSpec.parse_sglang("vllm")
 
 
 def test_simulated_acceptance_and_dummy_weights_are_in_every_record(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -78,6 +95,31 @@ def test_workloads_by_name(model_path: str) -> None:
     assert Dataset.parse("random:9").prompts("nothing", 2) == Dataset.parse("random:9").prompts("nothing", 2)
     asked = Dataset.parse("aime").prompts(model_path, 16)
     assert asked[15] == asked[0] != asked[1]  # there are 15 questions
+    both = Dataset.parse("aime+olympiadbench").prompts(model_path, 17)
+    assert both[:15] == asked[:15] and len(set(map(tuple, both))) == 17
+
+
+def test_code_is_read_in_the_shape_of_livecodebench(model_path: str) -> None:
+    from transformers import AutoTokenizer
+
+    prompts = Dataset.parse("code-reading").prompts(model_path, 3)
+    assert len(set(map(tuple, prompts))) == 3
+    text = AutoTokenizer.from_pretrained(model_path).decode(prompts[0])
+    places = [text.find(part) for part in ("### Question:", "def ", "### Format:", "# YOUR CODE HERE", "### Answer:")]
+    assert -1 not in places and places == sorted(places)
+
+
+def test_prompts_are_made_once_for_all_engines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, asked = tmp_path / "p.json", Dataset.parse("random:5")
+    _common.make_prompts(path, "folder/m", [(asked, 2), (asked, 4), (Dataset.parse("random:3"), 1)])
+    found = _common.prompts_of(path, asked, 4)
+    assert found == asked.prompts("", 4) and _common.prompts_of(path, asked, 2) == found[:2]
+    with pytest.raises(ValueError, match="4 prompts of random:5, 5 are needed"):
+        _common.prompts_of(path, asked, 5)
+    with pytest.raises(ValueError, match="of m, not of other"):
+        _common.make_prompts(path, "other", [(asked, 1)])
+    monkeypatch.setattr(Dataset, "prompts", lambda *_: pytest.fail("made again"))
+    _common.make_prompts(path, "another/folder/m", [(asked, 3)])
 
 
 def test_outputs_that_repeat_themselves_are_told_from_others() -> None:
@@ -102,14 +144,10 @@ class FakeEngine:
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def generate(self, input_ids: list[list[int]], sampling_params: Any) -> list[dict[str, Any]]:
-        each = sampling_params if isinstance(sampling_params, list) else [sampling_params] * len(input_ids)
-        self.asked.append(each[0]["max_new_tokens"])
-        meta = {"spec_accept_length": 5.0, "num_retractions": 0}
-        return [
-            {"output_ids": list(range(p["max_new_tokens"])), "meta_info": {**meta, "completion_tokens": p["max_new_tokens"]}}
-            for p in each
-        ]
+    def generate(self, input_ids: list[list[int]], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
+        tokens = sampling_params["max_new_tokens"]
+        self.asked.append(tokens)
+        return [answer(tokens) for _ in input_ids]
 
     def flush_cache(self) -> Any:
         return argparse.Namespace(success=True)
@@ -121,13 +159,141 @@ class FakeEngine:
         pass
 
 
-def test_sglangs_own_function_times_decoding_of_cached_prompts() -> None:
+def answer(tokens: int) -> dict[str, Any]:
+    meta = {"spec_accept_length": 5.0, "num_retractions": 0, "completion_tokens": tokens}
+    return {"output_ids": list(range(tokens)), "meta_info": meta}
+
+
+def test_decoding_of_cached_prompts_is_timed() -> None:
     engine = FakeEngine()
     load = throughput.Load.parse("code:8,2,24,0.6")
-    found = throughput.run_sample(engine, load, [[1, 2], [3]], ignore_eos=True)
+    found = throughput.run_sample(engine, load, [[1, 2], [3]], ignore_eos=True, deadline=0)
     assert engine.asked == [1, 16, 24]
     assert (found["prompt_tokens"], found["output_tokens"], found["accept_length"]) == (3, 48, 5.0)
-    assert found["tokens_per_s"] > 0 and found["repetitive_prompts"] == 0
+    assert found["tokens_per_s"] > found["tokens_per_s_whole"] > 0 and found["repetitive_prompts"] == 0
+
+
+# ---------------------------------------------------------------- a batch that is kept full
+
+
+class FakeAsyncEngine(FakeEngine):
+    """Makes one token for each running request every 2 ms; the first two requests are twice as fast as others."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loop = asyncio.new_event_loop()
+        self.tokenizer_manager = self.load_snapshot_reader = self
+        self.running: set[int] = set()
+        self.most = self.generated = 0
+        self.order: list[int] = []
+        self.aborted = False
+
+    async def async_generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
+        (number,) = input_ids
+        self.order.append(number)
+        self.running.add(number)
+        self.most = max(self.most, len(self.running))
+        for _ in range(sampling_params["max_new_tokens"] // (2 if number < 2 else 1)):
+            if not self.aborted:
+                await asyncio.sleep(0.002)
+                self.generated += 2 if number < 2 else 1
+        self.running.remove(number)
+        return answer(sampling_params["max_new_tokens"])
+
+    def read_all(self) -> list[Any]:
+        moments = [1.0] * 5 + [float(self.generated)] if self.generated else None
+        return [argparse.Namespace(timestamp=time.time(), decode_moments=moments, num_running_reqs=len(self.running))]
+
+    def abort_request(self, abort_all: bool) -> None:
+        self.aborted = abort_all
+
+
+def test_requests_are_sent_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.02)
+    engine = FakeAsyncEngine()
+    load = throughput.Load.parse("random:1,3,60,0.6,7")
+    found = throughput.run_sample(engine, load, [[i] for i in range(7)], ignore_eos=True, deadline=float("inf"))
+    assert engine.most == 3 and engine.order == list(range(7)) and engine.asked == [16]
+    assert found["output_tokens"] == found["counted_tokens"] == 420
+    # Requests 2 to 6 take 120 ms each and 0 and 1 half of it: the first of the last three ends at 240 ms, the run at 300.
+    assert 0 <= found["full_from_s"] < 0.15 and found["full_to_s"] < found["seconds"]
+    assert found["mean_running_full"] == pytest.approx(3, abs=0.35)
+    assert found["tokens_per_s"] > found["tokens_per_s_whole"]
+
+
+def test_a_run_that_the_time_limit_cuts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.02)
+    engine = FakeAsyncEngine()
+    load = throughput.Load.parse("random:1,2,1000,0.6,4")
+    with pytest.raises(OutOfTime):
+        throughput.run_sample(engine, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() + 0.1)
+    assert engine.aborted and not engine.running and len(engine.order) == 2
+
+
+def test_tokens_are_counted_while_the_batch_is_full() -> None:
+    # 2 requests of 100 tokens at once, of 3; the engine counts one too many of each. The batch is full from 1 s to 9 s.
+    samples = [Progress(10, 500, 0), Progress(11, 520, 2), Progress(15, 620, 2), Progress(21, 770, 2), Progress(22, 803, 0)]
+    served = Served([answer(100)] * 3, samples, started=10.0, drains=19.0, ended=22.0)
+    found = throughput.full_batch_figures(served, 2)
+    assert found["tokens_per_s"] == pytest.approx(200 / 303 * 300 / 8, abs=0.06)
+    assert (found["full_from_s"], found["full_to_s"], found["tokens_per_s_whole"]) == (1.0, 9.0, 25.0)
+    with pytest.raises(RuntimeError, match="never full"):
+        throughput.full_batch_figures(Served(served.outputs, samples, 10.0, 10.5, 22.0), 2)
+    with pytest.raises(RuntimeError, match="does not change"):
+        throughput.full_batch_figures(Served(served.outputs, samples[:1] * 2, 10.0, 10.5, 22.0), 2)
+
+
+def test_a_load_must_fill_its_batch() -> None:
+    assert throughput.Load.parse("aime,4,8,0,4").prompts == 4
+    with pytest.raises(argparse.ArgumentTypeError, match="never full"):
+        throughput.Load.parse("aime,4,8,0,3")
+
+
+# --------------------------------------------------------------------------------- vLLM
+
+
+@pytest.fixture
+def vllm(monkeypatch: pytest.MonkeyPatch) -> Any:
+    monkeypatch.syspath_prepend(str(FAKE_VLLM))
+    yield lambda name: VllmEngine(EngineSpec.parse(name).vllm_args(options(), 3))
+    sys.modules.pop("vllm", None)
+
+
+def test_vllm_keeps_a_batch_full_and_answers_in_order(vllm: Any) -> None:
+    engine = vllm("vllm:ngram")
+    sampling = {"temperature": 0.6, "ignore_eos": True, "max_new_tokens": 10}
+    served = engine.serve([[1]] * 7, sampling, 3)
+    assert [output["output_ids"] for output in served.outputs] == [list(range(10))] * 7
+    assert served.started <= served.drains <= served.ended and served.progress[-1].generated == 70
+    # Slow requests need 4 forwards and fast ones 2.
+    assert engine.figures == {"accept_length": round(70 / (5 * 4 + 2 * 2), 3), "retractions": 0}
+    with pytest.raises(OutOfTime):
+        engine.serve([[1]] * 7, sampling, 3, deadline=0.0)
+    assert engine.generate(input_ids=[[5]], sampling_params=sampling)[0]["meta_info"]["completion_tokens"] == 10
+    engine.shutdown()
+    plain = vllm("vllm")
+    plain.generate(input_ids=[[5]], sampling_params=sampling)
+    assert plain.figures["accept_length"] is None
+
+
+def test_vllm_runs_in_a_python_of_its_own_with_the_same_prompts(tmp_path: Path) -> None:
+    python = shlex.join(["env", f"PYTHONPATH={FAKE_VLLM}", sys.executable])
+    start = ["--model-path", "m", "--engines", "vllm", "vllm:ngram", "--results", str(tmp_path / "r.jsonl")]
+    loads = ["--repeats", "1", "--loads", "random:8,2,24,0", "random:8,2,2000,0,5", "--device", "cpu"]
+    assert throughput.main([*start, *loads, "--vllm-python", python]) == 0, (tmp_path / "r.log").read_text()
+    records = _common.read_records(tmp_path / "r.jsonl")
+    assert [(r["label"], r["kept_full"], r["output_tokens"]) for r in records] == [
+        ("vllm", False, 48),
+        ("vllm", True, 10_000),
+        ("vllm:ngram", False, 48),
+        ("vllm:ngram", True, 10_000),
+    ]
+    assert len({(r["requests"], r["prompts_digest"]) for r in records}) == 2
+    assert {r["label"]: r["accept_length"] for r in records}["vllm"] is None
+    report = throughput.report(records)
+    assert "5 x random:8, 2 at once, 2000 new" in report and "vLLM" in report
+    prompts = json.loads((tmp_path / "r.prompts.json").read_text())["prompts"]
+    assert {name: len(made) for name, made in prompts.items()} == {"random:8": 5}
 
 
 @pytest.fixture
@@ -204,8 +370,23 @@ def test_rows_are_medians_beside_the_fastest_plain_engine() -> None:
     samples += [sample("plain", 50.0), sample("plain:triton", 60.0), sample("plain", 999.0, output_length=9)]
     rows = {(row["engine"], row["output_length"]): row for row in throughput.aggregate(samples)}
     row = rows["sparsespec", 8]
+    assert row["requests"] == row["batch"] == 2  # records of before there were more
     assert (row["tokens_per_s"], row["lowest"], row["highest"], row["repeats"]) == (120.0, 100.0, 300.0, 3)
     assert row["times_plain"] == 2.0
+
+
+def test_what_is_not_lossless_is_marked_and_no_baseline() -> None:
+    args = options()
+    described = {name: _common.describe(EngineSpec.parse(name), args) for name in ("plain", "plain,quantization=fp8")}
+    assert [_common.marks(record) for record in described.values()] == [[], ["not lossless"]]
+    fast = sample("plain,quantization=fp8", 90.0, lossless=False)
+    rows = {row["engine"]: row for row in throughput.aggregate([fast, sample("plain", 60.0), sample("vllm", 30.0)])}
+    assert {name: row["times_plain"] for name, row in rows.items()} == {
+        "plain,quantization=fp8": 1.5,
+        "plain": 1.0,
+        "vllm": 0.5,
+    }
+    assert "not lossless" in throughput.remarks(rows["plain,quantization=fp8"])
 
 
 def test_tables_say_what_a_reader_must_know() -> None:
@@ -232,12 +413,16 @@ def test_a_plot_marks_simulated_figures(tmp_path: Path) -> None:
     assert "SIMULATED" in (tmp_path / "p.svg").read_text()
 
 
-def test_the_programs_take_what_a_gpu_session_gives_them(tmp_path: Path) -> None:
-    environment = {**os.environ, "MODEL": "m", "DRAFT": "d", "OUT": str(tmp_path), "PYTHON": "echo"}
+@pytest.mark.parametrize("others", [{}, {"DRAFT": "d", "VLLM_PYTHON": "env A=b python3", "SHAPES": "qwen3-8b"}])
+def test_the_programs_take_what_a_gpu_session_gives_them(others: dict[str, str], tmp_path: Path) -> None:
+    (python := tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    environment = {**os.environ, "MODEL": "m", "OUT": str(tmp_path), "PYTHON": str(python), **others}
     subprocess.run([str(REPO / "benchmarks/gpu_session.sh")], env=environment, check=True, timeout=60)
-    commands = [path.read_text().split() for path in tmp_path.glob("*.log")]
-    assert {Path(program).stem for program, *_ in commands} >= {"throughput", "serving", "parity", "kernel_table"}
-    for program, *arguments in commands:
+    commands = {path.stem: path.read_text().splitlines() for path in tmp_path.glob("*.log")}
+    assert {Path(program).stem for program, *_ in commands.values()} >= {"throughput", "serving", "parity", "kernel_table"}
+    assert ("long-shapes" in commands, "vllm:ngram" in commands["rivals"]) == (bool(others), bool(others))
+    for program, *arguments in commands.values():
         name = Path(program).stem
         if name != "kernel_table":  # which looks for a GPU
             importlib.import_module(name).parse_arguments(arguments)

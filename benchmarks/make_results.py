@@ -1,0 +1,789 @@
+"""Writes the tables and plots of README.md, docs/results.md and docs/results-archive.md from ``benchmarks/results``.
+
+    python benchmarks/make_results.py           # write them
+    python benchmarks/make_results.py --check   # exit status 1 if a page or a plot is not current
+
+A table stands between ``<!-- NAME -->`` and ``<!-- /NAME -->``. To add a row to one, add a line to its ``rows`` below; of a
+load: the results file, and the load as throughput.py's ``--loads`` takes it. Plots are made anew if what they show has
+changed, which needs matplotlib; each holds a digest of it. ``_result_tables`` says how figures are found.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from _common import REPO
+from _result_plots import ACCEPT_LENGTHS, BATCHES, OVER_PLAIN, STEP, Plot, digest, digest_in, save
+from _result_tables import (
+    MODELS,
+    Column,
+    Line,
+    Record,
+    Results,
+    Row,
+    Table,
+    Words,
+    load,
+    load_name,
+    model_name,
+    over,
+    speed,
+    value_of,
+)
+
+sys.path.append(str(REPO / "scripts"))
+
+import generated_parts  # noqa: E402
+
+RESULTS = REPO / "benchmarks" / "results"
+
+# ---------------------------------------------------------------------------- files
+
+TWELVE = "2026-11-29-h200/throughput-twelve-loads-qwen2.5-coder-1.5b-48b05a3.jsonl"
+FOUR = "2026-11-29-h200/throughput-four-loads-qwen2.5-coder-1.5b-d657e13.jsonl"
+LARGE = "2026-11-29-h200/throughput-qwen3-8b-14b-shapes-d6b174a.jsonl"
+LARGE_BEFORE = "2026-11-29-h200/throughput-qwen3-8b-shapes-48b05a3.jsonl"
+BY_CONTEXT = "2026-11-29-h200/throughput-draft-weights-by-context-qwen2.5-coder-1.5b.jsonl"
+FP8 = "2026-11-29-h200/throughput-fp8-drafts-qwen2.5-coder-1.5b.jsonl"
+STEP_8B = "2026-11-29-h200/profile-qwen3-8b-shapes-13933b1.jsonl"
+STEP_1B = "2026-11-29-h200/profile-qwen2.5-1.5b-shapes-13933b1.jsonl"
+KERNELS = "2026-11-29-h200/kernels-h200-5cc1318.jsonl"
+SAMPLING = "2026-11-29-h200/sampling-h200-5cc1318.jsonl"
+PRODUCTS = "2026-11-29-h200/draft-products-e478547.jsonl"
+PARITY = "2026-11-29-h200/parity-fp8-drafts-smollm2-135m-e4828f2.jsonl"
+PARITY_CPU = "2026-11-25-cpu/parity-smollm2-135m.jsonl"
+PARITY_CPU_ROUNDS = "2026-11-25-cpu/parity-speculate-smollm2-135m-05abc4e.jsonl"
+SOAK = "2026-11-29-h200/soak-qwen2.5-coder-1.5b-d657e13.jsonl"
+WINDOW = "2026-11-25-h100/accept-length-qwen2.5-coder-1.5b.jsonl"
+WINDOW_CPU = "2026-11-25-cpu/accept-length-smollm2-135m.jsonl"
+RIVALS = "2026-11-27-h100/run-rivals-qwen2.5-coder-1.5b-d090498.jsonl"
+KV_CUT = "2026-11-27-h200/kv-manager-qwen2.5-coder-1.5b-114c942.jsonl"
+KV_WHOLE = "2026-11-25-h100/kv-manager-qwen2.5-coder-1.5b-fbcdd84.jsonl"
+SERVED = "2026-11-28-h200/open-loop-qwen2.5-coder-1.5b-ff95889.jsonl"
+SERVED_BEFORE = "2026-11-28-h200/open-loop-qwen2.5-coder-1.5b-15c64e0.jsonl"
+SPECULATE = "2026-11-27-h200/run-speculate-qwen2.5-coder-1.5b-4b77175.jsonl"
+POLICIES = "2026-11-25-h100/run-policies-qwen2.5-coder-1.5b-1e875a9.jsonl"
+SCHEDULES = "2026-11-25-h100/run-schedules-qwen2.5-coder-1.5b-1e875a9.jsonl"
+SCHEDULES_8B = "2026-11-25-h100/run-schedules-qwen3-8b-shapes-1e875a9.jsonl"
+FLASHINFER = "2026-11-29-h200/throughput-qwen2.5-coder-1.5b-5cc1318.jsonl"
+CPU = "2026-11-25-cpu/run-smoke-cpu.jsonl"
+
+# -------------------------------------------------------------------- what columns show
+
+ALWAYS = "sparsespec,sparsespec_speculate=always"
+FP8_DRAFTS = f"{ALWAYS},sparsespec_draft_weights=fp8"
+OWN_DRAFTS = f"{ALWAYS},sparsespec_draft_weights=model"
+LOAD = {"requests x context": load_name}
+MODEL_AND_LOAD = {"model": model_name, **LOAD}
+
+#: Bytes of a draft step's FP8 weights (products of all layers, and the head), and of one token's KV.
+STEP_BYTES = {"qwen3-8b-shapes": (7.568e9, 147_456), "qwen2.5-1.5b-shapes": (1.544e9, 28_672)}
+H200_BYTES_PER_S = 4.8e12
+BUDGET = 0.05
+
+
+def step_of(*kernels: str) -> Callable[[Record], float]:
+    """Milliseconds of a draft step in kernels, by parts of their names."""
+    return lambda record: sum(
+        kernel["ms"] for kernel in record["draft_step"]["kernels"] if any(name in kernel["kernel"] for name in kernels)
+    )
+
+
+def step_share(name: str) -> Callable[[Record], float]:
+    """Milliseconds of a draft step in a group of kernels."""
+    return lambda record: record["draft_step"]["ms"] * record["draft_step"]["shares"][name]
+
+
+SMALL_KERNELS = ("_norm_kernel", "_silu_kernel", "per_token_quant", "_inputs_kernel")
+
+
+def step_rest(record: Record) -> float:
+    """Milliseconds of a draft step in none of the kernels that have a column."""
+    named = sum(step_share(name)(record) for name in ("matrix products", "attention", "idle"))
+    return record["draft_step"]["ms"] - named - step_of(*SMALL_KERNELS)(record)
+
+
+def step_bytes(record: Record) -> float:
+    """Milliseconds in which an H200's memory gives what a draft step reads."""
+    weights, token = STEP_BYTES[record["model"]]
+    return 1e3 * (weights + BUDGET * record["batch"] * record["context"] * token) / H200_BYTES_PER_S
+
+
+def kernel(what: str, name: str) -> dict[str, str]:
+    """What rows of a kernel table hold."""
+    return {"kind": "row", "what": what, "name": name}
+
+
+def microseconds(record: Record) -> float:
+    """Of a kernel."""
+    return 1e3 * record["ms"]
+
+
+def context_of(record: Record) -> str:
+    """Tokens of the prompts."""
+    return f"{int(record['dataset'].partition(':')[2]):,}"
+
+
+def shapes(model: str) -> str:
+    """Whose shapes a model has."""
+    return MODELS[model].removesuffix(" shapes")
+
+
+def attention_case(shape: str, context: int, batch: int) -> Row:
+    """A batch of the kernel table whose slots lie anywhere in the pool."""
+    names = {"shapes": shapes(f"{shape}-shapes"), "requests x context": f"{batch} x {context:,}"}
+    unit = "qwen2.5-coder-1.5b" if shape == "qwen2.5-1.5b" else shape
+    return Row(KERNELS, {"unit": f"{unit}/b{batch}/c{context}/random"}, names)
+
+
+def prompts_equal(records: Sequence[Record]) -> str:
+    """How many greedy outputs are the baseline's."""
+    equal = sum(value_of(record, "equal_prompts" if "equal_prompts" in record else "equal") for record in records)
+    asked = sum(value_of(record, "prompts" if "prompts" in record else "compared") for record in records)
+    return f"{equal:,} of {asked:,}"
+
+
+def largest_margin(records: Sequence[Record]) -> str:
+    """The largest distance of two tokens where outputs part, in the baseline's log-probabilities."""
+    margins = [found["margin"] for record in records for found in record["divergences"]]
+    for record in records:
+        if record.get("ties_only") and record["compared"] - record["equal"] > len(record["divergences"]):
+            # Only some were written down, but all were compared with the largest margin of a tie.
+            return f"at most {record['tie_margin']:g}"
+    return f"{max(margins):.4g}" if margins else "-"
+
+
+def moved(records: Sequence[Record]) -> str:
+    """Requests that left the GPU while they ran."""
+    (record,) = records
+    if "offloads" in record:
+        return f"{record['offloads']} moved, {record['restores']} back"
+    return f"{record['retractions']} retracted"
+
+
+def computed_again(records: Sequence[Record]) -> str:
+    """Tokens prefilled twice."""
+    (record,) = records
+    waiting = record["cut_by_time_limit"] and record["retractions"]
+    return "not yet" if waiting else f"{value_of(record, 'recomputed_tokens'):,}"
+
+
+def is_plain(engine: str) -> bool:
+    """Whether records of an engine are of plain SGLang, with whichever attention."""
+    return engine.partition(":")[0] == "plain"
+
+
+def engine(label: str, name: str, file: str, where: Any, **names: str) -> Row:
+    """A row of one engine."""
+    return Row(file, where, {**names, label: name})
+
+
+# --------------------------------------------------------------------------- tables
+
+DEFAULT_ROWS = [
+    load(TWELVE, "code:8192,128,512,0.6"),
+    load(TWELVE, "code:4096,64,512,0.6"),
+    load(TWELVE, "code:8192,16,512,0.6"),
+    load(TWELVE, "code:28000,8,512,1"),
+    load(FOUR, "code:28000,4,512,0"),
+    load(TWELVE, "code:2048,128,512,0.6"),
+    load(TWELVE, "code:1024,256,512,0.6"),
+    load(TWELVE, "code:512,256,512,1"),
+    load(FOUR, "code:2048,32,512,0"),
+    load(TWELVE, "code:512,32,512,0.6"),
+    load(FOUR, "code:8192,1,512,1"),
+    load(FOUR, "code:512,1,512,0"),
+]
+LARGE_ROWS = [
+    load(LARGE, "random:32256,9,512,0"),
+    load(LARGE, "random:8192,84,512,0"),
+    load(LARGE_BEFORE, "random:4096,64,512,0"),
+    load(LARGE, "random:8192,8,512,0"),
+    load(LARGE, "random:8192,1,512,0"),
+    load(LARGE, "random:8192,60,512,0", model="qwen3-14b-shapes"),
+]
+
+TABLES = [
+    Table(
+        "default-settings",
+        "Default settings against plain SGLang",
+        """
+        With real weights, SPARSESPEC's default settings give {x[over plain].lowest} to {x[over plain].highest} times the
+        tokens per second of plain SGLang. The gain is in long contexts and full batches, where reading KV takes most of the
+        time. Batches of up to 2,048 tokens of context gain less than a tenth, and 32 x 2,048 loses a little:
+        {x[over plain][32 x 2,048, greedy]}. With the shapes of larger models, whose acceptance is simulated, it is
+        {x[over plain].simulated_lowest} to {x[over plain].simulated_highest}.""",
+        MODEL_AND_LOAD,
+        [
+            speed("plain", "plain"),
+            speed("SPARSESPEC", "sparsespec"),
+            over("over plain", "SPARSESPEC", "plain", bold=True),
+        ],
+        [*DEFAULT_ROWS, *LARGE_ROWS],
+        note="""
+        Output tokens per second, 512 new tokens, prompts in the cache. Plain is SGLang without speculation, with its default
+        attention (FlashAttention 3). The simulated accept length is 7.02 with all eight drafts, 2% below the paper's 7.16
+        for what FP8 costs; with fewer drafts, which the planner chooses where that is faster, it was 5.9 to 6.6.""",
+    ),
+    Table(
+        "planner",
+        "What the planner gives up",
+        """
+        The planner chooses the number of drafts of each round, down to none. Its throughput is {x[over best].lowest} to
+        {x[over best].highest} times the better of plain SGLang and of always drafting eight, so there is no need to switch
+        it by hand. Always drafting loses at small contexts, down to {x[always over plain].lowest} times plain SGLang.""",
+        LOAD,
+        [
+            speed("plain", "plain", hidden=True),
+            speed("default", "sparsespec", hidden=True),
+            speed("always", ALWAYS, hidden=True),
+            over("always over plain", "always", "plain"),
+            over("default over plain", "default", "plain"),
+            over("over best", "default", "plain", "always"),
+        ],
+        DEFAULT_ROWS,
+    ),
+    Table(
+        "rivals",
+        "Beside SGLang's own speculation",
+        """
+        At these batches SGLang's own methods are slower than plain SGLang: a draft model of 0.5B (STANDALONE) gives
+        {x[STANDALONE over plain].lowest} to {x[STANDALONE over plain].highest} of its throughput, n-grams less. SPARSESPEC
+        gives {x[over plain].lowest} to {x[over plain].highest}. On the two sets of questions most of its rounds were plain
+        ones. What it gains there comes from several tokens in one scheduler step, not from speculation.""",
+        LOAD,
+        [
+            speed("plain", "plain:flashinfer"),
+            speed("SPARSESPEC", "sparsespec"),
+            speed("STANDALONE", "standalone"),
+            speed("NGRAM", "ngram"),
+            over("over plain", "SPARSESPEC", "plain"),
+            over("STANDALONE over plain", "STANDALONE", "plain", hidden=True),
+        ],
+        [
+            load(RIVALS, "code:8192,36,512,0.6"),
+            load(RIVALS, "aime,72,3072,0.6"),
+            load(RIVALS, "olympiadbench,72,3072,0.6"),
+        ],
+        command="""
+python benchmarks/throughput.py --model-path M --engines plain sparsespec ngram standalone,speculative_draft_model_path=D \\
+    --loads code:8192,36,512,0.6 {aime,olympiadbench},72,3072,0.6 --results rivals.jsonl""",
+        note="""
+        Qwen2.5-Coder-1.5B. Plain decodes with FlashInfer here. All engines were on one card and took turns, so batches are
+        as large as their shares of the memory allow.""",
+    ),
+    Table(
+        "accept-length",
+        "Accept length",
+        """
+        Of nine tokens at most, a round gives {x[FP8].lowest} to {x[FP8].highest}, and more the longer the context and the
+        lower the temperature. FP8 copies of the weights give {x[FP8 over own].lowest} to {x[FP8 over own].highest} times the
+        accept length of the model's own. One accept length of 16 sampled texts has a noise of some 3%; only 16,384 tokens at
+        T 1 lie outside it.""",
+        {"context": context_of, "T": lambda record: f"{record['temperature']:g}"},
+        [
+            Column("FP8", "accept_length", {"label": FP8_DRAFTS}, ".2f"),
+            Column("FP8, not repeating", "accept_length_not_repetitive", {"label": FP8_DRAFTS}, ".2f"),
+            Column("own weights", "accept_length", {"label": OWN_DRAFTS}, ".2f"),
+            Column("own, not repeating", "accept_length_not_repetitive", {"label": OWN_DRAFTS}, ".2f"),
+            over("FP8 over own", "FP8", "own weights"),
+        ],
+        [
+            load(BY_CONTEXT, f"code+math:{context},16,512,{temperature}")
+            for context in (2048, 8192, 16384, 32000)
+            for temperature in (0, 0.6, 1)
+        ],
+        note="""
+        Qwen2.5-Coder-1.5B, every round speculates. Outputs that repeat themselves flatter every drafter; the columns "not
+        repeating" leave them out.""",
+    ),
+    Table(
+        "window",
+        "PillarAttn against a sliding window",
+        """
+        Drafts that read the tokens that PillarAttn selects are accepted far more often than drafts that read as many of the
+        newest ones. The difference grows with the context.""",
+        {"model": lambda record: MODELS[record["model"]], "context": lambda record: f"{record['context']:,}"},
+        [
+            Column("`pillar`", "accept_length", {"policy": "pillar"}, ".2f"),
+            Column("not repeating", "accept_length_not_repetitive", {"policy": "pillar"}, ".2f"),
+            Column("`window`", "accept_length", {"policy": "window"}, ".2f"),
+            Column("`window`, not repeating", "accept_length_not_repetitive", {"policy": "window"}, ".2f"),
+        ],
+        [
+            *(Row(WINDOW, {"context": context}) for context in (2048, 4096, 8192)),
+            *(Row(WINDOW_CPU, {"context": context}) for context in (2048, 4096, 7900)),
+        ],
+        command="""
+python benchmarks/accept_length.py --model-path M --contexts 2048 4096 8192 --policies pillar window --prompts 16 \\
+    --new-tokens 512 --results accept-length.jsonl
+python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 --contexts 2048 4096 7900 --prompts 4 \\
+    --new-tokens 96 --temperature 0.8 --results accept-length.jsonl""",
+        note="The first three rows are greedy on an H100, the others at T 0.8 on a CPU.",
+    ),
+    Table(
+        "fp8-drafts",
+        "FP8 drafts",
+        """
+        Drafting with an FP8 copy of the weights is faster than drafting with the model's own at every load,
+        {x[FP8 over own].lowest} to {x[FP8 over own].highest} times. It gains least in batches of 64 and more, where KV
+        and the verification take the time.""",
+        LOAD,
+        [
+            speed("FP8", ALWAYS),
+            speed("own weights", OWN_DRAFTS),
+            over("FP8 over own", "FP8", "own weights"),
+        ],
+        [
+            load(FP8, "code:8192,128,512,0.6"),
+            load(FP8, "code:4096,64,512,0.6"),
+            load(FP8, "code:8192,16,512,0.6"),
+            load(FP8, "code:2048,128,512,0.6"),
+            load(FP8, "code:512,32,512,0.6"),
+            load(FP8, "code:8192,1,256,0.6"),
+        ],
+        note="Qwen2.5-Coder-1.5B, tokens per second; every round speculates.",
+    ),
+    Table(
+        "draft-step",
+        "A draft step, kernel by kernel",
+        """
+        Most of a draft step is matrix products. They read weights at less than the memory's speed, so that a step takes
+        {x[step over bytes].simulated_lowest} (8B shapes) to {x[step over bytes].simulated_highest} (1.5B) times what its
+        bytes need. A faster draft step needs faster products of few rows before it needs less attention.""",
+        {
+            "shapes": lambda record: shapes(record["model"]),
+            "requests x context": lambda record: f"{record['batch']} x {record['context']:,}",
+        },
+        [
+            Column("step, ms", "draft_step.ms", spec=".2f"),
+            Column("kernels", "draft_step.launches"),
+            Column("products", step_share("matrix products"), spec=".2f"),
+            Column("attention", step_share("attention"), spec=".2f"),
+            Column("small kernels", step_of(*SMALL_KERNELS), spec=".2f"),
+            Column("rest", step_rest, spec=".2f"),
+            Column("idle", step_share("idle"), spec=".2f"),
+            Column("bytes", step_bytes, spec=".2f"),
+            over("step over bytes", "step, ms", "bytes", hidden=True),
+        ],
+        [
+            *(Row(STEP_8B, {"batch": batch}) for batch in (1, 16, 64)),
+            *(Row(STEP_1B, {"batch": batch}) for batch in (1, 16, 64)),
+        ],
+        note="""
+        Dummy weights, 8,192 tokens of context. The acceptance is simulated, which changes nothing in a step. "Small kernels"
+        are norms, SiLU, quantisation and what comes before attention; "bytes" is what reading the FP8 weights and 5% of the
+        KV takes at 4.8 TB/s.""",
+        mark_rows=True,
+    ),
+    Table(
+        "attention-kernels",
+        "Attention kernels",
+        """
+        Plain decoding's attention takes {x[decode over draft].lowest} to {x[decode over draft].highest} times as long as a
+        draft step's. Triton's draft attention is faster than FlashInfer's, so it is the default. Small launches do not reach
+        the memory's speed. A verification that also gives PillarAttn its scores costs up to {x[verify over FA3].highest}
+        times FlashAttention 3 without scores: that is the price of selecting.""",
+        {"shapes": "", "requests x context": ""},
+        [
+            Column("draft, Triton, us", microseconds, kernel("draft", "triton"), ".1f"),
+            Column("TB/s", lambda record: record["bytes"] / record["ms"] / 1e9, kernel("draft", "triton"), ".2f"),
+            Column("draft, FlashInfer", microseconds, kernel("draft", "flashinfer"), ".1f"),
+            Column("decode, FA3", microseconds, kernel("decode", "fa3"), ",.0f"),
+            over("decode over draft", "decode, FA3", "draft, Triton, us"),
+            Column("verify", microseconds, kernel("verify", "triton"), hidden=True),
+            Column("FA3", microseconds, kernel("verify", "fa3"), hidden=True),
+            over("verify over FA3", "verify", "FA3"),
+        ],
+        [
+            attention_case(shape, context, batch)
+            for shape in ("qwen2.5-1.5b", "qwen3-8b")
+            for context in (8192, 32768)
+            for batch in (32, 256)
+        ],
+        note="""
+        Microseconds of one layer. Slots lie anywhere in the pool, the worst that page size 1 allows. The file has 36
+        batches.""",
+    ),
+    Table(
+        "sampling",
+        "Sampling",
+        """
+        Sampling takes {x[224 requests][Triton, from logits]} to {x[224 requests][Triton, top-k 20 and top-p 0.95]} ms of a
+        round of 224 requests, where FlashInfer's kernels take {x[224 requests][FlashInfer]} to {x[224 requests][FlashInfer,
+        top-k 20 and top-p 0.95]}. For a single request FlashInfer's are faster.""",
+        {"sampler": "implementation"},
+        [
+            Column(f"{batch} request{'s' if batch > 1 else ''}", "round_ms", {"batch": batch}, ".2f")
+            for batch in (1, 32, 128, 224)
+        ],
+        [
+            engine("sampler", name, SAMPLING, {"implementation": implementation})
+            for implementation, name in (
+                ("triton", "Triton, from logits"),
+                ("triton, min-p", "Triton, min-p 0.05"),
+                ("triton, top-k and top-p", "Triton, top-k 20 and top-p 0.95"),
+                ("argmax", "argmax (greedy)"),
+                ("flashinfer", "FlashInfer"),
+                ("flashinfer, top-k and top-p", "FlashInfer, top-k 20 and top-p 0.95"),
+            )
+        ],
+        note="Milliseconds of a round: eight draws and the acceptance, vocabulary of 151,936, T 0.7.",
+    ),
+    Table(
+        "kv-manager",
+        "Dynamic KV manager",
+        """
+        The host tier keeps the pool at 95% and computes nothing again. It does not make SPARSESPEC faster than plain SGLang
+        where memory is short and outputs are long: **plain SGLang was faster there.** Runs that were cut compare different
+        work, since who puts long requests off has more of the short ones running.""",
+        {"workload": "", "engine": ""},
+        [
+            Column("pool in use", "utilisation_steady", spec=".1%"),
+            Words("left the GPU", moved),
+            Words("computed again", computed_again),
+            Column("tokens/s", "tokens_per_s"),
+        ],
+        [
+            *(
+                engine("engine", name, KV_CUT, {"engine": label}, workload="400 requests, H200, cut after 75 s")
+                for label, name in (
+                    ("sparsespec:host", "SPARSESPEC, host tier"),
+                    ("sparsespec:retract", "SPARSESPEC, SGLang's retraction"),
+                    ("sparsespec:retract-aggressive", "the same, conservativeness 0"),
+                    ("plain:default", "plain"),
+                    ("plain:aggressive", "plain, conservativeness 0"),
+                )
+            ),
+            *(
+                engine("engine", name, KV_WHOLE, {"engine": label}, workload="160 requests, H100, whole run")
+                for label, name in (
+                    ("sparsespec:host", "SPARSESPEC, host tier"),
+                    ("sparsespec:retract", "SPARSESPEC, SGLang's retraction"),
+                )
+            ),
+        ],
+        command="""
+python benchmarks/kv_manager.py --model-path M --results kv_manager.jsonl \\
+    --engines sparsespec,sparsespec_host_kv_gb=12 {sparsespec,plain} {sparsespec,plain},schedule_conservativeness=0 \\
+    --requests 400 --max-new-tokens 16000 --max-total-tokens 200000 --max-running-requests 160 --time-limit 75""",
+        note="""
+        Qwen2.5-Coder-1.5B, prompts of 512 tokens, all at once; outputs of 200 to 16,000 tokens on the H200, to 6,000 on the
+        H100, whose lengths the scheduler does not know.""",
+    ),
+    Table(
+        "served",
+        "Time to first token",
+        """
+        A request waits for the round in flight, so its first token comes later than with plain SGLang: in the median after
+        {x[median over plain].lowest} to {x[median over plain].highest} times as long, at p99 after {x[p99 over
+        plain].lowest} to {x[p99 over plain].highest}. The tokens after it come faster, or as fast. Where the first token
+        matters above all, do not use SPARSESPEC.""",
+        {"commit": "commit", "requests/s": "request_rate"},
+        [
+            *(
+                Column(f"{title}, {name}", value, {"engine": is_engine}, ".1f" if "ttft" in value else ".2f")
+                for title, value in (("TTFT", "median_ttft_ms"), ("p99", "p99_ttft_ms"), ("per token", "mean_tpot_ms"))
+                for is_engine, name in ((is_plain, "plain"), ("sparsespec", "ours"))
+            ),
+            over("median over plain", "TTFT, ours", "TTFT, plain", hidden=True),
+            over("p99 over plain", "p99, ours", "p99, plain", hidden=True),
+        ],
+        [
+            Row(SERVED, {"request_rate": "8", "date": lambda date: date < "2026-11-28T03:52"}),
+            Row(SERVED_BEFORE, {"request_rate": "8"}),
+            Row(SERVED_BEFORE, {"request_rate": "16"}),
+        ],
+        command="""
+python benchmarks/serving.py --model-path M --engines plain:flashinfer sparsespec --rates 8 16 \\
+    --dataset code:2048 --new-tokens 512 --requests 320 --results serving.jsonl""",
+        note="""
+        Milliseconds; Qwen2.5-Coder-1.5B, Poisson arrivals, prompts of 2,048 tokens, outputs of 512, plain with FlashInfer.
+        The two servers of a row ran at the same time, a card each. Nearly all rounds were plain ones.""",
+    ),
+    Table(
+        "parity",
+        "Greedy parity",
+        """
+        In float32 every output is plain SGLang's, token for token. In 16 bits most part at some token, because kernels of
+        different shapes round differently, and so do plain SGLang's own two attention backends (the control). Nothing parts
+        by more than the control's margins differ, 0.375.""",
+        {"model": "", "engine": ""},
+        [
+            Words("equal", prompts_equal),
+            Words("largest margin where they part", largest_margin),
+        ],
+        [
+            *(
+                engine("engine", name, file, {"dtype": "float32"}, model="SmolLM2-135M, float32, CPU")
+                for file, name in (
+                    (PARITY_CPU, "both schedules, 8 settings"),
+                    (PARITY_CPU_ROUNDS, "with plain rounds, 3 settings"),
+                )
+            ),
+            *(
+                engine("engine", name, PARITY, {"engine": label}, model="SmolLM2-135M, bfloat16, H200")
+                for label, name in (
+                    ("plain:triton", "*plain SGLang with Triton attention (control)*"),
+                    ("sparsespec", "lock-step, FP8 drafts"),
+                    ("sparsespec,sparsespec_draft_weights=model", "lock-step, the model's own weights"),
+                    ("sparsespec:pillar:unified", "unified"),
+                    ("sparsespec,sparsespec_speculate=never", "plain rounds only"),
+                )
+            ),
+            engine(
+                "engine", "twelve kinds of requests at once", SOAK, {"engine": "sparsespec"},
+                model="Qwen2.5-Coder-1.5B, bfloat16, H200",
+            ),
+        ],
+        command="""
+python benchmarks/parity.py --model-path M --device cpu --dtype float32 --results parity.jsonl \\
+    --engines sparsespec sparsespec:pillar:unified sparsespec,sparsespec_speculate={auto,never}""",
+        note="""
+        Margins are distances of the two tokens in the baseline's log-probabilities; 0.125 is one step of a bfloat16 logit
+        between 16 and 32.""",
+    ),
+    # ------------------------------------------------------------------ of the archive
+    Table(
+        "speculate",
+        "Rounds that speculate, and plain rounds (H200, FlashInfer baseline)",
+        """
+        A plain round of SPARSESPEC is faster than plain SGLang's, since several tokens are decoded in one scheduler step.
+        The planner of that commit ran rounds of the slower kind to time them, which cost it 10% on AIME. Today's runs
+        none.""",
+        LOAD,
+        [
+            speed("plain", "plain:flashinfer"),
+            speed("always", "sparsespec", hidden=True),
+            speed("auto", "sparsespec, speculate auto", hidden=True),
+            speed("never", "sparsespec, speculate never", hidden=True),
+            *(over(f"{name} over plain", name, "plain") for name in ("always", "auto", "never")),
+        ],
+        [
+            load(SPECULATE, "code:1024,256,512,0"),
+            load(SPECULATE, "code:2048,128,512,0"),
+            load(SPECULATE, "code:8192,32,512,0"),
+            load(SPECULATE, "aime,64,3072,0.6"),
+        ],
+        command="""
+python benchmarks/throughput.py --model-path M --results speculate.jsonl --engines plain:flashinfer \\
+    sparsespec,sparsespec_speculate={always,auto,never} \\
+    --loads code:1024,256,512,0 code:2048,128,512,0 code:8192,32,512,0 aime,64,3072,0.6""",
+    ),
+    Table(
+        "policies",
+        "Draft policies (H100, FlashInfer baseline)",
+        """
+        `vegas` (k = 8, a budget of 7%) is as fast as `pillar`; `streaming` and `triforce` are slower than plain SGLang.
+        `triforce` ran without CUDA graphs.""",
+        LOAD,
+        [
+            speed("plain", "plain:flashinfer"),
+            speed("`pillar`", "sparsespec"),
+            *(speed(f"`{policy}`", f"sparsespec:{policy}") for policy in ("vegas", "streaming", "triforce")),
+            over("`pillar` over plain", "`pillar`", "plain"),
+        ],
+        [load(POLICIES, "code:8192,28,512,0.6"), load(POLICIES, "aime,64,3072,0.6")],
+        command="""
+python benchmarks/throughput.py --model-path M --results policies.jsonl --engines plain:flashinfer \\
+    sparsespec:{pillar,vegas,streaming,triforce},sparsespec_speculate=always \\
+    --loads code:8192,28,512,0.6 aime,64,3072,0.6""",
+    ),
+    Table(
+        "schedules",
+        "Schedules, and delayed verification (H100, FlashInfer baseline)",
+        """
+        Delayed verification gains {x[delayed over immediate].lowest} to {x[delayed over immediate].highest} times. The
+        unified schedule is slower than lock-step with this model ({x[unified over lock-step].lowest} to {x[unified over
+        lock-step].highest}), so lock-step is the default.""",
+        LOAD,
+        [
+            speed("plain", "plain:flashinfer"),
+            speed("lock-step", "lock-step"),
+            speed("immediate", "lock-step, immediate verification"),
+            speed("unified", "unified"),
+            over("delayed over immediate", "lock-step", "immediate"),
+            over("unified over lock-step", "unified", "lock-step"),
+        ],
+        [
+            load(SCHEDULES, "code:1024,256,512,0"),
+            load(SCHEDULES, "code:2048,128,512,0"),
+            load(SCHEDULES, "code:2048,128,512,0.6"),
+            load(SCHEDULES, "code:4096,64,512,0"),
+            load(SCHEDULES, "code:8192,32,512,0"),
+        ],
+        command="""
+python benchmarks/throughput.py --model-path M --results schedules.jsonl --repeats 2 --engines plain:flashinfer \\
+    sparsespec:pillar:{lockstep,unified},sparsespec_speculate=always \\
+    sparsespec,sparsespec_speculate=always,disable_overlap_schedule=true \\
+    --loads code:1024,256,512,0 code:2048,128,512,{0,0.6} code:4096,64,512,0 code:8192,32,512,0""",
+    ),
+    Table(
+        "schedules-8b",
+        "Schedules, Qwen3-8B shapes (H100)",
+        """
+        With larger shapes the unified schedule is nearer, and no faster: of the first row's two runs of lock-step the first
+        is slow, as first runs are.""",
+        LOAD,
+        [
+            speed("lock-step", "lock-step"),
+            speed("unified", "unified"),
+            over("unified over lock-step", "unified", "lock-step"),
+        ],
+        [
+            load(SCHEDULES_8B, "random:576,128,256,0"),
+            load(SCHEDULES_8B, "random:832,96,256,0"),
+            load(SCHEDULES_8B, "random:1408,64,256,0"),
+            load(SCHEDULES_8B, "random:3072,32,256,0"),
+        ],
+        command="""
+SGLANG_SIMULATE_ACC_LEN=7.16 python benchmarks/throughput.py --model-path qwen3-8b-shapes --load-format dummy \\
+    --engines sparsespec:pillar:{lockstep,unified},sparsespec_speculate=always --repeats 2 --results schedules-8b.jsonl \\
+    --loads random:576,128,256,0 random:832,96,256,0 random:1408,64,256,0 random:3072,32,256,0""",
+    ),
+    Table(
+        "products",
+        "Products of a draft step",
+        """
+        `fp8_scaled_mm` is the fastest of the three, or as fast, so drafts use it. PyTorch's FP8 product is slower than the
+        weights' own type where products are small.""",
+        {"shapes": "shape", "product": ""},
+        [
+            Column(f"{name}, {rows}", microseconds, {"kernel": label, "rows": rows}, ".1f")
+            for rows in (1, 64)
+            for label, name in (("model's", "own"), ("fp8_scaled_mm", "FP8"), ("torch._scaled_mm", "PyTorch FP8"))
+        ],
+        [
+            engine("product", what, PRODUCTS, {"shape": shape, "what": f"product {what}"}, shapes=name)
+            for shape, name in (("qwen3-8b", "Qwen3-8B"), ("qwen2.5-coder-1.5b", "Qwen2.5-1.5B"))
+            for what in ("qkv", "o", "gate and up", "down", "head")
+        ],
+        note="Microseconds at 1 and at 64 tokens; weights are not in the L2 cache.",
+    ),
+    Table(
+        "own-weights",
+        "Before FP8 drafts",
+        """
+        With the model's own weights for drafts, default settings gave {x[over plain].lowest} times plain SGLang's throughput
+        at this load. FlashInfer's kernels were 3% slower than Triton's.""",
+        LOAD,
+        [
+            speed("plain", "plain"),
+            speed("default", "sparsespec"),
+            speed("always", ALWAYS),
+            speed("always, FlashInfer", "sparsespec,sparsespec_kernels=flashinfer,sparsespec_speculate=always"),
+            over("over plain", "default", "plain"),
+        ],
+        [load(FLASHINFER, "code:8192,128,512,0.6")],
+    ),
+    Table(
+        "cpu",
+        "On a CPU",
+        "On a CPU speculation is slower than plain decoding. Both engines gave the same tokens.",
+        LOAD,
+        [
+            speed("plain", "plain:torch_native", ".1f"),
+            speed("SPARSESPEC", "sparsespec", ".1f"),
+            over("over plain", "SPARSESPEC", "plain"),
+            Column("accept length", "accept_length", {"label": "sparsespec"}, ".2f"),
+        ],
+        [load(CPU, "aime,2,24,0"), load(CPU, "code:512,2,24,0")],
+        command="""
+python benchmarks/throughput.py --model-path M --device cpu --dtype float32 --results cpu.jsonl \\
+    --engines plain sparsespec,sparsespec_speculate=always --loads aime,2,24,0 code:512,2,24,0""",
+        note="SmolLM2-135M, two cores of an AMD EPYC; every round speculates.",
+    ),
+]
+
+#: Plots below the conclusion of a table.
+TABLE_PLOTS = {
+    "default-settings": [OVER_PLAIN, BATCHES],
+    "accept-length": [ACCEPT_LENGTHS],
+    "draft-step": [STEP],
+}
+ARCHIVED = ("speculate", "policies", "schedules", "schedules-8b", "own-weights", "products", "cpu")
+
+
+@dataclass(frozen=True)
+class Page:
+    """A page with tables.
+
+    Attributes:
+        heading: each table has a heading of its own.
+        plots: the most plots of one table.
+    """
+
+    path: Path
+    tables: Sequence[str]
+    heading: bool = True
+    plots: int = 2
+
+    @property
+    def root(self) -> str:
+        """The way from the page to the repository's root."""
+        return "../" * (len(self.path.relative_to(REPO).parts) - 1)
+
+
+PAGES = [
+    Page(REPO / "README.md", ["default-settings"], heading=False, plots=1),
+    Page(REPO / "docs" / "results.md", [table.name for table in TABLES if table.name not in ARCHIVED]),
+    Page(REPO / "docs" / "results-archive.md", ARCHIVED),
+]
+
+# -------------------------------------------------------------------------- program
+
+
+def parts_of(page: Page, results: Results) -> dict[str, str]:
+    """The tables of a page, as they should stand in it."""
+    by_name = {table.name: table for table in TABLES}
+    parts = {}
+    for name in page.tables:
+        plots = [plot.markdown(page.root) for plot in TABLE_PLOTS.get(name, [])[: page.plots]]
+        parts[name] = by_name[name].text(results, page.root, page.heading, plots)
+    return parts
+
+
+def stale_plots(results: Results) -> dict[Plot, list[Line]]:
+    """The plots that are missing or show other rows than today's, with today's rows."""
+    by_name = {table.name: table for table in TABLES}
+    found: dict[Plot, list[Line]] = {}
+    for name, plots in TABLE_PLOTS.items():
+        lines = by_name[name].lines(results)
+        found |= {plot: lines for plot in plots if digest_in(plot.path) != digest(lines)}
+    return found
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run with the given command line; 1 if ``--check`` finds something that is not current."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    args = parser.parse_args(argv)
+    results = Results(RESULTS)
+    stale = []
+    for page in PAGES:
+        text = page.path.read_text(encoding="utf-8")
+        new = generated_parts.filled(text, parts_of(page, results))
+        if new != text:
+            stale.append(page.path)
+            if not args.check:
+                page.path.write_text(new, encoding="utf-8")
+    for plot, lines in stale_plots(results).items():
+        stale.append(plot.path)
+        if not args.check:
+            save(plot, lines)
+    names = ", ".join(str(path.relative_to(REPO)) for path in stale)
+    if stale and args.check:
+        print(f"not current: {names}; run python benchmarks/make_results.py", file=sys.stderr)
+        return 1
+    if stale:
+        print(f"written: {names}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
