@@ -205,7 +205,9 @@ class TestJSONConstrained(json_constrained_kit.JSONConstrainedMixin, KitServer):
 
 
 class TestRegexConstrained(regex_constrained_kit.RegexConstrainedMixin, KitServer):
-    pass
+    test_regex_generate_custom_log_format = needs_larger_model(
+        regex_constrained_kit.RegexConstrainedMixin.test_regex_generate_custom_log_format
+    )
 
 
 class TestEBNFConstrained(ebnf_constrained_kit.EBNFConstrainedMixin, KitServer):
