@@ -321,13 +321,14 @@ class Served:
     Attributes:
         outputs: as of ``sglang.Engine.generate``, in the order of the prompts.
         progress: samples from before the first request to after the last.
-        started, drains, ended: ``time.time()`` of the first request, of the first end of a request with none left to
-            take its place, and of the last end.
+        started, turns, drains, ended: ``time.time()`` of the first request, of the first end of a request, of the first
+            end with none left to take its place, and of the last end.
     """
 
     outputs: list[dict[str, Any]]
     progress: list[Progress]
     started: float
+    turns: float
     drains: float
     ended: float
 
