@@ -55,8 +55,6 @@ from _common import (
     write_record,
 )
 
-from sglang_sparsespec.sglang_compat import extend_len
-
 #: Tokens that make a prompt's prefix its own.
 UNIQUE_TOKENS = 8
 #: Figures of moves, from the KV manager's counters.
@@ -101,7 +99,8 @@ def end_at_length(original: Callable[..., None], req: Any, *args: Any, **kwargs:
 
 def count_recomputed(result: Any, batch: Any) -> None:
     """After ``ScheduleBatch.prepare_for_extend``, which prefills requests, retracted ones again."""
-    _counts[RECOMPUTED] += sum(extend_len(req) for req in batch.reqs if req.retracted_stain)
+    lengths = zip(batch.reqs, batch.extend_lens, strict=True)
+    _counts[RECOMPUTED] += sum(length for req, length in lengths if req.retracted_stain)
 
 
 def count_retraction(result: Any, req: Any) -> None:

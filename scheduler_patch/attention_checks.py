@@ -11,7 +11,7 @@ from sglang_sparsespec import ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.cpu import bridges_plain
 from sglang_sparsespec.settings import is_sparsespec
-from sglang_sparsespec.sglang_compat import ATTENTION_BACKENDS_OF, DECLARES_RESOLUTION, model_config_of
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION, model_config_of
 
 #: Models that SGLang serves with the backends of a list, since others have no attention sinks.
 WITH_SINKS = "GptOssForCausalLM"
@@ -58,10 +58,12 @@ def attention_has_sinks(result: tuple[Any, Any], *args: Any, **kwargs: Any) -> t
 
 def register_hooks() -> None:
     """Register the hooks of this module."""
-    add_hook(ATTENTION_BACKENDS_OF, attention_has_sinks, "after")
     if DECLARES_RESOLUTION:
         from sglang.srt.arg_groups.resolution_hooks import register_resolution_hook
 
+        add_hook("sglang.srt.arg_groups.model_hook.attention_backends_of", attention_has_sinks, "after")
         register_resolution_hook("handle_model_specific_adjustments")(model_checks_of_a_step)
     else:
-        add_hook("sglang.srt.server_args.ServerArgs._handle_model_specific_adjustments", model_checks, "around")
+        server_args = "sglang.srt.server_args.ServerArgs."
+        add_hook(server_args + "_resolved_attention_backends", attention_has_sinks, "after")
+        add_hook(server_args + "_handle_model_specific_adjustments", model_checks, "around")

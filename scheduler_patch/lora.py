@@ -10,7 +10,7 @@ from sglang.srt.runtime_context import get_server_args
 from sglang_sparsespec import ALGORITHM
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.settings import is_sparsespec
-from sglang_sparsespec.sglang_compat import CHECKS_LORA_AT_ONCE
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
 
 
 def allow_lora(original: Callable[..., None], server_args: Any) -> None:
@@ -66,10 +66,10 @@ def chunk_size_of_verification(original: Callable[..., int], backend: Any, forwa
 
 def register_hooks() -> None:
     """Register the hooks of this module."""
-    if CHECKS_LORA_AT_ONCE:
-        add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora_in_all_checks, "around")
-    else:
+    if DECLARES_RESOLUTION:
         add_hook("sglang.srt.arg_groups.lora_hook.check_lora_speculative_compatibility", allow_lora, "around")
+    else:
+        add_hook("sglang.srt.server_args.ServerArgs.check_lora_server_args", allow_lora_in_all_checks, "around")
     add_hook("sglang.srt.model_executor.model_runner.ModelRunner.init_lora_manager", refuse_expert_adapters, "after")
     add_hook(
         "sglang.srt.lora.backend.chunked_backend.ChunkedSgmvLoRABackend._determine_chunk_size",

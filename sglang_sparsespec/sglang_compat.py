@@ -14,22 +14,13 @@ if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
     from sglang.srt.managers.schedule_batch import Req, ScheduleBatch
 
-
-def installed_version() -> str:
-    """The version of SGLang in this environment."""
-    try:
-        return version("sglang")
-    except PackageNotFoundError:
-        # A source tree on PYTHONPATH without metadata: ask the package itself.
-        import sglang
-
-        return getattr(sglang, "__version__", "unknown")
-
-
 #: The releases that the plugin is written for and tested with, the newest last. The hooks in ``scheduler_patch/`` name
 #: internals that change between releases.
 SUPPORTED = ("0.5.17", "0.5.23")
-VERSION = installed_version()
+try:
+    VERSION = version("sglang")
+except PackageNotFoundError:
+    VERSION = "unknown"  # a source tree without metadata
 IS_SUPPORTED = VERSION in SUPPORTED
 _IS_0_5_17 = VERSION == "0.5.17"
 
@@ -42,46 +33,29 @@ DECLARES_RESOLUTION = not _IS_0_5_17
 COUNTS_CORRECT_DRAFTS = not _IS_0_5_17
 #: The radix cache is a ``UnifiedRadixCache``. Otherwise, with a host pool, it is a ``HiRadixCache``.
 HAS_UNIFIED_TREE = not _IS_0_5_17
-#: What SGLang checks of LoRA is one function, refusal beside speculation included. Otherwise that has one of its own.
-CHECKS_LORA_AT_ONCE = _IS_0_5_17
 #: ``LoRAManager``'s backend: what makes the static tensors of captured decode batches.
 INIT_STATIC_ADAPTERS = "init_cuda_graph_batch_info" if _IS_0_5_17 else "init_decode_cuda_graph_batch_info"
 
 #: Hooks that are left out, because this SGLang does by itself what they are for.
-UNNECESSARY_HOOKS: frozenset[str]
-if _IS_0_5_17:
-    UNNECESSARY_HOOKS = frozenset({"keep_room_for_growth_only"})  # requests of a fixed length are counted like others
-else:
-    UNNECESSARY_HOOKS = frozenset(
-        {
-            "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
-            "chunk_size_of_verification",  # a verification's tokens are counted
-            "grammar_mask_on_cpu",  # masks are pinned where there is a GPU
-            "no_logprob_is_sent_of_no_token",  # a retracted request has sent what it has output
-            "no_draft_kv_pool",  # a worker without a draft worker is asked for no pool
-            "no_tokens_are_an_empty_tensor",  # so they are
-            "relay_on_cpu",  # a CPU's tokens are read without a stream
-            "top_logprobs_of_each_token",  # each token of a streamed chunk has its own list
-        }
-    )
-
-#: The function that says which attention backends SGLang looks for in its lists of those that a model can have.
-ATTENTION_BACKENDS_OF = (
-    "sglang.srt.server_args.ServerArgs._resolved_attention_backends"
+UNNECESSARY_HOOKS = frozenset(
+    {"keep_room_for_growth_only"}  # requests of a fixed length are counted like others
     if _IS_0_5_17
-    else "sglang.srt.arg_groups.model_hook.attention_backends_of"
+    else {
+        "apply_grammar_on_cpu",  # XGrammar's kernel for CPUs
+        "chunk_size_of_verification",  # a verification's tokens are counted
+        "grammar_mask_on_cpu",  # masks are pinned where there is a GPU
+        "no_logprob_is_sent_of_no_token",  # a retracted request has sent what it has output
+        "no_draft_kv_pool",  # a worker without a draft worker is asked for no pool
+        "no_tokens_are_an_empty_tensor",  # so they are
+        "relay_on_cpu",  # a CPU's tokens are read without a stream
+        "top_logprobs_of_each_token",  # each token of a streamed chunk has its own list
+    }
 )
 #: ``ForwardBatch``'s fields for the number of tokens without padding, with "_cpu" or without.
 NUM_TOKENS = "num_token_non_padded" if _IS_0_5_17 else "global_num_token_non_padded"
 #: ``WeightUpdater``'s methods that replace weights.
 _LOADS_RECEIVED = "update_weights_from_distributed" if _IS_0_5_17 else "load_weights_from_distributed"
 WEIGHT_UPDATES = ("update_weights_from_disk", _LOADS_RECEIVED, "update_weights_from_tensor", "update_weights_from_ipc")
-#: What makes the radix cache's host pool.
-_TREE = "hiradix_cache.HiRadixCache.__init__" if _IS_0_5_17 else "unified_radix_cache.UnifiedRadixCache.init_hicache"
-MAKE_HOST_POOL = f"sglang.srt.mem_cache.{_TREE}"
-#: What makes the tracker of the share of a request's longest output that is kept free for it.
-_TRACKER = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker."
-MAKE_NEW_TOKEN_RATIO = _TRACKER + ("from_server_args" if _IS_0_5_17 else "from_config")
 
 
 # ---------------------------------------------------------------------- server arguments
@@ -140,16 +114,8 @@ def end_tokens_of(req: Req) -> set[int]:
 
 
 def processor_and_rows(entry: Any) -> tuple[Any, torch.Tensor]:
-    """A value of ``SamplingBatchInfo.custom_logit_processor``: the processor, and what selects its requests' rows.
-
-    That is a mask (bool [batch]) or row numbers (int64 [rows]).
-    """
+    """The processor of a ``SamplingBatchInfo.custom_logit_processor``, and its rows: bool [batch] or int64 [rows]."""
     return entry if _IS_0_5_17 else (entry.processor, entry.indices)
-
-
-def extend_len(req: Req) -> int:
-    """Tokens of a request that its next prefill computes."""
-    return req.extend_range.length if _IS_0_5_17 else req.extend_len
 
 
 def release(req: Req, tree: Any) -> None:

@@ -17,7 +17,7 @@ from sglang_sparsespec.scheduler_patch.kv_manager.host_tier import HostTier
 from sglang_sparsespec.scheduler_patch.kv_manager.manager import RESTORE_ROUNDS, KVManager
 from sglang_sparsespec.scheduler_patch.kv_manager.unified_host_tier import UnifiedHostTier
 from sglang_sparsespec.settings import is_sparsespec, settings_of
-from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, MAKE_HOST_POOL, MAKE_NEW_TOKEN_RATIO
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE
 
 #: The tier of this SGLang's radix cache.
 TIER: type[HostTier] = UnifiedHostTier if HAS_UNIFIED_TREE else HiRadixHostTier
@@ -101,19 +101,17 @@ def retract_offloaded(result: Any, scheduler: Any, recv_req: Any) -> None:
         manager.retract_all()
 
 
-def admit_aggressively(original: Callable[..., Any], cls: Any, *args: Any) -> Any:
-    """What makes a ``NewTokenRatioTracker``: SGLang keeps memory free for a share of the longest outputs.
+def admit_aggressively(result: Any, tracker: Any, **kwargs: Any) -> None:
+    """``NewTokenRatioTracker.__init__``: SGLang keeps memory free for a share of the longest outputs.
 
     With a host tier, ``RESTORE_ROUNDS`` rounds of growth are kept free for each running request
     instead (a share of ``CLIP_MAX_NEW_TOKENS``, set with the manager); what grows longer is
     offloaded.
     """
-    tracker = original(cls, *args)
     if _has_host_tier(get_server_args()):
         tracker.init = tracker.min = tracker.current = 1 / ADMISSION_FACTOR
         # Only after a retraction, which sets a larger one.
         tracker.decay = (1 - tracker.min) / 600
-    return tracker
 
 
 def keep_room_for_growth_only(original: Callable[..., Any], adder: Any, req: Any) -> Any:
@@ -148,10 +146,14 @@ def register_hooks() -> None:
     add_hook(scheduler + "is_fully_idle", busy_while_offloaded, "after")
     add_hook(scheduler + "abort_request", abort_offloaded, "after")
     add_hook(scheduler + "pause_generation", retract_offloaded, "after")
-    add_hook(MAKE_NEW_TOKEN_RATIO, admit_aggressively, "around")
+    tracker = "sglang.srt.managers.scheduler_components.new_token_ratio_tracker.NewTokenRatioTracker"
+    add_hook(tracker + ".__init__", admit_aggressively, "after")
     add_hook(
         "sglang.srt.managers.schedule_policy.PrefillAdder._get_running_request_total_token_offset",
         keep_room_for_growth_only,
         "around",
     )
-    add_hook(MAKE_HOST_POOL, name_the_flag, "around")
+    if HAS_UNIFIED_TREE:
+        add_hook("sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.init_hicache", name_the_flag, "around")
+    else:
+        add_hook("sglang.srt.mem_cache.hiradix_cache.HiRadixCache.__init__", name_the_flag, "around")

@@ -262,27 +262,29 @@ def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str
 
 # ---------------------------------------------------------------------- on a GPU
 
-#: Of logits, in float32 with products in TF32.
-ROUNDING = 0.05
+#: Of logits of these models in float16, which the GPU's norms need; the best two are 0.7 apart in the median.
+ROUNDING = 0.15
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU: the tests above run on the CPU")
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_tokens_on_a_gpu_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
-    """Kernels compiled for the GPU, and captured graphs; plain rounds too, and experts' copies where there are experts."""
-    sizes = {**FOR_GPUS, "query_pre_attn_scalar": 64} if architecture.startswith("Gemma") else FOR_GPUS
+    """Compiled kernels and captured graphs; drafts use the weights that the start-up chooses."""
+    sizes = {**FOR_GPUS, "dtype": "float16"}
+    sizes |= {"query_pre_attn_scalar": 64} if architecture.startswith("Gemma") else {}
     checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **sizes)
     own = {"moe_runner_backend": "triton"} if architecture in ("Qwen3MoeForCausalLM", "GptOssForCausalLM") else {}
     args = {"model_path": str(checkpoint), **COMMON, **SPARSESPEC, "device": "cuda", "cuda_graph_bs_decode": [1, 4, 8]}
-    args |= {**own, "sparsespec_draft_weights": "model", "mem_fraction_static": 0.3, "disable_prefill_cuda_graph": True}
+    args |= {**own, "dtype": "float16", "mem_fraction_static": 0.5, "disable_prefill_cuda_graph": True}
     with EngineProcess(**args) as engine:
-        for mode in ("always", "never"):
-            engine.set_speculate(mode)
-            outputs = greedy(engine)
-            missing = shortfalls(checkpoint, PROMPTS, outputs)
-            print(architecture, mode, "largest shortfall", float(missing.max()), "not 0:", int((missing > 0).sum()))
-            assert float(missing.max()) < ROUNDING
-            assert len({tuple(output) for output in outputs}) > 20, "the model says the same whatever it is asked"
-            if mode == "always":
-                assert_drafted(engine.state())
+        drafted = greedy(engine)
+        state = engine.state()
+        engine.set_speculate("never")
+        plain = greedy(engine)
+    for outputs in (drafted, plain):
+        missing = shortfalls(checkpoint, PROMPTS, outputs)
+        print(architecture, f"{int((missing > 0).sum())} of {len(missing)} fall short, by {float(missing.max())} at most")
+        assert float(missing.max()) < ROUNDING
+        assert len({tuple(output) for output in outputs}) > 20, "the model says the same whatever it is asked"
+    assert_drafted(state)

@@ -16,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import Any, ClassVar
 
+import openai
 import pytest
 import requests
 import sglang.test.kl_test_utils
@@ -40,6 +41,8 @@ from sglang.test.kits import (
     streaming_session_kit,
 )
 from sglang.test.server_fixtures import spec_eagle_fixture
+
+from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
 
 pytestmark = [pytest.mark.slow, pytest.mark.nightly, pytest.mark.timeout(1800)]
 
@@ -241,6 +244,18 @@ class TestPauseGeneration(pause_generation_kit.PauseResumeInPlaceMixin, KitServe
     flags = (*COMMON, *GO_ON)
     if not ON_GPU:
         pause_num_requests, pause_max_new_tokens = 8, 64
+
+
+if DECLARES_RESOLUTION:  # kits that SGLang 0.5.17 does not have
+    from sglang.test.kits import anthropic_messages_kit, json_mode_kit
+
+    class TestAnthropicMessages(anthropic_messages_kit.AnthropicMessagesMixin, KitServer):
+        api_key = "none"
+
+    class TestJSONMode(json_mode_kit.JSONModeMixin, KitServer):
+        @property
+        def client(self) -> openai.Client:
+            return openai.Client(api_key="none", base_url=f"{self.base_url}/v1")
 
 
 class TestCacheHit(KitServer):

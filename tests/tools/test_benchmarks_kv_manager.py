@@ -187,10 +187,8 @@ def test_a_request_ends_at_its_length_and_declares_another(
 def test_only_what_retracted_requests_are_prefilled_again_is_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kv_manager, "_counts", Counter())
     sizes = [(30, False), (50, True), (7, True)]
-    reqs = [
-        SimpleNamespace(retracted_stain=stain, extend_range=SimpleNamespace(length=n), extend_len=n) for n, stain in sizes
-    ]
-    kv_manager.count_recomputed(None, SimpleNamespace(reqs=reqs))
+    reqs = [SimpleNamespace(retracted_stain=stain) for _, stain in sizes]
+    kv_manager.count_recomputed(None, SimpleNamespace(reqs=reqs, extend_lens=[length for length, _ in sizes]))
     kv_manager.count_retraction(None, reqs[1])
     answer = SimpleNamespace(internal_state={"other": 1})
     kv_manager.add_counts(answer, scheduler=None)

@@ -13,13 +13,12 @@ from kv_worlds import World
 from sglang.srt.managers import schedule_policy
 from sglang.srt.managers.schedule_batch import Req
 from sglang.srt.managers.scheduler_components.new_token_ratio_tracker import NewTokenRatioTracker
-from sglang.srt.runtime_context import get_server_args
 from sglang.srt.sampling.sampling_params import SamplingParams
 
 from sglang_sparsespec.scheduler_patch.kv_manager import manager as manager_module
 from sglang_sparsespec.scheduler_patch.kv_manager.hooks import ADMISSION_FACTOR
 from sglang_sparsespec.scheduler_patch.kv_manager.manager import KVManager
-from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE, MAKE_NEW_TOKEN_RATIO
+from sglang_sparsespec.sglang_compat import HAS_UNIFIED_TREE
 
 
 @pytest.fixture(params=[0.5, 0.0], ids=["host tier", "no host tier"])
@@ -28,13 +27,8 @@ def host_kv_gb(request: pytest.FixtureRequest, serving_args: Callable[[Any], Non
     return request.param
 
 
-def make_tracker() -> Any:
-    make = getattr(NewTokenRatioTracker, MAKE_NEW_TOKEN_RATIO.rpartition(".")[2])
-    return make() if HAS_UNIFIED_TREE else make(get_server_args())
-
-
 def test_a_host_tier_keeps_a_part_of_the_longest_output_free_for_each_request(host_kv_gb: float) -> None:
-    tracker = make_tracker()
+    tracker = NewTokenRatioTracker(init=0.7, min=0.1, decay=0.001, current=0.7)
     assert (tracker.current == tracker.min == 1 / ADMISSION_FACTOR) == (host_kv_gb > 0)
 
 
