@@ -265,7 +265,7 @@ def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str
 #: Of logits of these models in float16, which the GPU's norms need; the best two are 0.7 apart in the median. On a CPU plain
 #: rounds in float16 fall short by up to 0.17.
 ROUNDING = 0.4
-#: What the checkpoints of the tests on a GPU have besides. With all experts for each token, rounding changes no choice of experts.
+#: What the checkpoints of the tests on a GPU have besides. With all experts for each token, rounding changes no choice.
 SIZES_ON_GPU: dict[str, dict[str, int]] = {
     "Gemma2ForCausalLM": {"query_pre_attn_scalar": 64},
     "Gemma3ForCausalLM": {"query_pre_attn_scalar": 64},
