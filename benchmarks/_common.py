@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import functools
 import importlib.metadata
 import json
 import math
@@ -320,13 +321,14 @@ class Served:
     Attributes:
         outputs: as of ``sglang.Engine.generate``, in the order of the prompts.
         progress: samples from before the first request to after the last.
-        started, drains, ended: ``time.time()`` of the first request, of the first end of a request with none left to
-            take its place, and of the last end.
+        started, turns, drains, ended: ``time.time()`` of the first request, of the first end of a request, of the first
+            end with none left to take its place, and of the last end.
     """
 
     outputs: list[dict[str, Any]]
     progress: list[Progress]
     started: float
+    turns: float
     drains: float
     ended: float
 
@@ -406,13 +408,12 @@ def _chat_ids(tokenizer: Any, turns: Sequence[tuple[str, str]], plain_ending: st
 def _functions(least_lines: int = 20, most_lines: int = 60) -> list[tuple[str, str, str]]:
     """Functions of the installed Python library (module, name, source), the same order in every run."""
     found = []
-    for path in sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py")):
-        text = path.read_text(errors="replace")
+    for file, text in _library_sources():
         lines = text.splitlines()
         for node in ast.parse(text).body:
             if isinstance(node, ast.FunctionDef) and node.end_lineno is not None:
                 if least_lines <= node.end_lineno - node.lineno + 1 <= most_lines:
-                    found.append((path.stem, node.name, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
+                    found.append((file.removesuffix(".py"), node.name, "\n".join(lines[node.lineno - 1 : node.end_lineno])))
     random.Random(0).shuffle(found)
     return found
 
@@ -431,13 +432,26 @@ def _code_reading(module: str, name: str, source: str) -> list[tuple[str, str]]:
     ]
 
 
+@functools.cache
+def _library_sources() -> list[tuple[str, str]]:
+    """File names and texts of the installed Python library's modules."""
+    paths = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+    return [(path.name, path.read_text(errors="replace")) for path in paths]
+
+
+@functools.cache
+def _asked(name: str) -> list[str]:
+    """The questions of a data file."""
+    return [row[QUESTIONS[name][1]] for row in read_data(name)]
+
+
 def corpus_text(name: str, index: int = 0) -> str:
     """``code`` (Python library sources) or ``math`` (OlympiadBench problems) as one text; ``index`` moves its beginning."""
     if name == "code":
-        files = sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))
+        files = _library_sources()
         files = files[index * 3 % len(files) :] + files
-        return "\n\n".join(f"# {path.name}\n{path.read_text(errors='replace')}" for path in files[:60])
-    asked = [row["question"] for row in read_data("olympiadbench")]
+        return "\n\n".join(f"# {file}\n{text}" for file, text in files[:60])
+    asked = _asked("olympiadbench")
     asked = asked[index * 37 % len(asked) :] + asked
     return "\n\n".join(f"Problem {i + 1}. {question}" for i, question in enumerate(asked))
 
@@ -498,7 +512,7 @@ class Dataset:
             functions = [_code_reading(*function) for function in _functions()]
             return [_chat_ids(tokenizer, functions[index % len(functions)], "") for index in range(count)]
         if self.context is None:
-            asked = [row[QUESTIONS[name][1]] for name in self.name.split("+") for row in read_data(name)]
+            asked = [question for name in self.name.split("+") for question in _asked(name)]
             return [chat_prompt(tokenizer, asked[index % len(asked)]) for index in range(count)]
         return [self._cut(tokenizer, index) for index in range(count)]
 

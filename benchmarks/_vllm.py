@@ -64,7 +64,8 @@ class VllmEngine:
         progress = [Progress(started, before["generated"], 0)]
         sent: list[str] = []
         finished: list[Any] = []
-        drains, full = None, False
+        turns = drains = None
+        full = False
         while len(finished) < len(prompts):
             while len(sent) < len(prompts) and len(sent) - len(finished) < at_once:
                 sent += self.llm.enqueue([{"prompt_token_ids": prompts[len(sent)]}], params, use_tqdm=False)
@@ -76,6 +77,8 @@ class VllmEngine:
                 progress.append(Progress(now, counts["generated"], round(counts["running"])))
                 full = full or progress[-1].running >= at_once
             finished += [output for output in self.llm.llm_engine.step() if output.finished]
+            if turns is None and finished:
+                turns = time.time()
             if drains is None and len(prompts) - len(finished) < min(at_once, len(prompts)):
                 drains = time.time()
         ended = time.time()
@@ -84,7 +87,8 @@ class VllmEngine:
         self.figures = figures_between(before, after)
         # vLLM numbers requests in the order in which they come.
         finished.sort(key=lambda output: int(output.request_id))
-        return Served([_as_sglang(output) for output in finished], progress, started, drains or ended, ended)
+        outputs = [_as_sglang(output) for output in finished]
+        return Served(outputs, progress, started, turns or ended, drains or ended, ended)
 
     def counts(self) -> dict[str, float]:
         """Sums over the engine's life, and the requests that run; 0 of what it does not count, as without speculation."""

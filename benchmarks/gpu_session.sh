@@ -82,10 +82,11 @@ claim long-8k 595 throughput.py --model-path "$MODEL" --results "$OUT/long-8k.js
 # About 200 s a run: with three repeats 11 minutes an engine.
 claim long-16k 595 throughput.py --model-path "$MODEL" --results "$OUT/long-16k.jsonl" --time-limit 540 \
   --repeats "$REPEATS" --engines "${fast[@]}" "${python_of_vllm[@]}" --loads aime+olympiadbench,64,16384,0.6,128
-# Shapes of a larger model, SIMULATED. About 80 s a run of plain's with the 8B shapes.
+# Shapes of a larger model, SIMULATED but for vLLM, which does not speculate. About 80 s a run of plain's with the 8B shapes.
 [[ -z $SHAPES ]] || SGLANG_SIMULATE_ACC_LEN=${SIMULATED_LENGTH:-7.02} claim long-shapes 595 throughput.py --repeats 1 \
-  --model-path "$SHAPES" --load-format dummy --results "$OUT/long-shapes.jsonl" --time-limit 540 --engines plain sparsespec \
-  --engine-args '{"skip_tokenizer_init":true}' --loads random:128,64,4096,0.6,128
+  --model-path "$SHAPES" --load-format dummy --results "$OUT/long-shapes.jsonl" --time-limit 540 \
+  --engines plain sparsespec "${vllm[@]:0:1}" "${python_of_vllm[@]}" --engine-args '{"skip_tokenizer_init":true}' \
+  --loads random:128,64,4096,0.6,128
 # The pool holds some four tenths of what 128 requests of 8,192 tokens need at most. About 160 s each, 19 minutes.
 claim ablation 595 throughput.py --model-path "$MODEL" --results "$OUT/ablation.jsonl" --time-limit 540 --repeats 1 \
   --engines "${ablation[@]}" --engine-args '{"max_total_tokens":400000}' --loads aime+olympiadbench,128,8192,0.6,192

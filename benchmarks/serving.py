@@ -255,10 +255,16 @@ def run_key(about: dict[str, Any], rate: str) -> str:
 
 
 class Runs:
-    """The runs of this command that there are, earlier ones among them."""
+    """The runs of this command that there are, earlier ones among them.
+
+    Attributes:
+        records: of both.
+        failed: a run failed, or was not begun because of the time limit.
+    """
 
     def __init__(self, args: argparse.Namespace) -> None:
-        self.args, self.records, self.failed = args, [], False
+        self.args, self.failed = args, False
+        self.records: list[dict[str, Any]] = []
         environment = stamp()
         kept = [record for record in read_records(args.results) if same_origin(record, environment)]
         self.earlier = {record["key"]: record for record in kept if "key" in record and "error" not in record}

@@ -203,6 +203,7 @@ async def _serve_sglang(
     outputs: list[Any] = [None] * len(prompts)
     places = asyncio.Semaphore(at_once)
     sent = 0
+    turns: list[float] = []
     drains: list[float] = []
 
     async def ask(index: int) -> None:
@@ -212,8 +213,9 @@ async def _serve_sglang(
                 return
             sent += 1
             outputs[index] = await engine.async_generate(input_ids=prompts[index], sampling_params=dict(sampling))
+            turns.append(time.time())
             if sent == len(prompts):
-                drains.append(time.time())
+                drains.append(turns[-1])
 
     answers = asyncio.gather(*map(ask, range(len(prompts))))
     while not answers.done():
@@ -228,7 +230,7 @@ async def _serve_sglang(
     await asyncio.sleep(2 * SAMPLE_SECONDS)  # an idle scheduler publishes its load at once
     progress.append(sglang_progress(engine)._replace(t=ended, running=0))
     newest = {sample.t: sample for sample in progress if started <= sample.t <= ended}
-    return Served(outputs, [newest[t] for t in sorted(newest)], started, drains[0], ended)
+    return Served(outputs, [newest[t] for t in sorted(newest)], started, turns[0], drains[0], ended)
 
 
 def sglang_progress(engine: Any) -> Progress:
@@ -240,9 +242,9 @@ def sglang_progress(engine: Any) -> Progress:
 def full_batch_figures(served: Served, batch: int) -> dict[str, Any]:
     """Figures of the whole run, and of the time in which the batch was full.
 
-    That is from the first sample with ``batch`` running requests to ``served.drains``. If so many never ran, as where the
-    KV pool is too small for them, it is from the first sample with a token on. An engine's own count leaves out first
-    tokens, or has some too many at a request's end; so it is taken for shares of the tokens that came.
+    That is from the first sample with ``batch`` running requests to ``served.drains``. If so many did not run before the
+    first one ended, as where the KV pool is too small for them, it is from the first sample with a token on. An engine's
+    own count leaves out first tokens, or has some too many at a request's end; so it is taken for shares of the tokens.
 
     Raises:
         RuntimeError: the engine's count does not change, or the batch was full for no time at all.
@@ -251,7 +253,7 @@ def full_batch_figures(served: Served, batch: int) -> dict[str, Any]:
     counted = progress[-1].generated - progress[0].generated
     if counted <= 0:
         raise RuntimeError("the engine's count of generated tokens does not change")
-    began = [sample.t for sample in progress if sample.running >= batch]
+    began = [sample.t for sample in progress if sample.running >= batch and sample.t <= served.turns]
     began = began or [sample.t for sample in progress if sample.generated > progress[0].generated]
     begin, end = began[0], served.drains
     if end <= begin:
@@ -460,6 +462,7 @@ def _row(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
         "interleaved": first["interleaved"],
         "kept_full": first.get("kept_full", False),
         "full_share": middle("full_share_of_tokens"),
+        "mean_running": middle("mean_running_full"),
         "tokens_per_s_whole": middle("tokens_per_s_whole"),
         "tokens_per_s": median(rates),
         "lowest": min(rates),
@@ -479,6 +482,8 @@ def remarks(row: dict[str, Any]) -> str:
         found.append(f"{row['repetitive']} of {row['requests']} outputs repeat themselves")
     if row["kept_full"]:
         found.append(f"the batch was full for {row['full_share']:.0%} of the tokens")
+        if row["mean_running"] < 0.95 * row["batch"]:
+            found.append(f"{row['mean_running']:.0f} of {row['batch']} fitted at once")
     if row["ignore_eos"]:
         found.append("outputs go on past their end")
     if row["repeated_prompts"]:

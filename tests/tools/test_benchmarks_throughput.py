@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import dataclasses
 import importlib
 import json
 import os
@@ -233,14 +234,18 @@ def test_a_run_that_the_time_limit_cuts_is_given_up(monkeypatch: pytest.MonkeyPa
 def test_tokens_are_counted_while_the_batch_is_full() -> None:
     # 2 requests of 100 tokens at once, of 3; the engine counts one too many of each. The batch is full from 1 s to 9 s.
     samples = [Progress(10, 500, 0), Progress(11, 520, 2), Progress(15, 620, 2), Progress(21, 770, 2), Progress(22, 803, 0)]
-    served = Served([answer(100)] * 3, samples, started=10.0, drains=19.0, ended=22.0)
+    served = Served([answer(100)] * 3, samples, started=10.0, turns=16.0, drains=19.0, ended=22.0)
     found = throughput.full_batch_figures(served, 2)
     assert found["tokens_per_s"] == pytest.approx(200 / 303 * 300 / 8, abs=0.06)
     assert (found["full_from_s"], found["full_to_s"], found["tokens_per_s_whole"]) == (1.0, 9.0, 25.0)
+    # Where the pool is too small for three, two that run from 1 s on are all that the batch has.
+    assert throughput.full_batch_figures(served, 3)["full_from_s"] == 1.0
+    late = [sample._replace(running=3) if sample.t == 21 else sample for sample in samples]
+    assert throughput.full_batch_figures(dataclasses.replace(served, progress=late, drains=21.5), 3)["full_from_s"] == 1.0
     with pytest.raises(RuntimeError, match="never full"):
-        throughput.full_batch_figures(Served(served.outputs, samples, 10.0, 10.5, 22.0), 2)
+        throughput.full_batch_figures(dataclasses.replace(served, drains=10.5), 2)
     with pytest.raises(RuntimeError, match="does not change"):
-        throughput.full_batch_figures(Served(served.outputs, samples[:1] * 2, 10.0, 10.5, 22.0), 2)
+        throughput.full_batch_figures(dataclasses.replace(served, progress=samples[:1] * 2), 2)
 
 
 def test_a_load_must_fill_its_batch() -> None:
@@ -396,6 +401,13 @@ def test_tables_say_what_a_reader_must_know() -> None:
     remarks = ["SIMULATED acceptance", "dummy weights", "1 of 2 outputs repeat", "3 retractions", "one run", "go on past"]
     assert [remark for remark in remarks if remark not in row] == []
     assert "SIMULATED" not in next(line for line in text.splitlines() if "plain " in line)
+
+
+def test_a_batch_that_does_not_fit_is_told() -> None:
+    full = {"kept_full": True, "requests": 4, "full_share_of_tokens": 0.75, "mean_running_full": 1.2, "distinct_prompts": 4}
+    (row,) = throughput.aggregate([sample("plain", 50.0, **full)])
+    assert "full for 75% of the tokens; 1 of 2 fitted at once" in (found := throughput.remarks(row))
+    assert "asked more than once" not in found and throughput.load_name(row) == "4 x aime, 2 at once, 8 new, T 0"
 
 
 def test_the_kept_results_can_be_shown() -> None:
