@@ -254,6 +254,9 @@ if DECLARES_RESOLUTION:  # kits that SGLang 0.5.17 does not have
 
     class TestAnthropicMessages(anthropic_messages_kit.AnthropicMessagesMixin, KitServer):
         api_key = "none"
+        test_count_tokens_with_system = pytest.mark.skip(reason="without a system message the template has a longer one")(
+            anthropic_messages_kit.AnthropicMessagesMixin.test_count_tokens_with_system
+        )
 
     class TestJSONMode(json_mode_kit.JSONModeMixin, KitServer):
         @property
