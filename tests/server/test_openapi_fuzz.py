@@ -39,7 +39,7 @@ SGLANGS_OWN = (
 )
 #: The same on other routes: what an answer says, and what a body holds.
 SGLANGS_OWN_MESSAGE = "must be a string, but got list"
-SGLANGS_OWN_VALUES = (b'"image_data"', b'"video_data"', b'"audio_data"', b'"input": []')
+SGLANGS_OWN_VALUES = (b'"image_data"', b'"video_data"', b'"audio_data"', b'"modalities": [', b'"input": []')
 
 
 def is_sglangs_own(call: Call, text: str) -> bool:
