@@ -28,7 +28,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -309,17 +309,29 @@ def processes_of_children() -> dict[str, int]:
     return found
 
 
-def gpu_bytes() -> dict[str, int]:
-    """Used memory of each GPU that this program may use; empty where there is no nvidia-smi."""
+def gpu_bytes(processes: Iterable[str]) -> dict[str, int]:
+    """GPU memory of ``processes``, as :func:`processes_of_children` names them.
+
+    Where the driver names no process, that of each GPU which this program may use, whoever uses it; empty where there is
+    no nvidia-smi.
+    """
     if shutil.which("nvidia-smi") is None:
         return {}
-    command = ["nvidia-smi", "--query-gpu=index,memory.used", "--format=csv,noheader,nounits"]
+    by_pid = {name.rpartition(" ")[2]: name for name in processes}
+    used = {f"GPU memory of {by_pid[pid]}": amount for pid, amount in smi("compute-apps=pid,used_memory") if pid in by_pid}
+    return used or {f"GPU {index}": amount for index, amount in smi("gpu=index,memory.used")}
+
+
+def smi(query: str) -> list[tuple[str, int]]:
+    """What nvidia-smi answers to a query of something and its memory; lines without a number are left out."""
+    command = ["nvidia-smi", f"--query-{query}", "--format=csv,noheader,nounits"]
     if visible := os.environ.get("CUDA_VISIBLE_DEVICES"):
         command.append(f"--id={visible}")
-    with contextlib.suppress(OSError, subprocess.SubprocessError, ValueError):
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
         lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout.splitlines()
-        return {f"GPU {line.split(',')[0]}": int(line.split(",")[1]) * MEGABYTE for line in lines}
-    return {}
+        pairs = [line.split(", ") for line in lines]
+        return [(name, int(amount) * MEGABYTE) for name, amount in pairs if amount.isdecimal()]
+    return []
 
 
 class MemorySampler(threading.Thread):
@@ -332,7 +344,8 @@ class MemorySampler(threading.Thread):
 
     def run(self) -> None:
         while not self._stopped.wait(self._interval):
-            self.samples.append({**processes_of_children(), **gpu_bytes()})
+            processes = processes_of_children()
+            self.samples.append({**processes, **gpu_bytes(processes)})
 
     def stop(self) -> None:
         self._stopped.set()
