@@ -454,6 +454,7 @@ MODELS = {
     "qwen2.5-1.5b-shapes": "Qwen2.5-1.5B shapes",
     "qwen3-8b-shapes": "Qwen3-8B shapes",
     "qwen3-14b-shapes": "Qwen3-14B shapes",
+    "qwen3-30b-a3b-shapes": "Qwen3-30B-A3B shapes",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-float32": "SmolLM2-135M, float32",
 }
@@ -476,13 +477,14 @@ def load(file: str, text: str, **where: Any) -> Row:
 
 
 def model_name(record: Record) -> str:
-    """The model of a record, what its weights are, its device, and SGLang's release if it is not the usual one.
+    """The model of a record, what its weights are, its devices, and SGLang's release if it is not the usual one.
 
     What only some engines are, such as not lossless, the columns' titles must say.
     """
     name = MODELS.get(str(record["model"]), str(record["model"]))
     parts = [name, *(mark for mark in marks(record) if mark not in ("SIMULATED acceptance", NOT_LOSSLESS))]
-    parts.append(device_name(record).removeprefix("NVIDIA ").split()[0])
+    gpus = record.get("tp_size", 1)
+    parts.append((f"{gpus} " if gpus > 1 else "") + device_name(record).removeprefix("NVIDIA ").split()[0])
     release = record["packages"].get("sglang")  # a Python of vLLM's own has none
     return ", ".join([*parts, *([f"SGLang {release}"] if release not in (None, USUAL_SGLANG) else [])])
 

@@ -48,6 +48,9 @@ TWELVE = "2026-11-29-h200/throughput-twelve-loads-qwen2.5-coder-1.5b-48b05a3.jso
 FOUR = "2026-11-29-h200/throughput-four-loads-qwen2.5-coder-1.5b-d657e13.jsonl"
 LARGE = "2026-11-29-h200/throughput-qwen3-8b-14b-shapes-d6b174a.jsonl"
 LARGE_BEFORE = "2026-11-29-h200/throughput-qwen3-8b-shapes-48b05a3.jsonl"
+TWO_GPUS = "2026-11-30-h200/throughput-tp2-qwen3-8b-shapes-46f74c2.jsonl"
+MIXTURE = "2026-11-30-h200/throughput-qwen3-30b-a3b-shapes-c41baa6.jsonl"
+MIXTURE_COPIES = "2026-11-30-h200/throughput-fp8-experts-qwen3-30b-a3b-shapes-f286da8.jsonl"
 BY_CONTEXT = "2026-11-29-h200/throughput-draft-weights-by-context-qwen2.5-coder-1.5b.jsonl"
 FP8 = "2026-11-29-h200/throughput-fp8-drafts-qwen2.5-coder-1.5b.jsonl"
 STEP_8B = "2026-11-29-h200/profile-qwen3-8b-shapes-13933b1.jsonl"
@@ -58,7 +61,7 @@ PRODUCTS = "2026-11-29-h200/draft-products-e478547.jsonl"
 PARITY = "2026-11-29-h200/parity-fp8-drafts-smollm2-135m-e4828f2.jsonl"
 PARITY_CPU = "2026-11-25-cpu/parity-smollm2-135m.jsonl"
 PARITY_CPU_ROUNDS = "2026-11-25-cpu/parity-speculate-smollm2-135m-05abc4e.jsonl"
-SOAK = "2026-11-29-h200/soak-qwen2.5-coder-1.5b-d657e13.jsonl"
+SOAK = "2026-11-30-h200/soak-qwen2.5-coder-1.5b-c41baa6.jsonl"
 WINDOW = "2026-11-25-h100/accept-length-qwen2.5-coder-1.5b.jsonl"
 WINDOW_CPU = "2026-11-25-cpu/accept-length-smollm2-135m.jsonl"
 RIVALS = "2026-11-27-h100/run-rivals-qwen2.5-coder-1.5b-d090498.jsonl"
@@ -206,6 +209,8 @@ LARGE_ROWS = [
     load(LARGE, "random:8192,8,512,0"),
     load(LARGE, "random:8192,1,512,0"),
     load(LARGE, "random:8192,60,512,0", model="qwen3-14b-shapes"),
+    load(TWO_GPUS, "random:8192,176,256,0"),
+    load(MIXTURE, "random:8192,64,256,0"),
 ]
 
 TABLES = [
