@@ -18,7 +18,8 @@ file that all engines read (``--prompts``); ``--make-prompts`` makes it beforeha
 ``--vllm-python``, so that it may lie in an environment of its own. ``plain,quantization=fp8,kv_cache_dtype=fp8_e4m3`` is
 SGLang with FP8 weights and KV, marked "not lossless".
 
-Every engine runs in a process of its own. Each sample becomes a JSON line at once. The same command goes on after an
+Every engine runs in a process of its own. Those that differ in ``sparsespec_speculate`` alone share one, which is switched
+between them for each load, in the order given. Each sample becomes a JSON line at once. The same command goes on after an
 interruption: samples of the same commit and device are not taken again, and one that ``--time-limit`` cuts is given up.
 ``--interleave`` starts every engine anew for every repeat, so that a drift of the machine meets all of them. ``--report``
 makes the table of a results file and runs nothing.
@@ -75,6 +76,8 @@ from _vllm import VllmEngine
 
 #: What makes rows comparable with each other.
 LOAD = ("model", "device", "commit", "dataset", "batch", "requests", "output_length", "temperature", "ignore_eos")
+#: The setting that a running engine of SPARSESPEC can be given.
+SPECULATE = "sparsespec_speculate"
 #: Decode rounds between two load snapshots of SGLang's scheduler, while its progress is looked at.
 PUBLISH_INTERVAL = 4
 SAMPLE_SECONDS = 0.5
@@ -328,17 +331,36 @@ def missing(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespace) 
     return [(load, repeat) for load, repeat in wanted if (sample_key(spec, load, args), repeat) not in done]
 
 
-def run_engine(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespace) -> None:
-    """Start an engine in this process and append the samples that are missing."""
-    left = missing(spec, repeats, args)
-    prompts = {load: prompts_of(args.prompts, load.dataset, load.prompts) for load, _ in left}
-    engine = start(spec, args)
-    about = {**stamp(), **describe(spec, args), "kind": "sample", "ignore_eos": not args.respect_eos}
-    about.update(attention_backends(engine), interleaved=args.interleave)
-    for load, repeat in left:
+def start_of(spec: EngineSpec) -> tuple[Any, ...]:
+    """What an engine is started with; its rounds may be switched while it runs."""
+    settings = {name: value for name, value in spec.settings.items() if name != SPECULATE}
+    return spec.kind, spec.details, json.dumps(settings, sort_keys=True)
+
+
+def sharing(specs: Iterable[EngineSpec]) -> list[list[EngineSpec]]:
+    """Those that one engine can be, one after the other, in the order of the first."""
+    groups: dict[tuple[Any, ...], list[EngineSpec]] = {}
+    for spec in specs:
+        groups.setdefault(start_of(spec), []).append(spec)
+    return list(groups.values())
+
+
+def run_engine(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argparse.Namespace) -> None:
+    """Start the engine that ``specs`` share in this process, and append the samples that are missing."""
+    lacking = {spec.label: missing(spec, repeats, args) for spec in specs}
+    left = [(load, repeat) for repeat in repeats for load in args.loads]
+    samples = [(spec, *pair) for pair in left for spec in specs if pair in lacking[spec.label]]
+    prompts = {load: prompts_of(args.prompts, load.dataset, load.prompts) for _, load, _ in samples}
+    engine = start(samples[0][0], args)
+    same = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": args.interleave}
+    same |= {**stamp(), **attention_backends(engine)}
+    for spec, load, repeat in samples:
         if time.time() > args.deadline:
             break
+        if len(specs) > 1:
+            switch(engine, spec.settings.get(SPECULATE, "auto"))
         sample = {
+            **describe(spec, args),
             "key": sample_key(spec, load, args),
             "repeat": repeat,
             "dataset": str(load.dataset),
@@ -353,9 +375,24 @@ def run_engine(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespac
         except OutOfTime:
             say(f"{spec.label}, {sample['key']}: given up at the time limit")
             break
-        write_record(args.results, {**about, **sample, **figures})
+        write_record(args.results, {**same, **sample, **figures})
         say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']} tokens/s, accept length {figures['accept_length']}")
     engine.shutdown()
+
+
+def switch(engine: Any, rounds: str) -> None:
+    """Set ``sparsespec_speculate`` of a running ``sglang.Engine``.
+
+    Raises:
+        RuntimeError: the engine did not take it.
+    """
+    from sglang.srt.managers.io_struct import SetInternalStateReq
+
+    from sglang_sparsespec import settings
+
+    request = SetInternalStateReq(server_args={SPECULATE: settings.SPECULATE.index(rounds)})
+    if not all(engine.loop.run_until_complete(engine.tokenizer_manager.set_internal_state(request))):
+        raise RuntimeError(f"{SPECULATE} could not be set to {rounds}")
 
 
 def start(spec: EngineSpec, args: argparse.Namespace) -> Any:
@@ -369,15 +406,16 @@ def start(spec: EngineSpec, args: argparse.Namespace) -> Any:
     return start_engine(settings)
 
 
-def run_apart(spec: EngineSpec, repeats: Sequence[int], args: argparse.Namespace, argv: Sequence[str]) -> str:
+def run_apart(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argparse.Namespace, argv: Sequence[str]) -> str:
     """:func:`run_engine` in a process of its own, whose output goes to a log; why it failed, "" if it did not."""
-    child = ["--child", spec.label, "--child-repeats", *map(str, repeats), "--deadline", str(args.deadline)]
+    labels = [spec.label for spec in specs]
+    child = ["--child", *labels, "--child-repeats", *map(str, repeats), "--deadline", str(args.deadline)]
     log = Path(args.results).with_suffix(".log")
     begin = log.stat().st_size if log.exists() else 0
     with log.open("ab") as sink:
         try:
             grace = None if args.deadline == float("inf") else max(1.0, args.deadline - time.time()) + 120
-            python = shlex.split(args.vllm_python) if spec.kind == "vllm" else [sys.executable]
+            python = shlex.split(args.vllm_python) if specs[0].kind == "vllm" else [sys.executable]
             command = [*python, __file__, *argv, *child]
             status = subprocess.run(command, stdout=sink, stderr=subprocess.STDOUT, timeout=grace).returncode
         except subprocess.TimeoutExpired:
@@ -399,12 +437,11 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> bool:
     make_prompts(args.prompts, args.model_path, [(load.dataset, load.prompts) for load, _ in wanted])
     rounds = [[repeat] for repeat in range(args.repeats)] if args.interleave else [list(range(args.repeats))]
     for repeats in rounds:
-        for spec in args.engines:
-            if not missing(spec, repeats, args):
-                continue
-            say(f"{spec.label}: starting")
-            failure = run_apart(spec, repeats, args, argv) if time.time() < args.deadline else "the time limit was reached"
-            for load, _ in missing(spec, repeats, args):
+        for specs in sharing(spec for spec in args.engines if missing(spec, repeats, args)):
+            say(f"{' and '.join(spec.label for spec in specs)}: starting")
+            failure = run_apart(specs, repeats, args, argv) if time.time() < args.deadline else "the time limit was reached"
+            not_run = [(spec, load) for spec in specs for load, _ in missing(spec, repeats, args)]
+            for spec, load in not_run:
                 reason = failure or "the time limit was reached"
                 about = {**stamp(), **describe(spec, args), "kind": "not run", "key": sample_key(spec, load, args)}
                 write_record(args.results, {**about, "reason": reason})
@@ -574,7 +611,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--time-limit", type=float, default=0, help="seconds after which no sample is begun; 0: none")
     parser.add_argument("--report", action="store_true", help="make the table (and plot) of --results only")
     parser.add_argument("--plot", type=Path, help="image to write")
-    parser.add_argument("--child", type=EngineSpec.parse, help=argparse.SUPPRESS)
+    parser.add_argument("--child", nargs="+", type=EngineSpec.parse, help=argparse.SUPPRESS)
     parser.add_argument("--child-repeats", type=int, nargs="+", help=argparse.SUPPRESS)
     parser.add_argument("--deadline", type=float, default=float("inf"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

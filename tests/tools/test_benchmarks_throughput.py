@@ -317,10 +317,10 @@ def engines(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         state.samples += 1
         return sample(*given)
 
-    def run_apart(spec: EngineSpec, repeats: list[int], args: argparse.Namespace, argv: Any) -> str:
-        state.started.append((spec.label, list(repeats)))
+    def run_apart(specs: list[EngineSpec], repeats: list[int], args: argparse.Namespace, argv: Any) -> str:
+        state.started.append((*(spec.label for spec in specs), list(repeats)))
         try:
-            throughput.run_engine(spec, repeats, args)
+            throughput.run_engine(specs, repeats, args)
         except RuntimeError as error:
             return str(error)
         return ""
@@ -357,6 +357,21 @@ def test_interleaving_starts_every_engine_for_every_repeat(engines: Any) -> None
     throughput.main(line(engines, "--interleave"))
     assert engines.started == [("plain", [0]), ("sparsespec", [0]), ("plain", [1]), ("sparsespec", [1])]
     assert _common.read_records(engines.results)[0]["attention_backend"] == "fa3"
+
+
+def test_engines_that_differ_in_what_a_running_one_can_be_told_share_one(
+    engines: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switched: list[str] = []
+    monkeypatch.setattr(throughput, "switch", lambda engine, rounds: switched.append(rounds))
+    always = "sparsespec,sparsespec_speculate=always"
+    other = "sparsespec,sparsespec_speculate=always,speculative_num_steps=4"
+    command = [*line(engines), "--engines", "plain", "sparsespec", always, other, "--repeats", "1"]
+    assert throughput.main(command) == 0
+    assert engines.started == [("plain", [0]), ("sparsespec", always, [0]), (other, [0])]
+    assert switched == ["auto", "always"] * 2  # each load by both
+    found = [(record["label"], record["temperature"]) for record in _common.read_records(engines.results)]
+    assert found[2:6] == [("sparsespec", 0.0), (always, 0.0), ("sparsespec", 0.6), (always, 0.6)]
 
 
 # --------------------------------------------------------------------------- tables
