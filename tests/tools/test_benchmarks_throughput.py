@@ -421,7 +421,7 @@ def test_tables_say_what_a_reader_must_know() -> None:
 def test_a_batch_that_does_not_fit_is_told() -> None:
     full = {"kept_full": True, "requests": 4, "full_share_of_tokens": 0.75, "mean_running_full": 1.2, "distinct_prompts": 4}
     (row,) = throughput.aggregate([sample("plain", 50.0, **full)])
-    assert "full for 75% of the tokens; 1 of 2 fitted at once" in (found := throughput.remarks(row))
+    assert "full for 75% of the tokens; 1.2 of 2 ran on average" in (found := throughput.remarks(row))
     assert "asked more than once" not in found and throughput.load_name(row) == "4 x aime, 2 at once, 8 new, T 0"
 
 
