@@ -229,6 +229,8 @@ async def _serve_sglang(
             await answers
             raise OutOfTime
     await answers
+    if sent < len(prompts):  # the deadline came before their places were free
+        raise OutOfTime
     ended = time.time()
     await asyncio.sleep(2 * SAMPLE_SECONDS)  # an idle scheduler publishes its load at once
     progress.append(sglang_progress(engine)._replace(t=ended, running=0))

@@ -229,6 +229,15 @@ def test_a_run_that_the_time_limit_cuts_is_given_up(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OutOfTime):
         throughput.run_sample(engine, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() + 0.1)
     assert engine.aborted and not engine.running and len(engine.order) == 2
+    late = FakeAsyncEngine()
+    with pytest.raises(OutOfTime):  # the limit had been reached before the first request
+        throughput.run_sample(late, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() - 1)
+    assert not late.order
+    short = throughput.Load.parse("random:1,1,40,0.6,3")
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 5.0)
+    with pytest.raises(OutOfTime):  # all that were sent ended between two looks at the clock
+        throughput.run_sample(late, short, [[i] for i in range(3)], ignore_eos=True, deadline=time.time() + 0.06)
+    assert late.order and len(late.order) < 3 and not late.aborted
 
 
 def test_tokens_are_counted_while_the_batch_is_full() -> None:
