@@ -99,6 +99,7 @@ claim parity-10k 590 parity.py --model-path "$MODEL" --results "$OUT/parity-10k.
 claim serving 595 serving.py --model-path "$MODEL" --results "$OUT/serving.jsonl" --rates inf 25% 50% 75% 90% \
   --dataset code:512 code:2048 code:8192 --new-tokens 128 512 1024 --requests 320 --max-running-requests 160 \
   --temperature 0.6 --time-limit 440
+# Under 5 minutes, which is its limit.
 claim soak 300 soak.py --model-path "$MODEL" --results "$OUT/soak.jsonl" --time-limit 285
 claim sampling 120 sampling.py --results "$OUT/sampling.jsonl"
 claim profile 260 profile_round.py --model-path "$MODEL" --results "$OUT/profile.jsonl" --engines "$always" plain
@@ -107,6 +108,7 @@ claim kv-manager 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-mana
   --max-running-requests 160 --engines sparsespec,sparsespec_host_kv_gb=12 sparsespec
 claim kv-manager-plain 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-manager-plain.jsonl" --requests 400 \
   --max-running-requests 160 --engines plain plain,schedule_conservativeness=0
+# About 9 minutes: 5 starts, 7 s a run of most, 30 s of triforce, and 10 s of prefill each.
 claim policies 900 throughput.py --model-path "$MODEL" --results "$OUT/policies.jsonl" --time-limit 780 --repeats 1 \
   --engines plain sparsespec:{pillar,streaming,vegas,triforce},sparsespec_speculate=always --loads code:8192,64,512,0.6
 claim accept-length 400 accept_length.py --model-path "$MODEL" --results "$OUT/accept-length.jsonl" --prompts 16

@@ -229,6 +229,8 @@ async def _serve_sglang(
             await answers
             raise OutOfTime
     await answers
+    if sent < len(prompts):  # the deadline came before their places were free
+        raise OutOfTime
     ended = time.time()
     await asyncio.sleep(2 * SAMPLE_SECONDS)  # an idle scheduler publishes its load at once
     progress.append(sglang_progress(engine)._replace(t=ended, running=0))
@@ -520,7 +522,7 @@ def remarks(row: dict[str, Any]) -> str:
     if row["kept_full"]:
         found.append(f"the batch was full for {row['full_share']:.0%} of the tokens")
         if row["mean_running"] < 0.95 * row["batch"]:
-            found.append(f"{row['mean_running']:.0f} of {row['batch']} fitted at once")
+            found.append(f"{row['mean_running']:.1f} of {row['batch']} ran on average")
     if row["ignore_eos"]:
         found.append("outputs go on past their end")
     if row["repeated_prompts"]:

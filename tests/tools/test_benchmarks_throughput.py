@@ -229,6 +229,15 @@ def test_a_run_that_the_time_limit_cuts_is_given_up(monkeypatch: pytest.MonkeyPa
     with pytest.raises(OutOfTime):
         throughput.run_sample(engine, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() + 0.1)
     assert engine.aborted and not engine.running and len(engine.order) == 2
+    late = FakeAsyncEngine()
+    with pytest.raises(OutOfTime):  # the limit had been reached before the first request
+        throughput.run_sample(late, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() - 1)
+    assert not late.order
+    short = throughput.Load.parse("random:1,1,40,0.6,3")
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 5.0)
+    with pytest.raises(OutOfTime):  # all that were sent ended between two looks at the clock
+        throughput.run_sample(late, short, [[i] for i in range(3)], ignore_eos=True, deadline=time.time() + 0.06)
+    assert late.order and len(late.order) < 3 and not late.aborted
 
 
 def test_tokens_are_counted_while_the_batch_is_full() -> None:
@@ -421,7 +430,7 @@ def test_tables_say_what_a_reader_must_know() -> None:
 def test_a_batch_that_does_not_fit_is_told() -> None:
     full = {"kept_full": True, "requests": 4, "full_share_of_tokens": 0.75, "mean_running_full": 1.2, "distinct_prompts": 4}
     (row,) = throughput.aggregate([sample("plain", 50.0, **full)])
-    assert "full for 75% of the tokens; 1 of 2 fitted at once" in (found := throughput.remarks(row))
+    assert "full for 75% of the tokens; 1.2 of 2 ran on average" in (found := throughput.remarks(row))
     assert "asked more than once" not in found and throughput.load_name(row) == "4 x aime, 2 at once, 8 new, T 0"
 
 
