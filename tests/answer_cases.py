@@ -231,6 +231,10 @@ def _without_copied_lists(plain: Any, ours: Any) -> None:
             if not theirs.get("top_logprobs") or not found.get("top_logprobs"):
                 continue
             own = [abs(entry["top_logprobs"][0]["logprob"] - entry["logprob"]) < 1e-3 for entry in (theirs, found)]
+            # Tokens of one text, as bytes of characters are, share an entry: the last one's.
+            first = found["top_logprobs"][0]
+            shares = len(found["top_logprobs"]) < len(theirs["top_logprobs"]) and first["logprob"] < found["logprob"]
+            own[1] |= shares and first["token"] == found["token"]
             if own == [False, True]:
                 theirs["top_logprobs"] = found["top_logprobs"]
 

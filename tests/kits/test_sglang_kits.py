@@ -311,6 +311,8 @@ class TestAbortLeak(streaming_session_kit.AbortLeakReproKitMixin, KitServer):
 
 class TestWaitingTimeout(abort_timeout_kit.WaitingTimeoutMixin, KitServer):
     flags = ("--max-running-requests", "1")
+    if not ON_GPU:
+        waiting_timeout_max_new_tokens = 128
     environment: ClassVar[dict[str, str]] = {"SGLANG_REQ_WAITING_TIMEOUT": "0.001"}
 
 

@@ -11,12 +11,18 @@ from answer_cases import case_of, difference_of_turns
 
 def chat(*lists: tuple[float, list[float]]) -> dict[str, Any]:
     """A chat answer: of each token its log-probability, and those of its list."""
-    content = [{"logprob": own, "top_logprobs": [{"logprob": value} for value in best]} for own, best in lists]
+    content = [
+        {"token": "a", "logprob": own, "top_logprobs": [{"token": "a", "logprob": value} for value in best]}
+        for own, best in lists
+    ]
     return {"choices": [{"logprobs": {"content": content}}], "usage": {"cached_tokens": 3}}
 
 
 PLAIN = chat((-1.0, [-1.0, -2.0]), (-0.5, [-1.0, -2.0]))  # the second list is the first one's
 OURS = chat((-1.0, [-1.0, -2.0]), (-0.5, [-0.5, -3.0]))
+SHARED = chat((-1.0, [-1.0, -2.0]), (-0.5, [-3.0]))  # the second token's text is another one's, too
+OTHERS = copy.deepcopy(SHARED)
+OTHERS["choices"][0]["logprobs"]["content"][1]["top_logprobs"][0]["token"] = "b"
 
 
 @pytest.mark.parametrize(
@@ -24,6 +30,9 @@ OURS = chat((-1.0, [-1.0, -2.0]), (-0.5, [-0.5, -3.0]))
     [
         (PLAIN, OURS, False),
         (OURS, PLAIN, True),
+        (PLAIN, SHARED, False),
+        (OURS, SHARED, True),
+        (PLAIN, OTHERS, True),
         (OURS, chat((-1.0, [-1.0, -2.0]), (-0.5, [-0.5, -3.1])), True),
         (PLAIN, chat((-1.0, [-1.0, -2.0]), (-0.6, [-0.6, -3.0])), True),
     ],
