@@ -51,6 +51,9 @@ class Shape:
 SHAPES = {
     "qwen3-8b": Shape("qwen3-8b", 32, 8, 128),
     "qwen2.5-coder-1.5b": Shape("qwen2.5-coder-1.5b", 12, 2, 128),
+    # The same KV, and rows of a verification that fill a tile of 64, or need one of 128.
+    "qwen2.5-7b": Shape("qwen2.5-7b", 28, 4, 128),
+    "qwen3-30b-a3b": Shape("qwen3-30b-a3b", 32, 4, 128),
     "tiny-g4": Shape("tiny-g4", 8, 2, 64),  # for the interpreter
     "tiny-g6": Shape("tiny-g6", 6, 1, 64),
 }

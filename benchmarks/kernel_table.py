@@ -32,6 +32,8 @@ from _common import device_name, markdown, read_records, say, significant, stamp
 from _kernel_cases import DRAFT_TOKENS, KERNELS, LAYOUTS, SHAPES, TOKENS_PER_ROUND, Case, Kernel, Problem
 
 TOLERANCE = 1e-2
+#: What is measured on a GPU by default.
+USUAL_SHAPES = ("qwen3-8b", "qwen2.5-coder-1.5b")
 #: Of the free memory, for the K and V buffers; outputs, selections and scores need the rest.
 POOL_SHARE = 0.7
 LEGEND = f"""\
@@ -281,7 +283,7 @@ def report(records: Sequence[dict[str, Any]]) -> str:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", type=Path, required=True, help="JSON-lines file to append to")
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES)
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, help=f"on a GPU {' and '.join(USUAL_SHAPES)} if not given")
     parser.add_argument("--batches", nargs="+", type=int)
     parser.add_argument("--contexts", nargs="+", type=int)
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=list(LAYOUTS))
@@ -293,7 +295,7 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tolerance", type=float, default=0.02, help="of a median ratio above 1, with --compare")
     args = parser.parse_args(argv)
     small = args.interpret
-    args.shapes = args.shapes or [name for name in SHAPES if name.startswith("tiny") == small]
+    args.shapes = args.shapes or ([name for name in SHAPES if name.startswith("tiny")] if small else list(USUAL_SHAPES))
     args.batches = args.batches or ([2] if small else [32, 64, 128, 256])
     args.contexts = args.contexts or ([300] if small else [8192, 32768])
     if not (args.report or small or torch.cuda.is_available()):
