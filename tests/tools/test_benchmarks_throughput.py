@@ -11,7 +11,6 @@ import os
 import shlex
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -177,12 +176,38 @@ def test_decoding_of_cached_prompts_is_timed() -> None:
 # ---------------------------------------------------------------- a batch that is kept full
 
 
-class FakeAsyncEngine(FakeEngine):
-    """Makes one token for each running request every 2 ms; the first two requests are twice as fast as others."""
+class OwnTime(asyncio.SelectorEventLoop):
+    """A loop whose clock goes on when it would wait, at once and by just so much; a busy machine does not change it."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.loop = asyncio.new_event_loop()
+        self.now = 1000.0
+        select = self._selector.select  # type: ignore[attr-defined]
+
+        def pass_time(timeout: float | None) -> Any:
+            self.now += timeout or 0.0
+            return select(0)
+
+        self._selector.select = pass_time  # type: ignore[attr-defined]
+
+    def time(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def loop(monkeypatch: pytest.MonkeyPatch) -> OwnTime:
+    """A loop; ``throughput`` goes by its clock."""
+    loop = OwnTime()
+    monkeypatch.setattr(throughput, "time", argparse.Namespace(time=loop.time))
+    return loop
+
+
+class FakeAsyncEngine(FakeEngine):
+    """Makes one token for each running request every 2 ms; the first two requests are twice as fast as others."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        super().__init__()
+        self.loop = loop
         self.tokenizer_manager = self.load_snapshot_reader = self
         self.running: set[int] = set()
         self.most = self.generated = 0
@@ -203,15 +228,15 @@ class FakeAsyncEngine(FakeEngine):
 
     def read_all(self) -> list[Any]:
         moments = [1.0] * 5 + [float(self.generated)] if self.generated else None
-        return [argparse.Namespace(timestamp=time.time(), decode_moments=moments, num_running_reqs=len(self.running))]
+        return [argparse.Namespace(timestamp=self.loop.time(), decode_moments=moments, num_running_reqs=len(self.running))]
 
     def abort_request(self, abort_all: bool) -> None:
         self.aborted = abort_all
 
 
-def test_requests_are_sent_as_others_end(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.02)
-    engine = FakeAsyncEngine()
+def test_requests_are_sent_as_others_end(loop: OwnTime, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.019)  # no sample comes as requests end
+    engine = FakeAsyncEngine(loop)
     load = throughput.Load.parse("random:1,3,60,0.6,7")
     found = throughput.run_sample(engine, load, [[i] for i in range(7)], ignore_eos=True, deadline=float("inf"))
     assert engine.most == 3 and engine.order == list(range(7)) and engine.asked == [16]
@@ -222,21 +247,21 @@ def test_requests_are_sent_as_others_end(monkeypatch: pytest.MonkeyPatch) -> Non
     assert found["tokens_per_s"] > found["tokens_per_s_whole"]
 
 
-def test_a_run_that_the_time_limit_cuts_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_that_the_time_limit_cuts_is_given_up(loop: OwnTime, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.02)
-    engine = FakeAsyncEngine()
+    engine = FakeAsyncEngine(loop)
     load = throughput.Load.parse("random:1,2,1000,0.6,4")
     with pytest.raises(OutOfTime):
-        throughput.run_sample(engine, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() + 0.1)
+        throughput.run_sample(engine, load, [[i] for i in range(4)], ignore_eos=True, deadline=loop.time() + 0.1)
     assert engine.aborted and not engine.running and len(engine.order) == 2
-    late = FakeAsyncEngine()
+    late = FakeAsyncEngine(loop)
     with pytest.raises(OutOfTime):  # the limit had been reached before the first request
-        throughput.run_sample(late, load, [[i] for i in range(4)], ignore_eos=True, deadline=time.time() - 1)
+        throughput.run_sample(late, load, [[i] for i in range(4)], ignore_eos=True, deadline=loop.time() - 1)
     assert not late.order
     short = throughput.Load.parse("random:1,1,40,0.6,3")
     monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 5.0)
     with pytest.raises(OutOfTime):  # all that were sent ended between two looks at the clock
-        throughput.run_sample(late, short, [[i] for i in range(3)], ignore_eos=True, deadline=time.time() + 0.06)
+        throughput.run_sample(late, short, [[i] for i in range(3)], ignore_eos=True, deadline=loop.time() + 0.06)
     assert late.order and len(late.order) < 3 and not late.aborted
 
 
