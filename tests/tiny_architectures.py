@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -120,20 +120,24 @@ def write_tiny(architecture: str, folder: Path, seed: int = 0, **sizes: Any) -> 
 
 
 @torch.no_grad()
+def _logits(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> Iterator[torch.Tensor]:
+    """``(tokens, vocabulary)`` float32 for each output: what the token in each place was chosen by, by transformers."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    for prompt, output in zip(prompts, outputs, strict=True):
+        yield model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
+
+
+def likeliest_tokens(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> list[list[int]]:
+    """The likeliest token in each output token's place, by transformers: the outputs themselves, if they are greedy."""
+    return [logits.argmax(-1).tolist() for logits in _logits(folder, prompts, outputs)]
+
+
 def shortfalls(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> torch.Tensor:
     """By how much each output token's logit is less than the largest in its place, by transformers in float32.
 
     Returns:
         ``(tokens of all outputs,)`` float32.
     """
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
-    found = []
-    for prompt, output in zip(prompts, outputs, strict=True):
-        logits = model(torch.tensor([prompt + output])).logits[0, len(prompt) - 1 : -1]
-        found.append(logits.amax(-1) - logits.gather(1, torch.tensor(output)[:, None])[:, 0])
-    return torch.cat(found)
-
-
-def are_likeliest(folder: Path, prompts: list[list[int]], outputs: list[list[int]]) -> bool:
-    """Whether every output token is the likeliest in its place, as those of greedy decoding are."""
-    return bool((shortfalls(folder, prompts, outputs) == 0).all())
+    chosen = [torch.tensor(output)[:, None] for output in outputs]
+    pairs = zip(_logits(folder, prompts, outputs), chosen, strict=True)
+    return torch.cat([logits.amax(-1) - logits.gather(1, tokens)[:, 0] for logits, tokens in pairs])

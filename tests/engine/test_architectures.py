@@ -24,7 +24,7 @@ from engine_process import (
     plain_rounds_plugin,
     retract_plugin,
 )
-from tiny_architectures import CONFIGS, FOR_GPUS, VOCAB, WINDOW, are_likeliest, shortfalls, write_tiny
+from tiny_architectures import CONFIGS, FOR_GPUS, VOCAB, WINDOW, likeliest_tokens, shortfalls, write_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -128,7 +128,7 @@ def test_greedy_tokens_are_those_of_transformers(architecture: str, checkpoints:
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(plain_rounds_plugin(tmp_path), **args) as engine:
         outputs = greedy(engine)
-        assert are_likeliest(checkpoints[architecture], PROMPTS, outputs)
+        assert outputs == likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
         assert len({tuple(output) for output in outputs}) > 20, "the model says the same whatever it is asked"
         state = engine.state()
         assert_drafted(state)
@@ -147,7 +147,7 @@ def test_no_token_depends_on_copies_of_experts(architecture: str, checkpoints: d
         own = {"sparsespec_draft_weights": "fp8_experts", "sparsespec_min_budget": 256, "log_level": "info"}
         with EngineProcess(install_plugin(folder, name, source), **{**args, **own}) as engine:
             outputs = greedy(engine)
-            assert are_likeliest(checkpoints[architecture], PROMPTS, outputs)
+            assert outputs == likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
             accepted.append(engine.state()["sparsespec_accept_length"])
             assert "linear layers and the experts of 4" in engine.log()
     assert accepted[0] > accepted[1] + 0.5, f"accept lengths {accepted}: drafts do not use the copies"
@@ -182,7 +182,7 @@ def test_slots_behind_windows_are_used_again(own: dict[str, Any], checkpoints: d
         for _ in range(2):  # the second time with what the radix cache has kept
             outputs = [out["output_ids"] for out in engine.generate(input_ids=prompts, sampling_params=sampling)]
             assert [len(output) for output in outputs] == [params["max_new_tokens"] for params in sampling]
-            assert are_likeliest(checkpoint, prompts, outputs)
+            assert outputs == likeliest_tokens(checkpoint, prompts, outputs)
         assert_drafted(engine.state())
         assert "#retracted_reqs: " in engine.log()
 
@@ -220,7 +220,7 @@ def test_greedy_and_seeded_tokens_are_plain_sglangs(
     architecture: str, checkpoints: dict[str, Path], plain_answers: Callable[[str], Answers], tmp_path: Path
 ) -> None:
     expected = plain_answers(architecture)
-    assert are_likeliest(checkpoints[architecture], PROMPTS, expected.greedy)
+    assert expected.greedy == likeliest_tokens(checkpoints[architecture], PROMPTS, expected.greedy)
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(plain_rounds_plugin(tmp_path), enable_deterministic_inference=True, **args) as engine:
         assert greedy(engine) == expected.greedy
@@ -257,7 +257,7 @@ def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str
     args = {"model_path": str(checkpoints[architecture]), **COMMON, **OWN.get(architecture, {}), **SPARSESPEC}
     with EngineProcess(env, **args) as engine:
         outputs = greedy(engine)
-    assert not are_likeliest(checkpoints[architecture], PROMPTS, outputs)
+    assert outputs != likeliest_tokens(checkpoints[architecture], PROMPTS, outputs)
 
 
 # ---------------------------------------------------------------------- on a GPU
@@ -281,9 +281,8 @@ def test_greedy_tokens_on_a_gpu_are_those_of_transformers(architecture: str, tmp
     """Compiled kernels and captured graphs; drafts use the weights that the start-up chooses. Plain rounds, too."""
     sizes = {**FOR_GPUS, "dtype": "float16", **SIZES_ON_GPU.get(architecture, {})}
     checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **sizes)
-    own = {"moe_runner_backend": "triton"} if architecture in ("Qwen3MoeForCausalLM", "GptOssForCausalLM") else {}
     args = {"model_path": str(checkpoint), **COMMON, **SPARSESPEC, "device": "cuda", "cuda_graph_bs_decode": [1, 4, 8]}
-    args |= {**own, "dtype": "float16", "mem_fraction_static": 0.5, "disable_prefill_cuda_graph": True}
+    args |= {**OWN.get(architecture, {}), "dtype": "float16", "mem_fraction_static": 0.5, "disable_prefill_cuda_graph": True}
     with EngineProcess(**args) as engine:
         drafted = greedy(engine)
         state = engine.state()
