@@ -17,6 +17,7 @@ COUNTERS = {
     "preemptions": "vllm:num_preemptions",
     "running": "vllm:num_requests_running",
 }
+#: Between two looks at how far an engine is.
 SAMPLE_SECONDS = 0.5
 
 

@@ -72,7 +72,7 @@ from _common import (
     start_engine,
     write_record,
 )
-from _vllm import VllmEngine
+from _vllm import SAMPLE_SECONDS, VllmEngine
 
 #: What makes rows comparable with each other.
 LOAD = ("model", "device", "commit", "dataset", "batch", "requests", "output_length", "temperature", "ignore_eos")
@@ -80,7 +80,6 @@ LOAD = ("model", "device", "commit", "dataset", "batch", "requests", "output_len
 SPECULATE = "sparsespec_speculate"
 #: Decode rounds between two load snapshots of SGLang's scheduler, while its progress is looked at.
 PUBLISH_INTERVAL = 4
-SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
