@@ -244,6 +244,7 @@ def test_requests_are_sent_as_others_end(loop: OwnTime, monkeypatch: pytest.Monk
     # Requests 2 to 6 take 120 ms each and 0 and 1 half of it: the first of the last three ends at 240 ms, the run at 300.
     assert 0 <= found["full_from_s"] < 0.15 and found["full_to_s"] < found["seconds"]
     assert found["mean_running_full"] == pytest.approx(3, abs=0.35)
+    assert found["full_to_s"] == pytest.approx(0.24, abs=0.01)
     assert found["tokens_per_s"] > found["tokens_per_s_whole"]
 
 
