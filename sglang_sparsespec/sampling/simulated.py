@@ -4,6 +4,10 @@ SGLang's environment variable ``SGLANG_SIMULATE_ACC_LEN`` sets the mean accept l
 plus bonus token, as in SGLang's own algorithms). The text is meaningless then; a number measured
 so must be called simulated. Lengths are drawn per request on the device, so that acceptance stays
 as uneven as real acceptance is, and no host synchronisation is added.
+
+Each draft is accepted with the same probability if the one before it was, as was measured with real weights (the rates
+by position in the records of ``benchmarks/results``). So a round with fewer drafts yields what it would with a real model,
+and the planner gains nothing from the simulation.
 """
 
 from __future__ import annotations
@@ -15,12 +19,32 @@ import torch
 logger = logging.getLogger(__name__)
 
 
+def rate_for(accept_length: float, window: int) -> float:
+    """The probability of each draft, on condition that those before it are accepted, that gives a mean accept length.
+
+    Args:
+        accept_length: mean of drafts plus bonus token, in [1, window]: 1 + rate + rate^2 + ... + rate^(window - 1).
+        window: W.
+    """
+    low, high = 0.0, 1.0
+    for _ in range(50):
+        rate = (low + high) / 2
+        if sum(rate**drafts for drafts in range(window)) < accept_length:
+            low = rate
+        else:
+            high = rate
+    return high
+
+
 class SimulatedAcceptance:
-    """Draws accept lengths whose mean is ``accept_length``.
+    """Draws accept lengths whose mean is ``accept_length`` where all drafts are made.
 
     Args:
         accept_length: mean of drafts plus bonus token, in [1, window].
         window: W.
+
+    Attributes:
+        rate: see :func:`rate_for`.
 
     Raises:
         ValueError: ``accept_length`` is out of range.
@@ -32,7 +56,7 @@ class SimulatedAcceptance:
                 f"SGLANG_SIMULATE_ACC_LEN={accept_length} must be between 1 and {window} "
                 "(--speculative-num-draft-tokens); unset it to serve real text."
             )
-        self.rate = (accept_length - 1) / (window - 1)
+        self.rate = rate_for(accept_length, window)
         self.accept_length = accept_length
         logger.warning(
             "SGLANG_SIMULATE_ACC_LEN=%g: acceptance is SIMULATED and the output is not the model's; "
@@ -51,7 +75,7 @@ class SimulatedAcceptance:
     def accept(
         self, candidates: torch.Tensor, num_drafted: torch.Tensor | None = None
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Accept a random number of drafts, binomial with the wanted mean, but no more than were made.
+        """Accept drafts up to the first that a coin of :attr:`rate` rejects, but no more than were made.
 
         Args:
             candidates: int64 [batch, W].
@@ -62,7 +86,7 @@ class SimulatedAcceptance:
         """
         batch, width = candidates.shape
         coins = torch.rand((batch, width - 1), device=candidates.device)
-        accept_lens = (coins < self.rate).sum(dim=1, dtype=torch.int32) + 1
+        accept_lens = (coins < self.rate).cumprod(dim=1, dtype=torch.int32).sum(dim=1, dtype=torch.int32) + 1
         if num_drafted is not None:
             accept_lens = torch.minimum(accept_lens, num_drafted.to(torch.int32) + 1)
         return torch.cat([candidates[:, 1:], candidates[:, :1]], dim=1), accept_lens

@@ -16,6 +16,7 @@ from tiny_model import Sampling
 from sglang_sparsespec.sampling import reference, sampler, triton_sampling
 from sglang_sparsespec.sampling.parameters import RowParameters, has_filters
 from sglang_sparsespec.sampling.sampler import Sampler, draft_logits_dtype
+from sglang_sparsespec.sampling.simulated import SimulatedAcceptance
 
 VOCAB = 12
 GREEDY = Sampling(temperature=0.0)
@@ -583,3 +584,24 @@ def test_seeded_drafts_use_the_noise_of_their_position(seeded_sampler: Any) -> N
         for i in range(30)
     ]
     assert any(changed), "the seed must matter"
+
+
+@pytest.mark.parametrize(("wanted", "window"), [(1.0, 5), (2.5, 5), (7.02, 9), (9.0, 9)])
+def test_simulated_lengths_have_the_wanted_mean(wanted: float, window: int) -> None:
+    torch.manual_seed(0)
+    candidates = torch.zeros(50_000, window, dtype=torch.int64)
+    _, lengths = SimulatedAcceptance(wanted, window).accept(candidates)
+    assert lengths.float().mean().item() == pytest.approx(wanted, abs=0.05)
+
+
+def test_a_simulated_draft_is_as_likely_accepted_at_each_position_and_however_many_are_made() -> None:
+    """Else rounds of fewer drafts would yield more, or less, than with a real model, and the planner take them for it."""
+    torch.manual_seed(0)
+    simulated = SimulatedAcceptance(7.02, 9)
+    candidates = torch.zeros(50_000, 9, dtype=torch.int64)
+    accepted = simulated.accept(candidates)[1] - 1
+    for position in range(8):
+        reached = int((accepted >= position).sum())
+        assert int((accepted > position).sum()) / reached == pytest.approx(simulated.rate, abs=0.01)
+    fewer = simulated.accept(candidates, torch.full((50_000,), 4))[1]
+    assert fewer.float().mean().item() == pytest.approx(sum(simulated.rate**drafts for drafts in range(5)), abs=0.05)
