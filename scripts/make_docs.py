@@ -27,7 +27,8 @@ SGLANG_FLAGS = (
     (
         "--speculative-num-steps",
         default_by_policy("num_steps"),
-        "k, the tokens that a round drafts. --speculative-num-draft-tokens, which is k + 1, may be given instead.",
+        "k, the tokens that a round drafts. --speculative-num-draft-tokens, which is k + 1, may be given instead. By "
+        "default one fewer where a KV head has eight query heads, or 16: the verify kernel would need tiles twice as wide.",
     ),
     (
         "--enable-mixed-chunk",

@@ -292,7 +292,7 @@ def is_sparsespec(server_args: Any) -> bool:
 
 
 def draft_steps(server_args: Any) -> int:
-    """k, the number of tokens drafted in each round."""
+    """k, the number of tokens drafted in each round, at most: ``support`` may choose one fewer if none is given."""
     if server_args.speculative_num_steps is not None:
         return server_args.speculative_num_steps
     if server_args.speculative_num_draft_tokens is not None:

@@ -407,6 +407,8 @@ def resolve_server_args(server_args: ServerArgs) -> None:
         ValueError: ``--sparsespec-host-kv-gb auto`` finds no free memory.
     """
     steps = draft_steps(server_args)
+    if server_args.speculative_num_steps is None and server_args.speculative_num_draft_tokens is None:
+        steps = _fitting_steps(server_args, steps)
     server_args.speculative_num_steps = steps
     server_args.speculative_num_draft_tokens = steps + 1
     server_args.speculative_eagle_topk = 1
@@ -433,6 +435,26 @@ def resolve_server_args(server_args: ServerArgs) -> None:
     if settings.has_host_tier:
         _resolve_host_tier(server_args, settings)
     _resolve_graphs(server_args)
+
+
+def _fitting_steps(server_args: ServerArgs, steps: int) -> int:
+    """``steps``, or one fewer if the queries of a verify window then fit into half as wide a tile of the verify kernel.
+
+    With eight query heads per KV head nine tokens are 72 rows, whose verification takes 1.7 times as long as one of 64.
+    """
+    from sglang_sparsespec.attention_backend.kernels.triton_common import FAST_ROWS, tile_rows
+
+    model = model_config_of(server_args)
+    group = model.get_num_attention_heads(server_args.tp_size) // model.get_num_kv_heads(server_args.tp_size)
+    if tile_rows((steps + 1) * group) <= max(FAST_ROWS, tile_rows(steps * group)):
+        return steps
+    logger.info(
+        "--speculative-num-steps is %d unless given: with %d query heads per KV head the verification of %d drafts is slow.",
+        steps - 1,
+        group,
+        steps,
+    )
+    return steps - 1
 
 
 def has_fp8() -> bool:

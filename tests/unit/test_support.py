@@ -161,6 +161,27 @@ def test_either_flag_of_the_draft_length_sets_the_other(given: dict[str, int], r
     assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (3, 4)
 
 
+@pytest.mark.parametrize(
+    ("query_heads", "kv_heads", "given", "steps"),
+    [
+        (64, 8, {}, 7),  # eight of them for each KV head: 72 rows, or 64
+        (64, 4, {}, 7),  # 144 rows, or 128
+        (64, 8, {"speculative_num_steps": 8}, 8),
+        (64, 8, {"speculative_num_draft_tokens": 9}, 8),
+        (64, 8, {"sparsespec_draft_policy": "vegas"}, 6),
+        (28, 4, {}, 8),  # 63 rows
+        (16, 8, {}, 8),  # 18 rows, or 16: both are fast
+        (96, 8, {}, 8),  # 108 rows, or 96: one tile
+    ],
+)
+def test_a_window_needs_no_wider_tile_for_its_last_draft(
+    query_heads: int, kv_heads: int, given: dict[str, Any], steps: int, resolve: Callable[..., Any], tmp_path: Path
+) -> None:
+    heads = {"num_attention_heads": query_heads, "num_key_value_heads": kv_heads, "hidden_size": 16 * query_heads}
+    args = in_force(resolve(model_path=write_config(tmp_path / "model", heads), **given))
+    assert (args.speculative_num_steps, args.speculative_num_draft_tokens) == (steps, steps + 1)
+
+
 def test_the_algorithms_name_is_case_insensitive(resolve: Callable[..., Any]) -> None:
     args = in_force(resolve(speculative_algorithm="SparseSpec"))
     assert args.speculative_algorithm == ALGORITHM and args.attention_backend == ATTENTION_BACKEND
