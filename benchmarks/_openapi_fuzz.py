@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import json
 import random
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,6 +85,25 @@ PARAMS = {
     "sampling_seed": [1],
 }
 
+#: Routes whose handlers in SGLang's HTTP process answer some bodies with HTTP 500, or break off a stream. They know nothing
+#: of speculation, and the server lives on. Plain SGLang gives the same answers (docs/operations.md).
+SGLANGS_OWN = (
+    "/add_external_corpus",
+    "/remove_external_corpus",
+    "/stop_profile",
+    "/parse_function_call",
+    "/separate_reasoning",
+    "/api/",
+    "/v1/tokenize",
+    "/tokenize",
+    "/v1/messages",
+    "/v1/detokenize",
+    "/scale_elastic_ep",
+)
+#: The same on other routes: what an answer says, and what a body holds.
+SGLANGS_OWN_MESSAGE = "must be a string, but got list"
+SGLANGS_OWN_VALUES = (b'"image_data"', b'"video_data"', b'"audio_data"', b'"modalities": [', b'"input": []')
+
 
 @dataclass(frozen=True)
 class Call:
@@ -95,9 +113,24 @@ class Call:
     path: str
     body: bytes
 
-    def send(self, url: str, timeout: float) -> requests.Response:
+    def send(self, url: str, timeout: float) -> tuple[int, str]:
+        """Status and text of the answer; 0 and the reason if there is none after ``timeout`` seconds.
+
+        A stream that was begun with a status of 200 and holds an error of code 500 counts as 500.
+        """
         headers = {"Content-Type": "application/json"}
-        return requests.request(self.method, url + self.path, data=self.body, headers=headers, timeout=timeout)
+        try:
+            answer = requests.request(self.method, url + self.path, data=self.body, headers=headers, timeout=timeout)
+        except requests.RequestException as error:
+            return 0, str(error)
+        holds_error = '"code": 500' in answer.text or '"code":500' in answer.text
+        return (500 if holds_error else answer.status_code), answer.text
+
+    def is_sglangs_own(self, status: int, text: str) -> bool:
+        """Whether plain SGLang answers such a request with this status, of 500 and more, or with none (0)."""
+        if self.path.startswith(SGLANGS_OWN):
+            return True
+        return status > 0 and (SGLANGS_OWN_MESSAGE in text or any(value in self.body for value in SGLANGS_OWN_VALUES))
 
 
 class Fuzz:
@@ -189,20 +222,3 @@ class Fuzz:
             part[key] = json.loads("[" * 200 + "]" * 200)
         else:
             part[key] = copy.deepcopy(dice.choice(EXTREMES))
-
-
-def server_errors(url: str, calls: Iterator[Call], timeout: float = 60) -> Iterator[tuple[Call, int, str]]:
-    """The calls that are answered with a status from 500 on, and the answer; a status of 0 is no answer in time.
-
-    A body of a status of 200 that is a stream may hold an error as well; it counts by its code.
-    """
-    for call in calls:
-        try:
-            response = call.send(url, timeout)
-        except requests.RequestException as error:
-            yield call, 0, str(error)
-            continue
-        if response.status_code >= 500:
-            yield call, response.status_code, response.text[:300]
-        elif '"code": 500' in response.text or '"code":500' in response.text:
-            yield call, 500, response.text[:300]
