@@ -511,7 +511,7 @@ def update_weights(url: str, model: str, how: str, held: threading.Event) -> dic
     """Load the same weights again, in a pause or once all requests that run have ended.
 
     Args:
-        held: set after a refusal, so that the next try does not wait for other requests.
+        held: set, so that no further request is sent, where the update waits for those that run.
 
     Raises:
         MalformedError: they were not loaded.
@@ -520,6 +520,8 @@ def update_weights(url: str, model: str, how: str, held: threading.Event) -> dic
     if how == "paused":
         # SGLang flushes no cache while requests wait.
         body["flush_cache"] = False
+    else:
+        held.set()
     refused = 0
     with paused(url, "retract") if how == "paused" else contextlib.nullcontext():
         while True:
@@ -528,7 +530,6 @@ def update_weights(url: str, model: str, how: str, held: threading.Event) -> dic
                 return {"refused": refused}
             # A request that was answered, or whose client has left, has not left its batch yet.
             refused += 1
-            held.set()
             expect(STILL_RUNS in answer["message"] and refused < 10, f"weights were not updated: {answer['message']}")
             time.sleep(0.2)
 
