@@ -89,7 +89,7 @@ MALFORMED = "malformed"
 EVENTS = (MALFORMED, "pause", "weights", "kill")
 #: Routes that end, stop or let go on the requests of others: their bodies are sent after the load.
 QUIET_ROUTES = ("/abort_request", "/continue_generation", "/update_weight", "/set_internal_state")
-#: What happens after so large a share of the requests: event, and how. Weights come early, since reading them takes memory
+#: What happens after so large a share of the well-formed requests: event, and how. Weights come early, since reading them takes memory
 #: that stays.
 SCHEDULE = (
     (0.15, "weights", "paused"),
@@ -365,6 +365,7 @@ class Outcome:
         statuses: of malformed requests.
         aborting: when events aborted requests (``time.monotonic``, from and to).
         held, over: while the first is set no request is sent, and once the second is set, none any more.
+        well_formed: requests that have ended, without malformed ones.
         tokens: that the requests in flight ask for, and the most of them.
     """
 
@@ -377,6 +378,7 @@ class Outcome:
     held: threading.Event = field(default_factory=threading.Event)
     over: threading.Event = field(default_factory=threading.Event)
     retractions: int = 0
+    well_formed: int = 0
     tokens: int = 0
     most_tokens: int = 0
     seconds: float = 0.0
@@ -432,6 +434,7 @@ def run_requests(
             error = caught
         with lock:
             found.tokens -= request.tokens
+            found.well_formed += request.kind != MALFORMED
             lock.notify()
             if isinstance(error, AbortedError) and found.aborts_since(begun):
                 found.aborted[request.kind] += 1
@@ -545,6 +548,9 @@ def tokens_in_use(state: dict[str, Any]) -> dict[str, int]:
 class Events(threading.Thread):
     """Lets the events of ``SCHEDULE`` happen, one after another, as requests end.
 
+    Args:
+        total: well-formed requests.
+
     Attributes:
         records: of each event, with ``error`` where it went wrong.
     """
@@ -558,13 +564,13 @@ class Events(threading.Thread):
 
     def run(self) -> None:
         for share, event, how in self._plan:
-            while self._outcome.ended < share * self._total:
+            while self._outcome.well_formed < share * self._total:
                 if self._over.wait(0.05):
                     return
             self._happen(event, how)
 
     def _happen(self, event: str, how: str) -> None:
-        began, ended = time.monotonic(), self._outcome.ended
+        began, ended = time.monotonic(), self._outcome.well_formed
         say(f"  event: {event}, {how}")
         record: dict[str, Any] = {"event": event, "how": how, "after_requests": ended}
         record["tokens_in_flight"] = self._outcome.tokens
@@ -870,7 +876,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         warm = run_requests(url, {index: asked[index] for index in first.values()}, len(first), deadline - reserve)
         say(f"one of each kind took {warm.seconds:.0f} s")
         sampler, outcome = MemorySampler(), Outcome()
-        events = Events(url, args.model_path, args.events, outcome, len(asked))
+        events = Events(url, args.model_path, args.events, outcome, args.requests)
         sampler.start()
         events.start()
         run_requests(url, asked, MOST_AT_ONCE, deadline - reserve, outcome=outcome, tokens=most)
