@@ -89,8 +89,8 @@ MALFORMED = "malformed"
 EVENTS = (MALFORMED, "pause", "weights", "kill")
 #: Routes that end, stop or let go on the requests of others: their bodies are sent after the load.
 QUIET_ROUTES = ("/abort_request", "/continue_generation", "/update_weight", "/set_internal_state")
-#: What happens after so large a share of the well-formed requests: event, and how. Weights come early, since reading them takes memory
-#: that stays.
+#: What happens after so large a share of the well-formed requests: event, and how. Weights come early, since reading them
+#: takes memory that stays.
 SCHEDULE = (
     (0.15, "weights", "paused"),
     (0.25, "pause", "in_place"),
@@ -844,6 +844,18 @@ def fill(
     return dict(enumerate(with_malformed(asked, [call for call in calls if call not in quiet]))), quiet
 
 
+def questions_of(asked: dict[int, Request], outcome: Outcome, most: int) -> dict[int, Request]:
+    """At most so many of the requests whose answers are compared, as plain SGLang is asked them."""
+    return {index: as_baseline(asked[index]) for index in list(outcome.answers)[:most]}
+
+
+def stop(stack: contextlib.ExitStack, url: str) -> dict[str, list[str]]:
+    """Stop the server of ``url``, which is the one in ``stack``; what is left of it."""
+    family = Family(url)
+    stack.close()
+    return family.left(10)
+
+
 def soak(args: argparse.Namespace) -> dict[str, Any]:
     """Run it all; the record without stamp."""
     started = time.monotonic()
@@ -859,6 +871,10 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
     logs = Path(tempfile.mkdtemp(prefix="soak-"))
     record: dict[str, Any] = {}
     restart: dict[str, Any] = {}
+    after: dict[str, Any] = {"flushed": False, "pool_empty": False, "kv": {}}
+    left: dict[str, list[str]] = {}
+    plain = Outcome()
+    tie_margin = 0.0 if args.device == "cpu" else args.tie_margin
     with contextlib.ExitStack() as stack:
         flags = server_flags(spec, args)
         say(f"{spec.label}: starting; its log is {logs / 'sparsespec.log'}")
@@ -885,42 +901,40 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
         say(f"{outcome.ended} ended in {outcome.seconds:.0f} s; {len(outcome.failures)} failed")
         later = {len(asked) + place: request for place, request in enumerate(with_malformed([], quiet))}
         most_tokens, seconds = outcome.most_tokens, outcome.seconds
-        run_requests(url, later, 4, deadline - reserve, outcome=outcome)
-        after = is_empty(url, 30)
-        compared = dict(list({index: asked[index] for index in outcome.answers}.items())[: args.compare])
-        questions = {index: as_baseline(request) for index, request in compared.items()}
-        if "kill" in args.events:
-            few = dict(list(questions.items())[:RESTART_QUESTIONS])
-            before = run_requests(url, few, 1, deadline - reserve, ask_unchecked)
-            valid = {index: request for index, request in asked.items() if request.kind != MALFORMED}
-            restart = kill_scheduler(url, valid, most, deadline - args.plain_seconds)
-            stack.close()
-            say(f"{spec.label}: starting again; its log is {logs / 'again.log'}")
-            again = time.monotonic()
-            url = stack.enter_context(server(flags, logs / "again.log", args.device, max(1.0, deadline - again)))
-            restart["start_s"] = round(time.monotonic() - again, 1)
-            answers = run_requests(url, few, 1, deadline, ask_unchecked).answers
-            restart |= compare(asked, answers, before, args.tie_margin if args.device == "cuda" else 0.0)
-        if args.plain == "same":
-            set_speculate(url, "never")
-        else:
-            family = Family(url)
-            stack.close()
-            left = family.left(10)
-            say(f"plain: starting; its log is {logs / 'plain.log'}")
-            limit = max(1.0, deadline - time.monotonic())
-            url = stack.enter_context(server(server_flags(plain_spec, args), logs / "plain.log", args.device, limit))
-        plain = run_requests(url, questions, PLAIN_AT_ONCE, deadline, ask_unchecked)
-        if args.plain == "same":
-            family = Family(url)
-            stack.close()
-            left = family.left(10)
+        try:
+            run_requests(url, later, 4, deadline - reserve, outcome=outcome)
+            after = is_empty(url, 30)
+            if "kill" in args.events:
+                few = dict(list(questions_of(asked, outcome, args.compare).items())[:RESTART_QUESTIONS])
+                before = run_requests(url, few, 1, deadline - reserve, ask_unchecked)
+                valid = {index: request for index, request in asked.items() if request.kind != MALFORMED}
+                restart = kill_scheduler(url, valid, most, deadline - args.plain_seconds)
+                stack.close()
+                say(f"{spec.label}: starting again; its log is {logs / 'again.log'}")
+                again = time.monotonic()
+                url = stack.enter_context(server(flags, logs / "again.log", args.device, max(1.0, deadline - again)))
+                restart["start_s"] = round(time.monotonic() - again, 1)
+                answers = run_requests(url, few, 1, deadline, ask_unchecked).answers
+                restart |= compare(asked, answers, before, tie_margin)
+            if args.plain == "same":
+                set_speculate(url, "never")
+            else:
+                left = stop(stack, url)
+                say(f"plain: starting; its log is {logs / 'plain.log'}")
+                limit = max(1.0, deadline - time.monotonic())
+                url = stack.enter_context(server(server_flags(plain_spec, args), logs / "plain.log", args.device, limit))
+            plain = run_requests(url, questions_of(asked, outcome, args.compare), PLAIN_AT_ONCE, deadline, ask_unchecked)
+            if args.plain == "same":
+                left = stop(stack, url)
+        except (RuntimeError, MalformedError, requests.RequestException) as error:
+            # A server has ended, or has not started: the record shows how far it came.
+            say(brief(error))
+            record["error"] = brief(error)
     memory = sampler.growth()
     grown = {name: item["growth_mb"] for name, item in memory.items() if item["growth_mb"] > args.max_growth_mb}
-    ours = {index: outcome.answers[index] for index in compared}
-    tie_margin = 0.0 if args.device == "cpu" else args.tie_margin
+    ours = {index: outcome.answers[index] for index in questions_of(asked, outcome, args.compare)}
     found = compare(asked, ours, plain, tie_margin)
-    finished = outcome.ended == len(asked) + len(later) and found["compared"] == len(compared)
+    finished = "error" not in record and outcome.ended == len(asked) + len(later) and found["compared"] == len(ours)
     return {
         **record,
         **describe(spec, args),
@@ -971,8 +985,8 @@ def came_back(restart: dict[str, Any]) -> bool:
         restart["killed"]
         and not restart["clients_left_waiting"]
         and not any(restart["left"].values())
-        and restart["compared"]
-        and restart["ties_only"]
+        and restart.get("compared")
+        and restart.get("ties_only")
     )
 
 
