@@ -98,8 +98,10 @@ SCHEDULE = (
     (0.55, "pause", "retract"),
     (0.7, "pause", "abort"),
 )
-#: Seconds: between two looks at a paused server, and for an update of weights, which waits for the requests that run.
-PAUSE_SECONDS, UPDATE_SECONDS = 1.0, 400.0
+#: Seconds between two looks at a paused server.
+PAUSE_SECONDS = 1.0
+#: Seconds for an answer, which may wait behind ten pools of others, and for an update of weights, which waits for all of them.
+ANSWER_SECONDS = 600.0
 #: A pool that some twenty requests of the default sizes overflow, and a host tier for less.
 SMALL_ENGINE = "sparsespec,max_total_tokens=16384,sparsespec_host_kv_gb=0.1"
 #: Settings of the engine that plain SGLang's has, too.
@@ -305,7 +307,7 @@ def send_malformed(url: str, call: Call) -> str:
     Raises:
         MalformedError: it is an error of the server's, or there is no answer.
     """
-    status, text = call.send(url, 240)
+    status, text = call.send(url, ANSWER_SECONDS)
     if 0 < status < 500:
         return str(status)
     what = f"HTTP {status} to {call.method} {call.path} {call.body[:200]!r}: {text[:200]}"
@@ -322,7 +324,7 @@ def send(url: str, request: Request) -> list[dict[str, Any]] | None:
     if request.call:
         return [{"status": send_malformed(url, request.call)}]
     stream = bool(request.body.get("stream"))
-    with requests.post(f"{url}/{request.route}", json=request.body, stream=stream, timeout=240) as response:
+    with requests.post(f"{url}/{request.route}", json=request.body, stream=stream, timeout=ANSWER_SECONDS) as response:
         if response.status_code == ABORTED_STATUS:
             raise AbortedError(response.text[:200])
         expect(
@@ -528,7 +530,7 @@ def update_weights(url: str, model: str, how: str, held: threading.Event) -> dic
     refused = 0
     with paused(url, "retract") if how == "paused" else contextlib.nullcontext():
         while True:
-            answer = requests.post(f"{url}/update_weights_from_disk", json=body, timeout=UPDATE_SECONDS).json()
+            answer = requests.post(f"{url}/update_weights_from_disk", json=body, timeout=ANSWER_SECONDS).json()
             if answer["success"]:
                 return {"refused": refused}
             # A request that was answered, or whose client has left, has not left its batch yet.
