@@ -100,10 +100,10 @@ SCHEDULE = (
 )
 #: Seconds between two looks at a paused server.
 PAUSE_SECONDS = 1.0
-#: Seconds for an answer, which may wait behind ten pools of others, and for an update of weights, which waits for all of them.
+#: Seconds for an answer, which may wait behind ten pools of others, and for an update of weights, which waits for them.
 ANSWER_SECONDS = 600.0
 #: A pool that some twenty requests of the default sizes overflow, and a host tier for less.
-SMALL_ENGINE = "sparsespec,max_total_tokens=16384,sparsespec_host_kv_gb=0.1"
+SMALL_ENGINE = "sparsespec,max_total_tokens=16384,sparsespec_host_kv_gb=0.05"
 #: Settings of the engine that plain SGLang's has, too.
 SHARED_SETTINGS = ("max_total_tokens", "context_length")
 #: Most requests in flight; status of an answer of several that was aborted.
@@ -792,7 +792,7 @@ def as_baseline(request: Request) -> Request:
 
 def ask_unchecked(url: str, request: Request) -> list[dict[str, Any]]:
     """The answer of plain SGLang."""
-    response = requests.post(f"{url}/{request.route}", json=request.body, timeout=240)
+    response = requests.post(f"{url}/{request.route}", json=request.body, timeout=ANSWER_SECONDS)
     expect(response.status_code == 200, f"HTTP {response.status_code}: {response.text[:200]}")
     return [response.json()]
 
