@@ -160,6 +160,7 @@ def make_requests(count: int, prompts: Sequence[Any], max_new_tokens: int, penal
     """``count`` requests, the same in every run; ``prompts`` are texts and lists of token ids."""
     shares = {kind: share for kind, share in SHARES.items() if penalties or kind != "penalties"}
     found = []
+    chat_tokens = min(200, 4 * max_new_tokens)
     for index in range(count):
         dice = random.Random(index)
         kind = dice.choices(list(shares), shares.values())[0]
@@ -195,11 +196,11 @@ def make_requests(count: int, prompts: Sequence[Any], max_new_tokens: int, penal
         if kind in ("json", "tool"):
             asked = prompt if isinstance(prompt, str) else "Introduce yourself."
             chat: dict[str, Any] = {"model": "default", "messages": [{"role": "user", "content": asked[:2000]}]}
-            chat.update(temperature=0, max_tokens=200)
+            chat.update(temperature=0, max_tokens=chat_tokens)
             schema = {"type": "json_schema", "json_schema": {"name": "person", "schema": PERSON}}
             tool = {"type": "function", "function": {"name": "greet", "parameters": PERSON}}
             chat.update({"response_format": schema} if kind == "json" else {"tools": [tool], "tool_choice": "required"})
-            found.append(Request(kind, "v1/chat/completions", chat, tokens + 200))
+            found.append(Request(kind, "v1/chat/completions", chat, tokens + chat_tokens))
         else:
             found.append(Request(kind, "generate", body, tokens + sampling["max_new_tokens"] * sampling.get("n", 1)))
     return found
@@ -451,7 +452,8 @@ def run_requests(
                 say(f"  {found.ended} of {len(asked)} ended, {len(found.failures)} failed")
 
     free = threading.Semaphore(workers)
-    with ThreadPoolExecutor(workers) as pool:
+    pool = ThreadPoolExecutor(workers)
+    try:
         for index, request in asked.items():
             free.acquire()
             with lock:
@@ -464,6 +466,11 @@ def run_requests(
                 found.tokens += request.tokens
                 found.most_tokens = max(found.most_tokens, found.tokens)
             pool.submit(one, index).add_done_callback(lambda _: free.release())
+        pool.shutdown()
+    except BaseException:
+        # Who ends this program does not wait for the requests in flight: they fail once the server is stopped.
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
     found.seconds = time.monotonic() - started
     return found
 
