@@ -95,8 +95,8 @@ SCHEDULE = (
     (0.15, "weights", "paused"),
     (0.25, "pause", "in_place"),
     (0.35, "weights", "waiting"),
-    (0.55, "pause", "retract"),
-    (0.7, "pause", "abort"),
+    (0.5, "pause", "retract"),
+    (0.6, "pause", "abort"),
 )
 #: Seconds between two looks at a paused server.
 PAUSE_SECONDS = 1.0
@@ -574,7 +574,8 @@ class Events(threading.Thread):
 
     def run(self) -> None:
         for share, event, how in self._plan:
-            while self._outcome.well_formed < share * self._total:
+            # After a pause that aborts requests, or an update that waits for them, the next ones come first.
+            while self._outcome.well_formed < share * self._total or not self._outcome.tokens:
                 if self._over.wait(0.05):
                     return
             self._happen(event, how)

@@ -270,7 +270,10 @@ def events_of(answer_to: Callable[[str, Any], tuple[int, Any]], names: list[str]
     outcome = soak.Outcome()
 
     def ask(url: str, item: soak.Request) -> list[Any]:
-        time.sleep(0.01)
+        time.sleep(0.005)
+        plan = [share for share, event, _ in soak.SCHEDULE if event in names]
+        while under_load and sum(share * 200 + 8 < outcome.well_formed for share in plan) > len(events.records):
+            time.sleep(0.002)
         return [{}]
 
     asked = dict.fromkeys(range(200), soak.Request("sampled", "generate", {}, tokens=10))
@@ -281,8 +284,6 @@ def events_of(answer_to: Callable[[str, Any], tuple[int, Any]], names: list[str]
         soak.run_requests("", asked, 4, time.monotonic() + 60, ask, outcome)
         if not under_load:
             events.start()
-        while events.is_alive():
-            time.sleep(0.01)
         events.stop()
     return events
 
