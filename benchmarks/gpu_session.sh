@@ -41,7 +41,8 @@ claim() {
   fi
 }
 
-engines=(plain sparsespec sparsespec,sparsespec_speculate=always sparsespec,sparsespec_kernels=flashinfer ngram)
+engines=(plain sparsespec sparsespec,sparsespec_speculate=always sparsespec,sparsespec_kernels=flashinfer
+  sparsespec,sparsespec_base_attention_backend=fa3 ngram)
 [[ -z $DRAFT ]] || engines+=("standalone,speculative_draft_model_path=$DRAFT")
 always=sparsespec,sparsespec_speculate=always
 
@@ -72,21 +73,23 @@ claim throughput 1500 throughput.py --model-path "$MODEL" --results "$OUT/throug
 # About 20 minutes with three repeats: 2 each, NGRAM and STANDALONE 3, vLLM 5 and 3.
 claim rivals 595 throughput.py --model-path "$MODEL" --results "$OUT/rivals.jsonl" --time-limit 440 --repeats "$REPEATS" \
   --engines "${rivals[@]}" "${python_of_vllm[@]}" --loads code:8192,128,512,0.6 code:2048,128,512,0.6
-# Long outputs, the batch kept full. About 30 s for a run of 4,096 tokens, two loads; NGRAM 75 s, STANDALONE 50 s: with
-# three repeats 4 minutes an engine, 9 and 6 those two, vLLM's first 6.
+# Long outputs, the batch kept full. Four requests for each place in the batch: requests are accepted unevenly, those that are
+# accepted well leave first, and with two for each place the time in which the batch is full has too many of them. About 60 s for
+# a run of 4,096 tokens, two loads; NGRAM 150 s, STANDALONE 100 s: with three repeats 7 minutes an engine, 16 and 11 those two,
+# vLLM's first 9.
 claim long-4k 595 throughput.py --model-path "$MODEL" --results "$OUT/long-4k.jsonl" --time-limit 540 --repeats "$REPEATS" \
-  --engines "${rivals[@]}" "${python_of_vllm[@]}" --loads {aime+olympiadbench,code-reading},64,4096,0.6,128
-# About 70 s a run: with three repeats 5 minutes an engine.
+  --engines "${rivals[@]}" "${python_of_vllm[@]}" --loads {aime+olympiadbench,code-reading},64,4096,0.6,256
+# About 140 s a run: with three repeats 8 minutes an engine.
 claim long-8k 595 throughput.py --model-path "$MODEL" --results "$OUT/long-8k.jsonl" --time-limit 540 --repeats "$REPEATS" \
-  --engines "${fast[@]}" "${python_of_vllm[@]}" --loads aime+olympiadbench,64,8192,0.6,128
-# About 200 s a run: with three repeats 11 minutes an engine.
+  --engines "${fast[@]}" "${python_of_vllm[@]}" --loads aime+olympiadbench,64,8192,0.6,256
+# About 400 s a run: with one repeat 8 minutes an engine.
 claim long-16k 595 throughput.py --model-path "$MODEL" --results "$OUT/long-16k.jsonl" --time-limit 540 \
-  --repeats "$REPEATS" --engines "${fast[@]}" "${python_of_vllm[@]}" --loads aime+olympiadbench,64,16384,0.6,128
-# Shapes of a larger model, SIMULATED but for vLLM, which does not speculate. About 80 s a run of plain's with the 8B shapes.
+  --repeats 1 --engines "${fast[@]}" "${python_of_vllm[@]}" --loads aime+olympiadbench,64,16384,0.6,256
+# Shapes of a larger model, SIMULATED but for vLLM, which does not speculate. About 160 s a run of plain's with the 8B shapes.
 [[ -z $SHAPES ]] || SGLANG_SIMULATE_ACC_LEN=${SIMULATED_LENGTH:-7.02} claim long-shapes 595 throughput.py --repeats 1 \
   --model-path "$SHAPES" --load-format dummy --results "$OUT/long-shapes.jsonl" --time-limit 540 \
   --engines plain sparsespec "${vllm[@]:0:1}" "${python_of_vllm[@]}" --engine-args '{"skip_tokenizer_init":true}' \
-  --loads random:128,64,4096,0.6,128
+  --loads random:128,64,4096,0.6,256
 # The pool holds some four tenths of what 128 requests of 8,192 tokens need at most. About 160 s each, 19 minutes.
 claim ablation 595 throughput.py --model-path "$MODEL" --results "$OUT/ablation.jsonl" --time-limit 540 --repeats 1 \
   --engines "${ablation[@]}" --engine-args '{"max_total_tokens":400000}' --loads aime+olympiadbench,128,8192,0.6,192
