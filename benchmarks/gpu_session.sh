@@ -102,7 +102,7 @@ claim parity-10k 590 parity.py --model-path "$MODEL" --results "$OUT/parity-10k.
 claim serving 595 serving.py --model-path "$MODEL" --results "$OUT/serving.jsonl" --rates inf 25% 50% 75% 90% \
   --dataset code:512 code:2048 code:8192 --new-tokens 128 512 1024 --requests 320 --max-running-requests 160 \
   --temperature 0.6 --time-limit 440
-# Three starts (one after a kill), and 5,000 requests at ten times a pool of 16,384 tokens. Not timed on a GPU yet.
+# Three starts (one after a kill), and 4,000 requests at ten times a pool of 16,384 tokens. Not timed on a GPU yet.
 claim soak 595 soak.py --model-path "$MODEL" --results "$OUT/soak.jsonl" --time-limit 560
 claim sampling 120 sampling.py --results "$OUT/sampling.jsonl"
 claim profile 260 profile_round.py --model-path "$MODEL" --results "$OUT/profile.jsonl" --engines "$always" plain

@@ -1004,7 +1004,7 @@ def came_back(restart: dict[str, Any]) -> bool:
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser, [SMALL_ENGINE])
-    parser.add_argument("--requests", type=int, default=3000, help="well-formed ones")
+    parser.add_argument("--requests", type=int, default=2000, help="well-formed ones")
     parser.add_argument("--malformed", type=int, default=2000, help="malformed bodies")
     parser.add_argument("--overload", type=float, default=10, help="KV pools that the requests in flight ask for together")
     parser.add_argument("--events", nargs="*", choices=EVENTS, default=list(EVENTS), help="what happens meanwhile")
