@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
+from sglang_sparsespec.attention_backend.kernels.triton_common import FAST_ROWS, tile_rows
 from sglang_sparsespec.hook_registry import assert_hooks_applied
 from sglang_sparsespec.settings import (
     AUTO,
@@ -442,8 +443,6 @@ def _fitting_steps(server_args: ServerArgs, steps: int) -> int:
 
     With eight query heads per KV head nine tokens are 72 rows, whose verification takes 1.7 times as long as one of 64.
     """
-    from sglang_sparsespec.attention_backend.kernels.triton_common import FAST_ROWS, tile_rows
-
     model = model_config_of(server_args)
     group = model.get_num_attention_heads(server_args.tp_size) // model.get_num_kv_heads(server_args.tp_size)
     if tile_rows((steps + 1) * group) <= max(FAST_ROWS, tile_rows(steps * group)):
