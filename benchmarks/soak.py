@@ -917,7 +917,7 @@ def soak(args: argparse.Namespace) -> dict[str, Any]:
             after = is_empty(url, 30)
             if "kill" in args.events:
                 few = dict(list(questions_of(asked, outcome, args.compare).items())[:RESTART_QUESTIONS])
-                before = run_requests(url, few, 1, deadline - reserve, ask_unchecked)
+                before = run_requests(url, few, 1, deadline, ask_unchecked)
                 valid = {index: request for index, request in asked.items() if request.kind != MALFORMED}
                 restart = kill_scheduler(url, valid, most, deadline - args.plain_seconds)
                 stack.close()
