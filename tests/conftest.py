@@ -26,11 +26,11 @@ if os.environ.get(INTERPRET_ENV) == "1":
 #: Files of more than about ten seconds, the longest first. Taken in this order, they end on all pytest workers alike.
 LONGEST_FIRST = (
     "engine/test_greedy_parity.py",
-    "server/test_robustness.py",
     "engine/test_sampling_distribution.py",
-    "engine/test_draft_policies.py",
-    "engine/test_prefill_interleave.py",
+    "server/test_robustness.py",
     "kernels/test_triton_sampling.py",
+    "engine/test_prefill_interleave.py",
+    "engine/test_draft_policies.py",
     "engine/test_penalties.py",
     "server/test_answers.py",
     "engine/test_unified.py",

@@ -126,7 +126,17 @@ def exact(checkpoint: Path) -> dict[tuple[int, ...], float]:
     return sequence_probabilities(checkpoint, prompt_of("temperature 1"), LENGTH, Sampling())
 
 
-@pytest.mark.parametrize("policy", [*POLICIES, PLAIN])
+#: Acceptance does not know which tokens a draft saw: policies differ in their greedy test.
+SAMPLED_BY_DEFAULT = ("pillar", PLAIN)
+
+
+@pytest.mark.parametrize(
+    "policy",
+    [
+        pytest.param(policy, marks=() if policy in SAMPLED_BY_DEFAULT else pytest.mark.nightly)
+        for policy in [*POLICIES, PLAIN]
+    ],
+)
 def test_sampled_output_follows_the_target(
     policy: str, server: Server, exact: dict[tuple[int, ...], float]
 ) -> None:

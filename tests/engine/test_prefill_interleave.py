@@ -91,7 +91,7 @@ def expected(plain_engine: EngineProcess) -> list[list[int]]:
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=pytest.mark.nightly if "no overlap" in name else ())
+        pytest.param(name, marks=pytest.mark.nightly if "unified" in name else ())
         for name in SERVERS
     ],
 )

@@ -31,7 +31,7 @@ KV_TOKENS = 1200
 PROMPT = "Count up slowly and explain every step:\n1 is the first number.\n2 is"
 
 
-@pytest.fixture(scope="module", params=["lockstep", "unified"])
+@pytest.fixture(scope="module", params=["lockstep", pytest.param("unified", marks=pytest.mark.nightly)])
 def client(
     request: pytest.FixtureRequest, model_path: str, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Client]:
@@ -270,6 +270,7 @@ def test_metrics_report_acceptance_and_kv_read(client: Client) -> None:
     assert "sglang:spec_accept_length" in metrics
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("client", ["unified"], indirect=True)
 def test_a_grammar_runs_its_rounds_in_lockstep_beside_other_requests(client: Client) -> None:
     calls = [
