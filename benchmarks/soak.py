@@ -483,13 +483,13 @@ def state_of(url: str) -> dict[str, Any]:
     return requests.get(f"{url}/server_info", timeout=240).json()["internal_states"][0]
 
 
-def post(url: str, body: dict[str, Any], timeout: float = 240) -> dict[str, Any]:
+def post(url: str, body: dict[str, Any]) -> dict[str, Any]:
     """The answer of a route that controls the server.
 
     Raises:
         MalformedError: its status is not 200.
     """
-    response = requests.post(url, json=body, timeout=timeout)
+    response = requests.post(url, json=body, timeout=240)
     expect(response.status_code == 200, f"HTTP {response.status_code}: {response.text[:200]}")
     return response.json()
 
