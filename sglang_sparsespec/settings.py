@@ -179,7 +179,7 @@ class Settings:
     base_attention_backend: str | None = _setting(
         None,
         f"SGLang attention backend that runs prefill. --attention-backend NAME together with {ALGORITHM} means the same.",
-        shown_default="torch_native on CPU, triton on CUDA",
+        shown_default="torch_native on CPU, fa3 on Hopper GPUs, triton on others",
     )
     kernels: str = _setting(
         "auto",

@@ -36,9 +36,6 @@ logger = logging.getLogger(__name__)
 #: Requests running at once, by device, unless ``--max-running-requests`` says otherwise. SGLang uses 48 for its own
 #: algorithms; self-speculation has no draft model to make room for.
 DEFAULT_MAX_RUNNING_REQUESTS = {"cuda": 256, "cpu": 16}
-#: SGLang backend that runs prefill, by device. Of SGLang's CUDA backends, Triton is the one that prefill was measured and
-#: checked with.
-DEFAULT_BASE_BACKEND = {"cuda": "triton", "cpu": "torch_native"}
 #: ``--sparsespec-host-kv-gb auto``: this share of the free memory, beyond what SGLang leaves to others.
 AUTO_HOST_KV_SHARE = 0.5
 KV_CACHE_DTYPES = ("auto", "bf16", "bfloat16", "fp8_e4m3", "fp8_e5m2")
@@ -427,7 +424,7 @@ def resolve_server_args(server_args: ServerArgs) -> None:
             ALGORITHM,
         )
     if settings.base_attention_backend is None:
-        settings = dataclasses.replace(settings, base_attention_backend=DEFAULT_BASE_BACKEND[server_args.device])
+        settings = dataclasses.replace(settings, base_attention_backend=_default_base_backend(server_args))
     if settings.draft_weights == AUTO:
         settings = dataclasses.replace(settings, draft_weights=_auto_draft_weights(server_args, settings))
     attach_settings(server_args, settings)
@@ -454,6 +451,17 @@ def _fitting_steps(server_args: ServerArgs, steps: int) -> int:
         steps,
     )
     return steps - 1
+
+
+def _default_base_backend(server_args: ServerArgs) -> str:
+    """SGLang's backend that runs prefill: FlashAttention 3 where SGLang prefers it, on Hopper, and Triton on other GPUs."""
+    from sglang.srt.utils.common import is_hopper_with_cuda_12_3
+
+    if server_args.device == "cpu":
+        return "torch_native"
+    # FlashAttention 3 computes in 16 bits and in FP8 E4M3 alone.
+    is_readable = model_config_of(server_args).dtype.itemsize == 2 and server_args.kv_cache_dtype != "fp8_e5m2"
+    return "fa3" if is_readable and is_hopper_with_cuda_12_3() else "triton"
 
 
 def has_fp8() -> bool:

@@ -132,8 +132,22 @@ def test_defaults(resolve: Callable[..., Any]) -> None:
     assert args.page_size == 1
 
 
-def test_prefill_runs_on_triton_on_cuda(resolve: Callable[..., Any]) -> None:
-    assert settings_of(resolve(device="cuda", mem_fraction_static=0.8)).base_attention_backend == "triton"
+@pytest.mark.parametrize(
+    ("given", "is_hopper", "backend"),
+    [
+        ({"device": "cuda", "dtype": "bfloat16"}, True, "fa3"),
+        ({"device": "cuda", "dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"}, True, "fa3"),
+        ({"device": "cuda", "dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2"}, True, "triton"),
+        ({"device": "cuda", "dtype": "float32"}, True, "triton"),
+        ({"device": "cuda", "dtype": "bfloat16"}, False, "triton"),
+        ({"device": "cpu"}, True, "torch_native"),
+    ],
+)
+def test_prefill_runs_on_flash_attention_3_where_that_can_compute_it(
+    given: dict[str, Any], is_hopper: bool, backend: str, resolve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sglang.srt.utils.common.is_hopper_with_cuda_12_3", lambda: is_hopper)
+    assert settings_of(resolve(mem_fraction_static=0.8, **given)).base_attention_backend == backend
 
 
 @pytest.mark.parametrize(
