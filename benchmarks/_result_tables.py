@@ -455,6 +455,7 @@ MODELS = {
     "qwen3-8b-shapes": "Qwen3-8B shapes",
     "qwen3-14b-shapes": "Qwen3-14B shapes",
     "qwen3-30b-a3b-shapes": "Qwen3-30B-A3B shapes",
+    "gpt-oss-20b-shapes": "gpt-oss-20b shapes",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-float32": "SmolLM2-135M, float32",
 }

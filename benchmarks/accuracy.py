@@ -14,6 +14,7 @@ a difference it could have missed (the 95% interval).
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import math
 import sys
 import time
@@ -222,6 +223,8 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--max-new-tokens", type=int, default=8192)
     parser.add_argument("--concurrency", type=int, default=64)
     args = parser.parse_args(argv)
+    if importlib.util.find_spec("math_verify") is None:
+        parser.error("answers are graded by math-verify, which is not installed: pip install 'sglang-sparsespec[bench]'")
     if simulated_accept_length("sparsespec"):
         parser.error("acceptance is SIMULATED (SGLANG_SIMULATE_ACC_LEN): its outputs are no answers")
     return args

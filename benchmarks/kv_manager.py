@@ -16,7 +16,8 @@ Every ``--sample-seconds`` SGLang's load snapshot is read, and with a host tier 
   utilisation, utilisation_steady     SGLang's used tokens / pool, mean over time; of all samples and of the steady state
   recomputed_tokens, retractions      counted by the plugin: tokens prefilled again, and Req.reset_for_retract
   offloads, restores, bytes_...       the KV manager's counters
-  step_ratio_moving                   time of a round in which requests were moved / of one without, at equal batch sizes
+  step_ratio_moving, ..._error        time of a round in which requests were moved / of one without, at equal batch sizes,
+                                      tokens a request and KV in use; its standard error
   equal_outputs                       share of outputs equal to the first sparsespec engine's, of those that were not cut
 
 Requests that --time-limit cuts count with the tokens that SGLang has counted for them.
@@ -33,13 +34,14 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from statistics import fmean, median
+from statistics import fmean
 from typing import Any
 
+import numpy as np
 from _common import (
     Dataset,
     EngineSpec,
@@ -291,29 +293,39 @@ def mean_over_time(samples: Sequence[Sample]) -> float | None:
     return round(sum(span * used for span, used in spans) / total, 4) if total else None
 
 
-def step_ratio_moving(samples: Sequence[Sample]) -> float | None:
-    """Time of a round while requests are moved / without, at equal batch sizes; None without both.
+def step_ratio_moving(samples: Sequence[Sample]) -> tuple[float | None, float | None]:
+    """Time of a round while requests are moved / without, and its standard error; None without both kinds.
 
-    Intervals between samples in which something was prefilled do not count. A copy is shorter than an interval, so that a
-    slow-down is diluted.
+    A round's time is fitted by least squares to the batch size, the tokens that a request gets (which follow the number of
+    drafts), their product, the KV in use and whether something was moved; the ratio is that of the fitted times at the
+    means. Intervals between samples in which something was prefilled do not count. A copy is shorter than an interval, so
+    that a slow-down is diluted.
     """
-    times: dict[tuple[int, bool], list[float]] = defaultdict(list)
+    rows, times = [], []
     for left, right in zip(samples, samples[1:], strict=False):
-        rounds = right.rounds - left.rounds
+        rounds, batches = right.rounds - left.rounds, right.batch_sum - left.batch_sum
         if rounds > 0 and right.prefilled == left.prefilled:
-            size = round((right.batch_sum - left.batch_sum) / rounds)
+            tokens = (right.generated - left.generated) / batches
             moving = any(left.moved.get(name) != right.moved.get(name) for name in MOVES)
-            times[size, moving].append((right.round_us - left.round_us) / rounds)
-    both = [(times[size, True], times[size, False]) for size, moving in list(times) if moving and times.get((size, False))]
-    weights = [min(len(moving), len(still)) for moving, still in both]
-    ratios = [median(moving) / median(still) for moving, still in both]
-    return round(fmean(ratios, weights), 3) if ratios else None
+            rows.append([1.0, batches / rounds, tokens, batches / rounds * tokens, left.used, float(moving)])
+            times.append((right.round_us - left.round_us) / rounds)
+    moved = sum(row[-1] for row in rows)
+    if not 0 < moved < len(rows):
+        return None, None
+    known, measured = np.array(rows), np.array(times)
+    inverse = np.linalg.pinv(known)
+    fitted = inverse @ measured
+    still = float(known[:, :-1].mean(0) @ fitted[:-1])
+    freedom = max(1, len(rows) - np.linalg.matrix_rank(known))
+    spread = np.sqrt(((measured - known @ fitted) ** 2).sum() / freedom * (inverse[-1] ** 2).sum())
+    return round(1 + float(fitted[-1]) / still, 3), round(float(spread) / still, 3)
 
 
 def summary(samples: Sequence[Sample]) -> dict[str, Any]:
     """Utilisation, steady throughput and round times of one run."""
     steady = steady_state(samples)
     seconds = steady[-1].t - steady[0].t if steady else 0
+    ratio, error = step_ratio_moving(samples)
     return {
         "tokens_per_s_steady": round((steady[-1].generated - steady[0].generated) / seconds, 1) if seconds else None,
         "utilisation_steady": mean_over_time(steady),
@@ -321,7 +333,8 @@ def summary(samples: Sequence[Sample]) -> dict[str, Any]:
         "steady_from_s": round(steady[0].t, 2) if steady else None,
         "steady_to_s": round(steady[-1].t, 2) if steady else None,
         "mean_running_steady": round(fmean(sample.running for sample in steady), 1) if steady else None,
-        "step_ratio_moving": step_ratio_moving(samples),
+        "step_ratio_moving": ratio,
+        "step_ratio_moving_error": error,
     }
 
 

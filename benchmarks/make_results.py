@@ -49,7 +49,9 @@ FOUR = "2026-11-29-h200/throughput-four-loads-qwen2.5-coder-1.5b-d657e13.jsonl"
 LARGE = "2026-11-30-h200/throughput-qwen3-8b-shapes-c190c0f.jsonl"
 MIXTURE = "2026-11-30-h200/throughput-seven-drafts-qwen3-30b-a3b-shapes-c190c0f.jsonl"
 LONG = "2026-11-30-h200/long-outputs-qwen2.5-coder-1.5b-c190c0f.jsonl"
-NEWER = "2026-11-30-h200/throughput-sglang-0.5.23-qwen2.5-coder-1.5b-c190c0f.jsonl"
+NEWER = "2026-11-30-h200/throughput-sglang-0.5.23-qwen2.5-coder-1.5b.jsonl"
+MIXTURE_512 = "2026-11-30-h200/throughput-fa3-prefill-qwen3-30b-a3b-shapes-3554c8b.jsonl"
+GPT_OSS = "2026-11-30-h200/throughput-gpt-oss-20b-shapes-3554c8b.jsonl"
 #: Acceptance was simulated there by a rule that put all rejections at a window's end.
 FLATTERED_LARGE = "2026-11-29-h200/throughput-qwen3-8b-14b-shapes-d6b174a.jsonl"
 FLATTERED_TWO_GPUS = "2026-11-30-h200/throughput-tp2-qwen3-8b-shapes-46f74c2.jsonl"
@@ -64,11 +66,16 @@ PRODUCTS = "2026-11-29-h200/draft-products-e478547.jsonl"
 PARITY = "2026-11-29-h200/parity-fp8-drafts-smollm2-135m-e4828f2.jsonl"
 PARITY_CPU = "2026-11-25-cpu/parity-smollm2-135m.jsonl"
 PARITY_CPU_ROUNDS = "2026-11-25-cpu/parity-speculate-smollm2-135m-05abc4e.jsonl"
+PARITY_10K = "2026-11-30-h200/parity-10k-qwen2.5-coder-1.5b-3554c8b.jsonl"
+PARITY_TWO_GPUS = "2026-11-30-h200/parity-tp2-qwen2.5-coder-1.5b-3554c8b.jsonl"
+PARITY_NEWER = "2026-11-30-h200/parity-sglang-0.5.23-qwen2.5-coder-1.5b-3554c8b.jsonl"
+PARITY_QUANTISED = "2026-11-30-h200/parity-quantised-qwen2.5-coder-1.5b-3554c8b.jsonl"
 SOAK = "2026-11-30-h200/soak-qwen2.5-coder-1.5b-c41baa6.jsonl"
 WINDOW = "2026-11-25-h100/accept-length-qwen2.5-coder-1.5b.jsonl"
 WINDOW_CPU = "2026-11-25-cpu/accept-length-smollm2-135m.jsonl"
 RIVALS = "2026-11-27-h100/run-rivals-qwen2.5-coder-1.5b-d090498.jsonl"
 KV_CUT = "2026-11-27-h200/kv-manager-qwen2.5-coder-1.5b-114c942.jsonl"
+KV_NEWER = "2026-11-30-h200/kv-manager-sglang-0.5.23-qwen2.5-coder-1.5b-3554c8b.jsonl"
 KV_WHOLE = "2026-11-25-h100/kv-manager-qwen2.5-coder-1.5b-fbcdd84.jsonl"
 SERVED = "2026-11-28-h200/open-loop-qwen2.5-coder-1.5b-ff95889.jsonl"
 SERVED_BEFORE = "2026-11-28-h200/open-loop-qwen2.5-coder-1.5b-15c64e0.jsonl"
@@ -185,6 +192,11 @@ def whole(title: str, label: str) -> Column:
     return Column(title, "tokens_per_s_whole", {"label": label})
 
 
+def is_sparsespec(label: str) -> bool:
+    """Whether records of a label are of SPARSESPEC, with whichever settings."""
+    return label.partition(",")[0] == "sparsespec"
+
+
 def is_plain(engine: str) -> bool:
     """Whether records of an engine are of plain SGLang, with whichever attention."""
     return engine.partition(":")[0] == "plain"
@@ -240,7 +252,9 @@ TABLES = [
         Output tokens per second, 512 new tokens, prompts in the cache. Plain is SGLang without speculation, with its default
         attention (FlashAttention 3). The simulated accept length is 7.02 with all eight drafts, 2% below the paper's 7.16
         for what FP8 costs; with fewer drafts, which the planner chose at 8 and at 1 requests, it was 5.5 to 6.4. Whole runs
-        lose up to a ninth at their end, when the requests that were accepted least are left.""",
+        lose up to a ninth at their end, when the requests that were accepted least are left. SPARSESPEC prefilled with
+        SGLang's Triton kernels here. Today it prefills with FlashAttention 3, which is faster ("Prefill by FlashAttention 3"
+        in docs/results.md).""",
     ),
     Table(
         "long-outputs",
@@ -269,42 +283,50 @@ TABLES = [
         ],
         note="""
         Qwen2.5-Coder-1.5B, each engine with its own defaults, vLLM 0.26.0. A whole run is everything from the first request
-        to the last token, prompts included: in the second row these are a million tokens, which SPARSESPEC prefills with
-        Triton's kernels in 4.2 s and plain SGLang with FlashAttention 3 in 2.9. With 8,192 new tokens plain SGLang gave
-        15,237 tokens per second and vLLM 14,909; SPARSESPEC's run was cut by the end of the machine's time.""",
+        to the last token, prompts included: in the second row these are a million tokens, which SPARSESPEC prefilled with
+        Triton's kernels in 4.2 s and plain SGLang with FlashAttention 3 in 2.9 (today's default of both). With 8,192 new
+        tokens plain SGLang gave 15,237 tokens per second and vLLM 14,909; SPARSESPEC's run was cut by the end of the
+        machine's time.""",
     ),
     Table(
         "mixture",
-        "A mixture of experts",
+        "Mixtures of experts",
         """
-        With FP8 copies of the experts for drafts the shapes of Qwen3-30B-A3B gain {x[over plain].simulated_lowest} to
-        {x[over plain].simulated_highest} over whole runs of 256 tokens. In the middle of a run it is 1.63 SIMULATED: a round
-        of seven drafts over 60 requests takes 34.7 + 7 x 11.2 ms for 6.43 tokens each, and a plain step 28.8 (the start-up's
-        table, which rounds keep to within 1%). Ten of some 46 rounds run at the end, when requests finish one by one, and
-        about half a second of 5.4 passes before the first, much of it prefill of the prompts' last tokens by SGLang's Triton
-        kernels.""",
+        With FP8 copies of the experts for drafts the shapes of Qwen3-30B-A3B gain {x[over plain][60 x 8,192, greedy]} over
+        whole runs of 512 tokens, and less over runs of 256, of which the end is a larger part: requests finish one by one
+        there. In the middle of a run it is 1.63 SIMULATED: a round of seven drafts over 60 requests takes 34.7 + 7 x 11.2 ms
+        for 6.43 tokens each, and a plain step 28.8 (the start-up's table, which rounds keep to within 1%). gpt-oss-20b gains
+        little: half of its layers have windows of 128 tokens, so that KV is a small part of what a step reads.""",
         MODEL_AND_LOAD,
         [
             speed("plain", "plain"),
-            speed("FP8 experts", f"{EXPERTS},speculative_num_steps=7"),
-            over("over plain", "FP8 experts", "plain", bold=True),
+            Column("SPARSESPEC", "tokens_per_s", {"label": is_sparsespec}, ",.0f"),
+            over("over plain", "SPARSESPEC", "plain", bold=True),
         ],
-        [load(MIXTURE, "random:8192,60,256,0"), load(MIXTURE, "random:8192,48,256,0")],
+        [
+            load(MIXTURE_512, "random:8192,60,512,0"),
+            load(MIXTURE, "random:8192,60,256,0"),
+            load(MIXTURE, "random:8192,48,256,0"),
+            load(GPT_OSS, "random:8192,64,256,0"),
+        ],
         note="""
-        `--sparsespec-draft-weights fp8_experts --moe-runner-backend triton`, seven drafts, which is the default since: with
-        eight query heads per KV head a verification of nine tokens is slower
-        ([operations](operations.md#tuning)). 64 requests of 8,704 tokens do not fit beside the copies.""",
+        Seven drafts, the default with eight query heads per KV head ([operations](operations.md#tuning)). Qwen3-30B-A3B:
+        `--sparsespec-draft-weights fp8_experts --moe-runner-backend triton`; 64 requests of 8,704 tokens do not fit beside
+        the copies. gpt-oss-20b: default settings, experts in 16 bits. The runs of 256 tokens of Qwen3-30B-A3B prefilled with
+        Triton's kernels, the others with FlashAttention 3.""",
     ),
     Table(
         "newer",
         "SGLang 0.5.23",
         """
-        On SGLang 0.5.23 (torch 2.14.1) SPARSESPEC is between 11% slower and 6% faster than on 0.5.17. Plain SGLang
-        0.5.23 was not measured: the machine's time ended.""",
+        On SGLang 0.5.23 (torch 2.14.1) default settings give {x[over plain].lowest} to {x[over plain].highest} times the
+        tokens per second of plain SGLang 0.5.23, with its own default attention (FlashAttention 3).""",
         LOAD,
         [
+            speed("plain", "plain"),
             speed("default", "sparsespec"),
             speed("always", ALWAYS),
+            over("over plain", "default", "plain", bold=True),
         ],
         [
             load(NEWER, "code:8192,128,512,0.6"),
@@ -314,7 +336,9 @@ TABLES = [
             load(NEWER, "code:1024,256,512,0.6"),
             load(NEWER, "code:512,32,512,0.6"),
         ],
-        note="Qwen2.5-Coder-1.5B on an H200. Compare the columns of 0.5.17 in the first table.",
+        note="""
+        Qwen2.5-Coder-1.5B on an H200; the first table has the same loads on 0.5.17. Plain SGLang and
+        SPARSESPEC were measured on two machines of the same kind. SPARSESPEC prefilled with Triton's kernels.""",
     ),
     Table(
         "planner",
@@ -546,6 +570,10 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
                     ("plain:aggressive", "plain, conservativeness 0"),
                 )
             ),
+            engine(
+                "engine", "SPARSESPEC, host tier", KV_NEWER, {"engine": "sparsespec,sparsespec_host_kv_gb=12"},
+                workload="300 requests, H200, SGLang 0.5.23, cut after 60 s",
+            ),
             *(
                 engine("engine", name, KV_WHOLE, {"engine": label}, workload="160 requests, H100, whole run")
                 for label, name in (
@@ -560,7 +588,8 @@ python benchmarks/kv_manager.py --model-path M --results kv_manager.jsonl \\
     --requests 400 --max-new-tokens 16000 --max-total-tokens 200000 --max-running-requests 160 --time-limit 75""",
         note="""
         Qwen2.5-Coder-1.5B, prompts of 512 tokens, all at once; outputs of 200 to 16,000 tokens on the H200, to 6,000 on the
-        H100, whose lengths the scheduler does not know.""",
+        H100, whose lengths the scheduler does not know. Beside moves a round takes 0.993 +- 0.012 times as long as without
+        on 0.5.23 (1.00 to 1.02 on 0.5.17), for equal batch sizes, draft lengths and KV in use.""",
     ),
     Table(
         "served",
@@ -597,8 +626,8 @@ python benchmarks/serving.py --model-path M --engines plain:flashinfer sparsespe
         "Greedy parity",
         """
         In float32 every output is plain SGLang's, token for token. In 16 bits most part at some token, because kernels of
-        different shapes round differently, and so do plain SGLang's own two attention backends (the control). Nothing parts
-        by more than the control's margins differ, 0.375.""",
+        different shapes round differently, and so do plain SGLang's own two attention backends (the control). No output
+        parts by more than the margins of the control differ: 0.25 to 0.375, and 1.0 with FP8 weights by block.""",
         {"model": "", "engine": ""},
         [
             Words("equal", prompts_equal),
@@ -621,6 +650,30 @@ python benchmarks/serving.py --model-path M --engines plain:flashinfer sparsespe
                     ("sparsespec:pillar:unified", "unified"),
                     ("sparsespec,sparsespec_speculate=never", "plain rounds only"),
                 )
+            ),
+            *(
+                engine("engine", name, file, {"engine": label}, model=f"Qwen2.5-Coder-1.5B, bfloat16, H200{where}")
+                for file, where in (
+                    (PARITY_10K, ""),
+                    (PARITY_TWO_GPUS, ", tensor parallelism 2"),
+                    (PARITY_NEWER, ", SGLang 0.5.23"),
+                )
+                for label, name in (
+                    ("plain:triton", "*plain SGLang with Triton attention (control)*"),
+                    ("sparsespec", "default settings, every round speculates"),
+                )
+            ),
+            *(
+                engine(
+                    "engine", name, PARITY_QUANTISED, {"engine": label, "model": f"qwen2.5-coder-1.5b-{form}"},
+                    model=f"the same, {form}",
+                )
+                for form in ("awq", "gptq", "compressed-w4a16", "fp8-block")
+                for label, name in (
+                    ("plain:triton", "*control*"),
+                    ("sparsespec", "default settings, every round speculates"),
+                )
+                if (form, label) != ("gptq", "plain:triton")  # not run
             ),
             engine(
                 "engine", "twelve kinds of requests at once", SOAK, {"engine": "sparsespec"},

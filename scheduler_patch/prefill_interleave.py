@@ -1,8 +1,9 @@
 """Decode rounds between prefill batches (``--enable-mixed-chunk``).
 
 SGLang prefers prefill: while a long prompt is prefilled in chunks, or prompts wait in the queue, nothing decodes. Its
-remedy, decoding requests in the same forward as a chunk, is forbidden with speculation. Here prefill batches and
-decode rounds take turns instead, one each, while both have something to do.
+remedy, requests that decode in the same forward as a chunk, is forbidden with speculation or gives them one plain token a
+chunk. Here prefill batches and decode rounds take turns instead, one each, while both have something to do
+(docs/design.md, section 8).
 """
 
 from __future__ import annotations

@@ -103,6 +103,12 @@ def test_parity_takes_no_simulated_outputs(monkeypatch: pytest.MonkeyPatch) -> N
 # ------------------------------------------------------------------------ accuracy
 
 
+def test_accuracy_asks_no_engine_without_a_grader(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments(["--model-path", "m"])
+
+
 @pytest.fixture
 def grader() -> None:
     pytest.importorskip("math_verify")

@@ -52,22 +52,47 @@ def test_the_steady_throughput_is_that_of_the_contended_samples() -> None:
     assert summary(samples[:1])["tokens_per_s_steady"] is None
 
 
-def moving_rounds(size: int, steps: list[tuple[float, bool]], prefill_at: int | None = None) -> list[Sample]:
-    """One sample per (milliseconds of a round, whether a request was moved in it)."""
-    time, batch, moves, prefilled, samples = 0.0, 0.0, 0, 0, []
-    for index, (ms, moved) in enumerate([(0.0, False), *steps]):
-        time, batch, moves = time + 1e3 * ms, batch + size, moves + moved
+def rounds(*steps: tuple[int, float, float, bool], prefill_at: int | None = None) -> list[Sample]:
+    """One sample per (batch size, tokens a request, milliseconds of a round, whether a request was moved in it)."""
+    time, batch, tokens, moves, prefilled, samples = 0.0, 0.0, 0.0, 0, 0, []
+    for index, (size, per_request, ms, moved) in enumerate([(0, 0.0, 0.0, False), *steps]):
+        time, batch, tokens, moves = time + 1e3 * ms, batch + size, tokens + size * per_request, moves + moved
         prefilled += index == prefill_at
-        state = {"round_us": time, "batch_sum": batch, "prefilled": prefilled, "moved": {"offloads": moves}}
-        samples.append(sample(float(index), **state))
+        state = {"round_us": time, "batch_sum": batch, "generated": tokens, "prefilled": prefilled}
+        samples.append(sample(float(index), **state, moved={"offloads": moves}))
     return samples
 
 
-def test_rounds_are_compared_at_equal_batch_sizes_and_without_prefills() -> None:
-    assert summary(moving_rounds(8, [(10, False), (12, True)] * 4))["step_ratio_moving"] == pytest.approx(1.2)
-    assert summary(moving_rounds(8, [(10, False)] * 4))["step_ratio_moving"] is None
-    beside = moving_rounds(8, [(10, False), (500, True), (12, True)], prefill_at=2)
-    assert summary(beside)["step_ratio_moving"] == pytest.approx(1.2)
+def ratio(samples: list[Sample]) -> float | None:
+    return summary(samples)["step_ratio_moving"]
+
+
+def test_rounds_with_moves_are_compared_with_rounds_without_and_without_prefills() -> None:
+    assert ratio(rounds(*[(8, 4, 10, False), (8, 4, 12, True)] * 4)) == pytest.approx(1.2)
+    assert ratio(rounds(*[(8, 4, 10, False)] * 4)) is None
+    beside = rounds((8, 4, 10, False), (8, 4, 500, True), (8, 4, 12, True), prefill_at=2)
+    assert ratio(beside) == pytest.approx(1.2)
+
+
+def test_rounds_of_more_requests_or_more_drafts_are_not_taken_for_slower_ones() -> None:
+    """Requests move when many run and drafts are long; a round's time is 2 + size / 2 + tokens, and 3 more for a move."""
+    cases = [(size, tokens) for size in (8, 16, 32) for tokens in (1.0, 4.0, 7.0)]
+    for extra in (0, 3):
+        steps = []
+        for size, tokens in cases:
+            moved = size + 4 * tokens > 30
+            steps += [(size, tokens, 2 + size / 2 + tokens + extra * moved, moved)] * 2
+            steps += [(size, tokens, 2 + size / 2 + tokens, False)] * (not moved or size == 16)
+        mean = sum(ms - extra * moved for _, _, ms, moved in steps) / len(steps)
+        assert ratio(rounds(*steps)) == pytest.approx(1 + extra / mean, abs=1e-3)
+        assert summary(rounds(*steps))["step_ratio_moving_error"] == pytest.approx(0, abs=1e-3)
+
+
+def test_a_noisy_ratio_has_an_error() -> None:
+    noisy = rounds(*[(8, 4, 9, False), (8, 4, 11, False), (8, 4, 10, True), (8, 4, 14, True)] * 4)
+    assert ratio(noisy) == pytest.approx(1.2)
+    # sqrt((8 * 1 + 8 * 4) / 14 * (1 / 8 + 1 / 8)) ms of 10
+    assert summary(noisy)["step_ratio_moving_error"] == pytest.approx(0.0845, abs=1e-3)
 
 
 def test_outputs_that_were_cut_are_not_compared() -> None:
