@@ -41,8 +41,7 @@ claim() {
   fi
 }
 
-engines=(plain sparsespec sparsespec,sparsespec_speculate=always sparsespec,sparsespec_kernels=flashinfer
-  sparsespec,sparsespec_base_attention_backend=fa3 ngram)
+engines=(plain sparsespec sparsespec,sparsespec_speculate=always sparsespec,sparsespec_kernels=flashinfer ngram)
 [[ -z $DRAFT ]] || engines+=("standalone,speculative_draft_model_path=$DRAFT")
 always=sparsespec,sparsespec_speculate=always
 
@@ -111,6 +110,11 @@ claim kv-manager 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-mana
   --max-running-requests 160 --engines sparsespec,sparsespec_host_kv_gb=12 sparsespec
 claim kv-manager-plain 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-manager-plain.jsonl" --requests 400 \
   --max-running-requests 160 --engines plain plain,schedule_conservativeness=0
+# The same with the shapes of a larger model, whose KV takes most of a step; SIMULATED. About 4 minutes an engine.
+[[ -z $SHAPES ]] || SGLANG_SIMULATE_ACC_LEN=${SIMULATED_LENGTH:-7.02} claim kv-manager-shapes 900 kv_manager.py \
+  --model-path "$SHAPES" --load-format dummy --results "$OUT/kv-manager-shapes.jsonl" --requests 200 \
+  --max-total-tokens 300000 --max-running-requests 160 --engines sparsespec,sparsespec_host_kv_gb=24 sparsespec plain \
+  --engine-args '{"skip_tokenizer_init":true}'
 # About 9 minutes: 5 starts, 7 s a run of most, 30 s of triforce, and 10 s of prefill each.
 claim policies 900 throughput.py --model-path "$MODEL" --results "$OUT/policies.jsonl" --time-limit 780 --repeats 1 \
   --engines plain sparsespec:{pillar,streaming,vegas,triforce},sparsespec_speculate=always --loads code:8192,64,512,0.6
