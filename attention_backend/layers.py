@@ -83,8 +83,15 @@ def attention_sinks(model: torch.nn.Module) -> dict[int, torch.Tensor]:
 
 
 def check_sinks(sinks: torch.Tensor | None, known: torch.Tensor | None, layer_id: int) -> None:
-    """Raise ``ValueError`` if a layer's forward has sinks other than those found in the model."""
-    if sinks is not known:
+    """Raise ``ValueError`` if a layer's forward has sinks other than those found in the model.
+
+    SGLang's breakable prefill graphs pass other tensors over the same memory.
+    """
+    if sinks is None or known is None:
+        is_known = sinks is known
+    else:
+        is_known = (sinks.data_ptr(), sinks.shape) == (known.data_ptr(), known.shape)
+    if not is_known:
         raise ValueError(
             f"Layer {layer_id} of this model has attention sinks in a place where {ALGORITHM} does not find them; serve the "
             "model without --speculative-algorithm."

@@ -455,13 +455,15 @@ def _fitting_steps(server_args: ServerArgs, steps: int) -> int:
 
 def _default_base_backend(server_args: ServerArgs) -> str:
     """SGLang's backend that runs prefill: FlashAttention 3 where SGLang prefers it, on Hopper, and Triton on other GPUs."""
+    import torch
     from sglang.srt.utils.common import is_hopper_with_cuda_12_3
 
     if server_args.device == "cpu":
         return "torch_native"
-    # FlashAttention 3 computes in 16 bits and in FP8 E4M3 alone.
-    is_readable = model_config_of(server_args).dtype.itemsize == 2 and server_args.kv_cache_dtype != "fp8_e5m2"
-    return "fa3" if is_readable and is_hopper_with_cuda_12_3() else "triton"
+    # SGLang has it compute in the type of the cache, which may not be FP8 E5M2; out of FP8 comes bfloat16.
+    dtype, cache = model_config_of(server_args).dtype, server_args.kv_cache_dtype
+    fits = (dtype == torch.bfloat16 and cache != "fp8_e5m2") or (dtype == torch.float16 and cache == "auto")
+    return "fa3" if fits and is_hopper_with_cuda_12_3() else "triton"
 
 
 def has_fp8() -> bool:

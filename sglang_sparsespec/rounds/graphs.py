@@ -62,6 +62,8 @@ class StepGraphs:
         name: for the log.
         step: what is recorded.
         sizes: batch sizes to capture, ascending.
+        nested: whether it is replayed while a graph of SGLang is half-way. Then it may not work in the memory that SGLang's
+            graphs share, because what that graph computed so far lies there.
 
     Attributes:
         memory_usage_gb: device memory that capturing took.
@@ -74,6 +76,7 @@ class StepGraphs:
         sizes: Sequence[int],
         model_runner: ModelRunner,
         backend: SparseSpecAttnBackend,
+        nested: bool = False,
     ) -> None:
         # FullCudaGraphBackend reads these two by name.
         self.model_runner = model_runner
@@ -81,6 +84,9 @@ class StepGraphs:
         self._attn_backend = backend
         self._sizes = list(sizes)
         self._backend = FullCudaGraphBackend(self)
+        if nested:
+            # Unless it has a pool, it takes the shared one.
+            self._backend._pool = self.device_module.graph_pool_handle()
         self.memory_usage_gb = self._capture(name, step)
 
     def _capture(self, name: str, step: CapturedStep) -> float:
@@ -133,7 +139,8 @@ def capture_prefill_selection(model_runner: ModelRunner, backend: SparseSpecAttn
         return None
     sizes = [size for size in PREFILL_SIZES if size <= backend.num_rows]
     step = PrefillSelectionStep(selection, backend.table.positions)
-    graphs = StepGraphs("prefill selection", step, sizes, model_runner, backend)
+    # SGLang's breakable prefill graphs are interrupted by each layer's attention, the last of which replays this.
+    graphs = StepGraphs("prefill selection", step, sizes, model_runner, backend, nested=True)
 
     def replay(num_prompts: int) -> bool:
         size = graphs.size_for(num_prompts)

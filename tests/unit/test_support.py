@@ -138,6 +138,9 @@ def test_defaults(resolve: Callable[..., Any]) -> None:
         ({"device": "cuda", "dtype": "bfloat16"}, True, "fa3"),
         ({"device": "cuda", "dtype": "bfloat16", "kv_cache_dtype": "fp8_e4m3"}, True, "fa3"),
         ({"device": "cuda", "dtype": "bfloat16", "kv_cache_dtype": "fp8_e5m2"}, True, "triton"),
+        ({"device": "cuda", "dtype": "float16"}, True, "fa3"),
+        ({"device": "cuda", "dtype": "float16", "kv_cache_dtype": "fp8_e4m3"}, True, "triton"),
+        ({"device": "cuda", "dtype": "float16", "kv_cache_dtype": "bfloat16"}, True, "triton"),
         ({"device": "cuda", "dtype": "float32"}, True, "triton"),
         ({"device": "cuda", "dtype": "bfloat16"}, False, "triton"),
         ({"device": "cpu"}, True, "torch_native"),
@@ -578,6 +581,7 @@ def test_sinks_are_found_beside_their_layers_and_nowhere_else() -> None:
     assert list(found) == [1] and found[1] is model[1].sinks
     check_sinks(None, found.get(0), 0)
     check_sinks(model[1].sinks, found.get(1), 1)
+    check_sinks(model[1].sinks.detach(), found.get(1), 1)  # another tensor over the same memory
     for sinks, layer_id in ((torch.zeros(4), 0), (torch.zeros(4), 1), (None, 1)):
         with pytest.raises(ValueError, match=f"Layer {layer_id} of this model has attention sinks"):
             check_sinks(sinks, found.get(layer_id), layer_id)
