@@ -204,10 +204,10 @@ class Settings:
     )
     speculate: str = _setting(
         AUTO,
-        "Which rounds speculate, and with how many drafts: 'auto' as is fastest, by what a round takes (timed at start-up) "
-        "and how many drafts are accepted; 'always' all, with k drafts; 'never' none, for comparison (requests with a "
-        "grammar, logit bias, log-probabilities or hidden states still do). A running server takes another value through "
-        "/set_internal_state.",
+        "Which rounds speculate, and with how many drafts: 'auto' whatever is fastest, by what a round takes (timed at "
+        "start-up) and how many drafts are accepted; 'always' all, with k drafts; 'never' none, for comparison (requests "
+        "with a grammar, logit bias, log-probabilities or hidden states still do). A running server takes another value "
+        "through /set_internal_state.",
         choices=SPECULATE,
         shown_default="auto (always with draft policies that are for study)",
     )
