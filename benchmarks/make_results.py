@@ -237,10 +237,10 @@ TABLES = [
         "Default settings against plain SGLang",
         """
         With real weights, SPARSESPEC's default settings give {x[over plain].lowest} to {x[over plain].highest} times the
-        tokens per second of plain SGLang. The gain is in long contexts and full batches, where reading KV takes most of the
-        time. Batches of up to 2,048 tokens of context gain less than a tenth, and 32 x 2,048 loses a little:
-        {x[over plain][32 x 2,048, greedy]}. With the shapes of larger models, whose acceptance is simulated, it is
-        {x[over plain].simulated_lowest} to {x[over plain].simulated_highest}.""",
+        tokens per second of plain SGLang. The gain comes with long contexts and full batches, where reading KV takes most
+        of the time. Batches of up to 2,048 tokens of context gain less than a tenth, and 32 x 2,048 loses a little:
+        {x[over plain][32 x 2,048, greedy]}. With the shapes of larger models and simulated acceptance, SPARSESPEC gives
+        {x[over plain].simulated_lowest} to {x[over plain].simulated_highest} times.""",
         MODEL_AND_LOAD,
         [
             speed("plain", "plain"),
@@ -249,23 +249,23 @@ TABLES = [
         ],
         [*DEFAULT_ROWS, *LARGE_ROWS],
         note="""
-        Output tokens per second, 512 new tokens, prompts in the cache. Plain is SGLang without speculation, with its default
-        attention (FlashAttention 3). The simulated accept length is 7.02 with all eight drafts, 2% below the paper's 7.16
-        for what FP8 costs; with fewer drafts, which the planner chose at 8 and at 1 requests, it was 5.5 to 6.4. Whole runs
-        lose up to a ninth at their end, when the requests that were accepted least are left. SPARSESPEC prefilled with
-        SGLang's Triton kernels here. Today it prefills with FlashAttention 3, which is faster ("Prefill by FlashAttention 3"
-        in docs/results.md).""",
+        Output tokens per second, 512 new tokens, prompts in the cache. Plain is SGLang without speculation, with its
+        default attention (FlashAttention 3). The simulated accept length is 7.02 with all eight drafts: the paper's 7.16
+        less 2%, which FP8 drafts cost. At 8 requests and at 1 the planner chose fewer drafts, and it was 5.5 to 6.4. Whole
+        runs lose up to a ninth at their end, when only the requests with the lowest acceptance are left. In these runs
+        SPARSESPEC prefilled with SGLang's Triton kernels. Today it prefills with FlashAttention 3, which is faster
+        ("Prefill by FlashAttention 3" in docs/results.md).""",
     ),
     Table(
         "long-outputs",
         "Long outputs, and vLLM",
         """
-        While the batch is full SPARSESPEC gives {x[over plain].lowest} to {x[over plain].highest} times the tokens per
-        second of plain SGLang, and {x[over vLLM].lowest} to {x[over vLLM].highest} times vLLM's; plain SGLang is the faster
-        one of the other two. Of the whole run with 4,096 new tokens less is left, {x[whole over plain][128 x AIME and
-        OlympiadBench, 64 at once, 4,096 new, T 0.6]}: it has two requests for each place in the batch. Those whose text is
-        accepted well end early, and at the end the others run in a batch that is no longer full, where plain SGLang's
-        requests all end at once. A server with a queue is between the two.""",
+        While the batch is full, SPARSESPEC gives {x[over plain].lowest} to {x[over plain].highest} times the tokens per
+        second of plain SGLang, and {x[over vLLM].lowest} to {x[over vLLM].highest} times vLLM's; plain SGLang is faster
+        than vLLM. Over the whole run with 4,096 new tokens less of the gain is left, {x[whole over plain][128 x AIME and
+        OlympiadBench, 64 at once, 4,096 new, T 0.6]}: the run has two requests for each place in the batch. Requests with
+        high acceptance end early, and at the end the others run in a batch that is no longer full; plain SGLang's requests
+        all end at once. A server with a queue is between the two.""",
         LOAD,
         [
             speed("plain", "plain"),
@@ -283,20 +283,21 @@ TABLES = [
         ],
         note="""
         Qwen2.5-Coder-1.5B, each engine with its own defaults, vLLM 0.26.0. A whole run is everything from the first request
-        to the last token, prompts included: in the second row these are a million tokens, which SPARSESPEC prefilled with
-        Triton's kernels in 4.2 s and plain SGLang with FlashAttention 3 in 2.9 (today's default of both). With 8,192 new
-        tokens plain SGLang gave 15,237 tokens per second and vLLM 14,909; SPARSESPEC's run was cut by the end of the
-        machine's time.""",
+        to the last token, prompts included: in the second row the prompts are a million tokens, which SPARSESPEC prefilled
+        with Triton's kernels in 4.2 s and plain SGLang with FlashAttention 3, today's default of both, in 2.9. With 8,192
+        new tokens plain SGLang gave 15,237 tokens per second while the batch was full, and vLLM 14,909; SPARSESPEC's run
+        was cut when the machine's time ended.""",
     ),
     Table(
         "mixture",
         "Mixtures of experts",
         """
-        With FP8 copies of the experts for drafts the shapes of Qwen3-30B-A3B gain {x[over plain][60 x 8,192, greedy]} over
-        whole runs of 512 tokens, and less over runs of 256, of which the end is a larger part: requests finish one by one
-        there. In the middle of a run it is 1.63 SIMULATED: a round of seven drafts over 60 requests takes 34.7 + 7 x 11.2 ms
-        for 6.43 tokens each, and a plain step 28.8 (the start-up's table, which rounds keep to within 1%). gpt-oss-20b gains
-        little: half of its layers have windows of 128 tokens, so that KV is a small part of what a step reads.""",
+        With FP8 copies of the experts for drafts, the shapes of Qwen3-30B-A3B give {x[over plain][60 x 8,192, greedy]} times
+        plain SGLang's throughput in whole runs of 512 tokens, and less in runs of 256, where the end is a larger part: there
+        requests finish one by one. In the middle of a run it is 1.63 SIMULATED: a round of seven drafts over 60 requests
+        takes 34.7 + 7 x 11.2 ms for 6.43 tokens each, and a plain step 28.8 ms (by the table measured at start-up, from
+        which rounds differ by at most 1%). gpt-oss-20b gains little: half of its layers have windows of 128 tokens, so KV is
+        a small part of what a step reads.""",
         MODEL_AND_LOAD,
         [
             speed("plain", "plain"),
@@ -312,8 +313,8 @@ TABLES = [
         note="""
         Seven drafts, the default with eight query heads per KV head ([operations](operations.md#tuning)). Qwen3-30B-A3B:
         `--sparsespec-draft-weights fp8_experts --moe-runner-backend triton`; 64 requests of 8,704 tokens do not fit beside
-        the copies. gpt-oss-20b: default settings, experts in 16 bits. The runs of 256 tokens of Qwen3-30B-A3B prefilled with
-        Triton's kernels, the others with FlashAttention 3.""",
+        the copies. gpt-oss-20b: default settings, experts in 16 bits. In the runs of 256 tokens of Qwen3-30B-A3B
+        SPARSESPEC prefilled with Triton's kernels, in the others with FlashAttention 3.""",
     ),
     Table(
         "newer",
@@ -344,9 +345,10 @@ TABLES = [
         "planner",
         "What the planner gives up",
         """
-        The planner chooses the number of drafts of each round, down to none. Its throughput is {x[over best].lowest} to
+        The planner chooses the number of drafts of each round, down to none. Throughput with it is {x[over best].lowest} to
         {x[over best].highest} times the better of plain SGLang and of always drafting eight, so there is no need to switch
-        it by hand. Always drafting loses at small contexts, down to {x[always over plain].lowest} times plain SGLang.""",
+        it by hand. Always drafting eight loses at short contexts, down to {x[always over plain].lowest} times plain
+        SGLang.""",
         LOAD,
         [
             speed("plain", "plain", hidden=True),
@@ -365,7 +367,7 @@ TABLES = [
         At these batches SGLang's own methods are slower than plain SGLang: a draft model of 0.5B (STANDALONE) gives
         {x[STANDALONE over plain].lowest} to {x[STANDALONE over plain].highest} of its throughput, n-grams less. SPARSESPEC
         gives {x[over plain].lowest} to {x[over plain].highest}. On the two sets of questions most of its rounds were plain
-        ones. What it gains there comes from several tokens in one scheduler step, not from speculation.""",
+        ones; there the gain comes from decoding several tokens in one scheduler step, not from speculation.""",
         LOAD,
         [
             speed("plain", "plain:flashinfer"),
@@ -384,17 +386,17 @@ TABLES = [
 python benchmarks/throughput.py --model-path M --engines plain sparsespec ngram standalone,speculative_draft_model_path=D \\
     --loads code:8192,36,512,0.6 {aime,olympiadbench},72,3072,0.6 --results rivals.jsonl""",
         note="""
-        Qwen2.5-Coder-1.5B. Plain decodes with FlashInfer here. All engines were on one card and took turns, so batches are
+        Qwen2.5-Coder-1.5B. Plain decodes with FlashInfer here. All engines were on one GPU and took turns, so batches are
         as large as their shares of the memory allow.""",
     ),
     Table(
         "accept-length",
         "Accept length",
         """
-        Of nine tokens at most, a round gives {x[FP8].lowest} to {x[FP8].highest}, and more the longer the context and the
-        lower the temperature. FP8 copies of the weights give {x[FP8 over own].lowest} to {x[FP8 over own].highest} times the
-        accept length of the model's own. One accept length of 16 sampled texts has a noise of some 3%; only 16,384 tokens at
-        T 1 lie outside it.""",
+        Of nine tokens at most, a round gives {x[FP8].lowest} to {x[FP8].highest}: as a rule more with a longer context and
+        a lower temperature. FP8 copies of the weights give {x[FP8 over own].lowest} to {x[FP8 over own].highest} times the
+        accept length of the model's own. The accept length of 16 sampled texts has a noise of some 3%; only the row of
+        16,384 tokens at T 1 lies outside it.""",
         {"context": context_of, "T": lambda record: f"{record['temperature']:g}"},
         [
             Column("FP8", "accept_length", {"label": FP8_DRAFTS}, ".2f"),
@@ -409,8 +411,8 @@ python benchmarks/throughput.py --model-path M --engines plain sparsespec ngram 
             for temperature in (0, 0.6, 1)
         ],
         note="""
-        Qwen2.5-Coder-1.5B, every round speculates. Outputs that repeat themselves flatter every drafter; the columns "not
-        repeating" leave them out.""",
+        Qwen2.5-Coder-1.5B, every round speculates. Outputs that repeat themselves raise every drafter's acceptance; the
+        columns "not repeating" leave them out.""",
     ),
     Table(
         "window",
@@ -463,9 +465,9 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
         "draft-step",
         "A draft step, kernel by kernel",
         """
-        Most of a draft step is matrix products. They read weights at less than the memory's speed, so that a step takes
-        {x[step over bytes].simulated_lowest} (8B shapes) to {x[step over bytes].simulated_highest} (1.5B) times what its
-        bytes need. A faster draft step needs faster products of few rows before it needs less attention.""",
+        Matrix products are the largest part of a draft step. They read weights at less than the memory's speed, so a step
+        takes {x[step over bytes].simulated_lowest} (8B shapes) to {x[step over bytes].simulated_highest} (1.5B) times what
+        its bytes need. To make a draft step faster, faster products of few rows would help more than less attention.""",
         {
             "shapes": lambda record: shapes(record["model"]),
             "requests x context": lambda record: f"{record['batch']} x {record['context']:,}",
@@ -517,8 +519,8 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
             for batch in (32, 256)
         ],
         note="""
-        Microseconds of one layer. Slots lie anywhere in the pool, the worst that page size 1 allows. The file has 36
-        batches.""",
+        Microseconds of one layer. Slots lie anywhere in the pool, the worst case that page size 1 allows. The file has
+        36 batches.""",
     ),
     Table(
         "sampling",
@@ -549,9 +551,9 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
         "kv-manager",
         "Dynamic KV manager",
         """
-        The host tier keeps the pool at 95% and computes nothing again. It does not make SPARSESPEC faster than plain SGLang
-        where memory is short and outputs are long: **plain SGLang was faster there.** Runs that were cut compare different
-        work, since who puts long requests off has more of the short ones running.""",
+        The host tier keeps 95% to 97% of the pool in use and computes nothing again. It does not make SPARSESPEC faster
+        than plain SGLang where memory is short and outputs are long: **plain SGLang was faster there.** Runs that were cut
+        compare different work: an engine that puts long requests off runs more of the short ones.""",
         {"workload": "", "engine": ""},
         [
             Column("pool in use", "utilisation_steady", spec=".1%"),
@@ -587,9 +589,9 @@ python benchmarks/kv_manager.py --model-path M --results kv_manager.jsonl \\
     --engines sparsespec,sparsespec_host_kv_gb=12 {sparsespec,plain} {sparsespec,plain},schedule_conservativeness=0 \\
     --requests 400 --max-new-tokens 16000 --max-total-tokens 200000 --max-running-requests 160 --time-limit 75""",
         note="""
-        Qwen2.5-Coder-1.5B, prompts of 512 tokens, all at once; outputs of 200 to 16,000 tokens on the H200, to 6,000 on the
-        H100, whose lengths the scheduler does not know. Beside moves a round takes 0.993 +- 0.012 times as long as without
-        on 0.5.23 (1.00 to 1.02 on 0.5.17), for equal batch sizes, draft lengths and KV in use.""",
+        Qwen2.5-Coder-1.5B, prompts of 512 tokens, all at once; outputs of 200 to 16,000 tokens on the H200, of 200 to 6,000
+        on the H100, whose lengths the scheduler does not know. While requests are being moved, a round takes 0.993 +- 0.012
+        times as long as otherwise on 0.5.23 (1.00 to 1.02 on 0.5.17), at equal batch sizes, draft lengths and KV in use.""",
     ),
     Table(
         "served",
@@ -619,15 +621,16 @@ python benchmarks/serving.py --model-path M --engines plain:flashinfer sparsespe
     --dataset code:2048 --new-tokens 512 --requests 320 --results serving.jsonl""",
         note="""
         Milliseconds; Qwen2.5-Coder-1.5B, Poisson arrivals, prompts of 2,048 tokens, outputs of 512, plain with FlashInfer.
-        The two servers of a row ran at the same time, a card each. Nearly all rounds were plain ones.""",
+        The two servers of a row ran at the same time, each on a GPU of its own. Nearly all rounds were plain ones.""",
     ),
     Table(
         "parity",
         "Greedy parity",
         """
-        In float32 every output is plain SGLang's, token for token. In 16 bits most part at some token, because kernels of
-        different shapes round differently, and so do plain SGLang's own two attention backends (the control). No output
-        parts by more than the margins of the control differ: 0.25 to 0.375, and 1.0 with FP8 weights by block.""",
+        In float32 every output is plain SGLang's, token for token. In 16 bits many part at some token, because kernels of
+        different shapes round differently; so do outputs of plain SGLang with two of its own attention backends (the
+        control). Where an output parts, the two tokens' margin is never larger than the difference of margins in the
+        control: 0.25 to 0.375, and 1.0 with FP8 weights by block.""",
         {"model": "", "engine": ""},
         [
             Words("equal", prompts_equal),
@@ -692,9 +695,9 @@ python benchmarks/parity.py --model-path M --device cpu --dtype float32 --result
         "speculate",
         "Rounds that speculate, and plain rounds (H200, FlashInfer baseline)",
         """
-        A plain round of SPARSESPEC is faster than plain SGLang's, since several tokens are decoded in one scheduler step.
-        The planner of that commit ran rounds of the slower kind to time them, which cost it 10% on AIME. Today's runs
-        none.""",
+        A plain round of SPARSESPEC is faster than plain SGLang's steps, since several tokens are decoded in one scheduler
+        step. The planner of that commit ran rounds of the slower kind to time them, which cost it 10% on AIME. Today's
+        planner runs none.""",
         LOAD,
         [
             speed("plain", "plain:flashinfer"),
@@ -766,8 +769,8 @@ python benchmarks/throughput.py --model-path M --results schedules.jsonl --repea
         "schedules-8b",
         "Schedules, Qwen3-8B shapes (H100)",
         """
-        With larger shapes the unified schedule is nearer, and no faster: of the first row's two runs of lock-step the first
-        is slow, as first runs are.""",
+        With larger shapes the unified schedule comes closer, but is no faster: of lock-step's two runs in the first row, the
+        first is slow, as first runs are.""",
         LOAD,
         [
             speed("lock-step", "lock-step"),

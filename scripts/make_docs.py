@@ -28,7 +28,8 @@ SGLANG_FLAGS = (
         "--speculative-num-steps",
         default_by_policy("num_steps"),
         "k, the tokens that a round drafts. --speculative-num-draft-tokens, which is k + 1, may be given instead. By "
-        "default one fewer where a KV head has eight query heads, or 16: the verify kernel would need tiles twice as wide.",
+        "default one fewer where a KV head has 8, 15, 16 or 29 to 32 query heads: the verify kernel would need tiles twice "
+        "as wide.",
     ),
     (
         "--enable-mixed-chunk",

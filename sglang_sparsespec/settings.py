@@ -204,10 +204,10 @@ class Settings:
     )
     speculate: str = _setting(
         AUTO,
-        "Which rounds speculate, and with how many drafts: 'auto' as is fastest, by what a round takes (timed at start-up) "
-        "and how many drafts are accepted; 'always' all, with k drafts; 'never' none, for comparison (requests with a "
-        "grammar, logit bias or log-probabilities still do). A running server takes another value through "
-        "/set_internal_state.",
+        "Which rounds speculate, and with how many drafts: 'auto' whatever is fastest, by what a round takes (timed at "
+        "start-up) and how many drafts are accepted; 'always' all, with k drafts; 'never' none, for comparison (requests "
+        "with a grammar, logit bias, log-probabilities or hidden states still do). A running server takes another value "
+        "through /set_internal_state.",
         choices=SPECULATE,
         shown_default="auto (always with draft policies that are for study)",
     )
@@ -215,7 +215,7 @@ class Settings:
         AUTO,
         "Weights that draft steps multiply with: 'model' the model's own; 'fp8' an FP8 copy of its linear layers, of half "
         "their size, which verification never uses; 'fp8_experts' one of a mixture's experts too; 'auto' is fp8 on GPUs "
-        "that have it, for models of 16 bits.",
+        "that have it, for models of 16 bits in lock-step.",
         choices=DRAFT_WEIGHTS,
     )
     prefill_beside_decoding: bool = False
