@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
-from sglang_sparsespec import ATTENTION_BACKEND
+from sglang_sparsespec import ALGORITHM, ATTENTION_BACKEND
 from sglang_sparsespec.hook_registry import add_hook
 from sglang_sparsespec.scheduler_patch.cpu import bridges_plain
 from sglang_sparsespec.settings import is_sparsespec
@@ -28,6 +28,13 @@ def _looking(server_args: Any) -> Iterator[None]:
     token = _looks_for_sinks.set(served and model_config_of(server_args).hf_config.architectures[0] == WITH_SINKS)
     try:
         yield
+    except AssertionError as error:
+        if ATTENTION_BACKEND not in str(error):
+            raise
+        raise ValueError(
+            f"--model-path {server_args.model_path}: SGLang serves this model with some attention backends only, and "
+            f"{ALGORITHM}'s is not among them ({error}); serve it without --speculative-algorithm."
+        ) from error
     finally:
         _looks_for_sinks.reset(token)
 
@@ -36,6 +43,10 @@ def model_checks(original: Callable[..., None], server_args: Any) -> None:
     """``ServerArgs._handle_model_specific_adjustments``: SGLang stops at backends that are not in its list.
 
     The list is a literal. The kernels here have sinks, and so has PyTorch's attention on CPU (``cpu.attention_on_cpu``).
+    Where a model with another list is not served (Exaone 4), the user is told what to do.
+
+    Raises:
+        ValueError: SPARSESPEC's backend is in no list of the model.
     """
     with _looking(server_args):
         original(server_args)

@@ -39,3 +39,20 @@ def test_all_else_is_as_sglang_finds_it(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv(cpu.CPU_BRIDGE_ENV, "1")
     found = found_by_sglang(monkeypatch, "GptOssForCausalLM", ("torch_native", "torch_native"), **plain)
     assert found == ("triton", "triton"), "plain SGLang on a CPU, as a baseline"
+
+
+def test_a_model_with_another_list_of_backends_is_refused_with_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = SimpleNamespace(hf_config=SimpleNamespace(architectures=["Exaone4ForCausalLM"]))
+    monkeypatch.setattr(attention_checks, "model_config_of", lambda server_args: config)
+    server_args = SimpleNamespace(speculative_algorithm=ALGORITHM, model_path="exaone")
+
+    def check(found: str) -> None:
+        def original(checked: Any) -> None:
+            raise AssertionError(f"one of ['fa3'] is required, but got {found}")
+
+        model_checks(original, server_args)
+
+    with pytest.raises(ValueError, match="--model-path exaone: .* serve it without --speculative-algorithm"):
+        check(ATTENTION_BACKEND)
+    with pytest.raises(AssertionError, match="flashinfer"):
+        check("flashinfer")
