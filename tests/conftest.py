@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from environment import SetupError
 from fetch_model import ensure_model
-from preloaded import FOLDER_ENV, INTERPRET_ENV
+from preloaded import FOLDER_ENV, INTERPRET_ENV, address_of_parent, forks_programs, index_what_hooks_replace
 from run_tests import MODEL_VARIABLE, contract_is_verified
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -58,6 +59,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER_ENV not in os.environ:
         os.environ[FOLDER_ENV] = tempfile.mkdtemp(prefix="sparsespec-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER_ENV), ignore_errors=True))
+    if not hasattr(config, "workerinput") and config.getoption("tx", None) and forks_programs():
+        # Each of pytest-xdist's workers; what they are forked from is imported now, so that they do not wait for each other.
+        address_of_parent("0")
+        program = f"{sys.executable} {Path(__file__).with_name('forked_python.py')}"
+        config.option.tx = [f"popen//python={program}" for _ in config.option.tx]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,6 +103,8 @@ def plugin() -> None:
 
     from sglang_sparsespec.hook_registry import assert_hooks_applied
 
+    if forks_programs():
+        index_what_hooks_replace()
     load_plugins()
     assert_hooks_applied()
 

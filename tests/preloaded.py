@@ -1,9 +1,9 @@
 """Starts programs that use SGLang by forking a process that has imported it.
 
 Importing SGLang takes each process some 10 s of processor time, and an engine has three processes. Here one, the parent,
-imports it once for the whole test run; engines and servers are forked from it, and their own processes from them. From
-there on they do what they do otherwise: load plugins, read arguments and the environment, start. Programs that run in
-Triton's interpreter have a parent of their own, because it replaces functions as Triton is imported.
+imports it once for the whole test run; pytest's workers, engines and servers are forked from it, and their own processes
+from them. From there on they do what they do otherwise: load plugins, read arguments and the environment, start. Programs
+that run in Triton's interpreter have a parent of their own, because it replaces functions as Triton is imported.
 
 A parent runs no thread of Python or OpenMP, so a child finds no lock held and no thread missing. With a GPU, and with
 ``SPARSESPEC_TEST_FRESH=1``, every program is a new interpreter (CUDA does not survive a fork).
@@ -126,6 +126,9 @@ def run_program(request: dict[str, Any], streams: Sequence[int]) -> None:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
     else:
         sys.argv = arguments
         sys.path.insert(0, os.path.dirname(arguments[0]))
@@ -221,9 +224,13 @@ def main() -> None:
 @functools.cache
 def forks_programs() -> bool:
     """Whether programs of this test run are forked."""
+    if os.environ.get(FRESH_ENV, "0") != "0":
+        return False
+    if not os.path.exists("/dev/nvidiactl"):
+        return True
     import torch
 
-    return os.environ.get(FRESH_ENV, "0") == "0" and not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 @functools.cache
