@@ -24,29 +24,30 @@ if os.environ.get(INTERPRET_ENV) == "1":
 
     fast_interpreter.install()
 
-#: Files of more than about ten seconds, the longest first. Taken in this order, they end on all pytest workers alike.
+#: Files of more than some five seconds, the longest first. Taken in this order, they end on all pytest workers alike.
 LONGEST_FIRST = (
     "engine/test_greedy_parity.py",
     "engine/test_sampling_distribution.py",
+    "server/test_openai_api.py",
     "server/test_robustness.py",
     "kernels/test_triton_sampling.py",
-    "engine/test_prefill_interleave.py",
-    "engine/test_draft_policies.py",
-    "engine/test_penalties.py",
-    "server/test_answers.py",
     "engine/test_unified.py",
-    "server/test_openai_api.py",
+    "engine/test_kv_manager.py",
+    "engine/test_prefill_interleave.py",
+    "server/test_answers.py",
+    "rounds/test_unified_rounds.py",
+    "engine/test_penalties.py",
+    "kernels/test_triton_sampling_sm90.py",
+    "engine/test_architectures.py",
+    "tools/test_scripts.py",
     "kernels/test_triton_kernels.py",
     "engine/test_triton_kernels.py",
-    "engine/test_kv_manager.py",
-    "engine/test_lora.py",
-    "engine/test_seeds_and_hidden_states.py",
-    "engine/test_architectures.py",
-    "rounds/test_unified_rounds.py",
-    "tools/test_scripts.py",
-    "unit/test_internal_state.py",
-    "kernels/test_triton_sampling_sm90.py",
     "kernels/test_triton_sm90.py",
+    "engine/test_draft_policies.py",
+    "unit/test_internal_state.py",
+    "engine/test_draft_weights.py",
+    "engine/test_lora.py",
+    "tools/test_benchmarks_throughput.py",
     "unit/test_import_direction.py",
 )
 

@@ -52,7 +52,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "sparsespec_min_budget": 12,
         "sparsespec_budget_ratio": 0.01,
     }
-    retracting: dict[str, Any] = {"max_total_tokens": 900, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
+    retracting: dict[str, Any] = {"max_total_tokens": 550, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
     simple: dict[str, Any] = {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_total_tokens": 8000}
     with (
         EngineProcess(PLAIN_ENV, **common, **PLAIN, max_total_tokens=8000, port=31300) as plain_engine,

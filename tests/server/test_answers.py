@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 pytestmark = pytest.mark.slow
 
 FIRST = int(os.environ.get("SPARSESPEC_TEST_FIRST_CASE", "0"))
-CASES = int(os.environ.get("SPARSESPEC_TEST_CASES", "70"))
+CASES = int(os.environ.get("SPARSESPEC_TEST_CASES", "100"))
 AT_ONCE = 8
 COMMON = ["--max-running-requests", "8", "--reasoning-parser", "qwen3", "--enable-cache-report", "--skip-server-warmup"]
 #: Chunks of prompts, so that a prompt is prefilled beside decoding requests.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,7 +11,6 @@ from typing import Any
 import pytest
 from fastapi import Body, FastAPI
 from fastapi.testclient import TestClient
-from preloaded import run_to_end
 from sglang.srt.managers.io_struct import (
     SetInternalStateReq,
     SetInternalStateReqOutput,
@@ -236,11 +236,9 @@ for name in ("never", "sometimes"):
 """
 
 
-def test_sglangs_own_route_has_the_names(tmp_path: Path) -> None:
+def test_sglangs_own_route_has_the_names() -> None:
     """The hook is in force before SGLang declares the route: ``sglang.launch_server`` loads plugins first."""
-    program = tmp_path / "own_route.py"
-    program.write_text(OWN_ROUTE)
-    done = run_to_end([sys.executable, str(program)], timeout=300)
+    done = subprocess.run([sys.executable, "-c", OWN_ROUTE], capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 0, done.stderr
     taken, refused = [line.split(maxsplit=2)[1:] for line in done.stdout.splitlines() if line.startswith("ANSWER")]
     assert taken == ["200", '{"sparsespec_speculate":2}']
