@@ -38,6 +38,8 @@ from typing import IO, Any
 FOLDER_ENV = "SPARSESPEC_TEST_FOLDER"
 FRESH_ENV = "SPARSESPEC_TEST_FRESH"
 INTERPRET_ENV = "TRITON_INTERPRET"
+#: The checkpoint folder of the test model (run_tests.py).
+MODEL_ENV = "SPARSESPEC_TEST_MODEL"
 PR_SET_PDEATHSIG = 1
 LONGEST_REQUEST = 1 << 20
 
@@ -71,7 +73,25 @@ def preload() -> None:
     # What is run as __main__, and what reads hooks as it is imported.
     for name in ("sglang.launch_server", "sglang.srt.entrypoints.http_server"):
         del sys.modules[name]
+    if os.environ.get(MODEL_ENV) and os.environ.get(INTERPRET_ENV) != "1":
+        share_tokenizer(os.environ[MODEL_ENV])
     index_what_hooks_replace()
+
+
+def share_tokenizer(folder: str) -> None:
+    """Load the test model's tokenizer once: the processes of an engine load it five times, for some 10 s."""
+    from sglang.srt.plugins import hook_registry
+    from sglang.srt.utils.hf_transformers import tokenizer
+
+    load = tokenizer.get_tokenizer
+    asked = {"tokenizer_mode": "auto", "trust_remote_code": False, "revision": None, "tokenizer_backend": "huggingface"}
+    shared = load(folder, **asked)
+
+    def get_tokenizer(name: str, *args: Any, **kwargs: Any) -> Any:
+        return shared if name == folder and not args and kwargs == asked else load(name, *args, **kwargs)
+
+    tokenizer.get_tokenizer = get_tokenizer
+    hook_registry._propagate_patch(load, get_tokenizer, tokenizer)
 
 
 def index_what_hooks_replace() -> None:
