@@ -8,8 +8,9 @@ Without further arguments it also makes an environment of the newer SGLang (.ven
 tests and those of tokens and distributions there, too. --one-release leaves that out.
 
 Left out by default, and run by --all:
-  nightly   slower repeats of what other tests check. --all also starts each engine in new interpreters,
-            where the default forks them from a process that has imported SGLang.
+  nightly   slower repeats of what other tests check. --all also compares more texts of the real model, and
+            starts pytest's workers and each engine in new interpreters, where the default forks them from a
+            process that has imported SGLang.
   contract  tests of SGLang alone, which can only change with requirements.lock. They run by default, too,
             if that file is not the one that they last passed with (tests/contract/requirements.lock.sha256,
             written when a run without further arguments passes).
@@ -37,10 +38,14 @@ FRESH_VARIABLE = "SPARSESPEC_TEST_FRESH"
 LINTED = ("sglang_sparsespec", "attention_backend", "scheduler_patch", "scripts", "tests", "benchmarks")
 #: Test files that run at a time (pytest-xdist); an engine needs about 4 GB.
 WORKERS = 2
-#: What runs with the newer SGLang as well: what hooks do to its functions, and whether tokens are those of the model.
+_SAMPLING = "tests/engine/test_sampling_distribution.py"
+#: What runs with the newer SGLang as well: what hooks do to its functions, and whether tokens are those of the model. That
+#: the checks of distributions find a broken rule is shown once, with the older one.
 NEWER_TESTS = (
     "tests/engine/test_greedy_parity.py::test_tokens_of_moved_requests_and_of_rounds_of_all_lengths_are_plain_sglangs",
-    "tests/engine/test_sampling_distribution.py",
+    f"{_SAMPLING}::test_sequences_of_a_mixed_batch_follow_the_target",
+    f"{_SAMPLING}::test_greedy_requests_of_a_mixed_batch_are_exact",
+    f"{_SAMPLING}::test_served_tokens_have_the_targets_own_probabilities",
     "tests/unit",
 )
 #: SHA-256 of the requirements.lock that the contract tests last passed with.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 from environment import SetupError
 from fetch_model import ensure_model
-from preloaded import FOLDER_ENV, INTERPRET_ENV
+from preloaded import FOLDER_ENV, INTERPRET_ENV, address_of_parent, forks_programs, index_what_hooks_replace
 from run_tests import MODEL_VARIABLE, contract_is_verified
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,29 +24,30 @@ if os.environ.get(INTERPRET_ENV) == "1":
 
     fast_interpreter.install()
 
-#: Files of more than about ten seconds, the longest first. Taken in this order, they end on all pytest workers alike.
+#: Files of more than some five seconds, the longest first. Taken in this order, they end on all pytest workers alike.
 LONGEST_FIRST = (
     "engine/test_greedy_parity.py",
     "engine/test_sampling_distribution.py",
+    "server/test_openai_api.py",
     "server/test_robustness.py",
     "kernels/test_triton_sampling.py",
-    "engine/test_prefill_interleave.py",
-    "engine/test_draft_policies.py",
-    "engine/test_penalties.py",
-    "server/test_answers.py",
     "engine/test_unified.py",
-    "server/test_openai_api.py",
+    "engine/test_kv_manager.py",
+    "engine/test_prefill_interleave.py",
+    "server/test_answers.py",
+    "rounds/test_unified_rounds.py",
+    "engine/test_penalties.py",
+    "kernels/test_triton_sampling_sm90.py",
+    "engine/test_architectures.py",
+    "tools/test_scripts.py",
     "kernels/test_triton_kernels.py",
     "engine/test_triton_kernels.py",
-    "engine/test_kv_manager.py",
-    "engine/test_lora.py",
-    "engine/test_seeds_and_hidden_states.py",
-    "engine/test_architectures.py",
-    "rounds/test_unified_rounds.py",
-    "tools/test_scripts.py",
-    "unit/test_internal_state.py",
-    "kernels/test_triton_sampling_sm90.py",
     "kernels/test_triton_sm90.py",
+    "engine/test_draft_policies.py",
+    "unit/test_internal_state.py",
+    "engine/test_draft_weights.py",
+    "engine/test_lora.py",
+    "tools/test_benchmarks_throughput.py",
     "unit/test_import_direction.py",
 )
 
@@ -58,6 +60,11 @@ def pytest_configure(config: pytest.Config) -> None:
     if FOLDER_ENV not in os.environ:
         os.environ[FOLDER_ENV] = tempfile.mkdtemp(prefix="sparsespec-tests-")
         config.add_cleanup(lambda: shutil.rmtree(os.environ.pop(FOLDER_ENV), ignore_errors=True))
+    if not hasattr(config, "workerinput") and config.getoption("tx", None) and forks_programs():
+        # Each of pytest-xdist's workers; what they are forked from is imported now, so that they do not wait for each other.
+        address_of_parent("0")
+        program = f"{sys.executable} {Path(__file__).with_name('forked_python.py')}"
+        config.option.tx = [f"popen//python={program}" for _ in config.option.tx]
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -97,6 +104,8 @@ def plugin() -> None:
 
     from sglang_sparsespec.hook_registry import assert_hooks_applied
 
+    if forks_programs():
+        index_what_hooks_replace()
     load_plugins()
     assert_hooks_applied()
 

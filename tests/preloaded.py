@@ -1,9 +1,9 @@
 """Starts programs that use SGLang by forking a process that has imported it.
 
 Importing SGLang takes each process some 10 s of processor time, and an engine has three processes. Here one, the parent,
-imports it once for the whole test run; engines and servers are forked from it, and their own processes from them. From
-there on they do what they do otherwise: load plugins, read arguments and the environment, start. Programs that run in
-Triton's interpreter have a parent of their own, because it replaces functions as Triton is imported.
+imports it once for the whole test run; pytest's workers, engines and servers are forked from it, and their own processes
+from them. From there on they do what they do otherwise: load plugins, read arguments and the environment, start. Programs
+that run in Triton's interpreter have a parent of their own, because it replaces functions as Triton is imported.
 
 A parent runs no thread of Python or OpenMP, so a child finds no lock held and no thread missing. With a GPU, and with
 ``SPARSESPEC_TEST_FRESH=1``, every program is a new interpreter (CUDA does not survive a fork).
@@ -31,12 +31,15 @@ import time
 import traceback
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import FunctionType, MethodType, ModuleType
 from typing import IO, Any
 
 #: Folder of this test run, the same for all pytest workers; conftest.py sets it.
 FOLDER_ENV = "SPARSESPEC_TEST_FOLDER"
 FRESH_ENV = "SPARSESPEC_TEST_FRESH"
 INTERPRET_ENV = "TRITON_INTERPRET"
+#: The checkpoint folder of the test model (run_tests.py).
+MODEL_ENV = "SPARSESPEC_TEST_MODEL"
 PR_SET_PDEATHSIG = 1
 LONGEST_REQUEST = 1 << 20
 
@@ -49,9 +52,13 @@ def preload() -> None:
 
     import setproctitle
     import sglang.launch_server
+    import sglang.srt.constrained.xgrammar_backend
     import sglang.srt.entrypoints.http_server
+    import sglang.srt.layers.attention.torch_native_backend
+    import sglang.srt.lora.backend.chunked_backend
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
+    import sglang.srt.mem_cache.hiradix_cache
     import sglang.srt.model_executor.model_runner
     import sglang.srt.models.llama
     import sglang.srt.models.registry  # noqa: F401
@@ -66,6 +73,60 @@ def preload() -> None:
     # What is run as __main__, and what reads hooks as it is imported.
     for name in ("sglang.launch_server", "sglang.srt.entrypoints.http_server"):
         del sys.modules[name]
+    if os.environ.get(MODEL_ENV) and os.environ.get(INTERPRET_ENV) != "1":
+        share_tokenizer(os.environ[MODEL_ENV])
+    index_what_hooks_replace()
+
+
+def share_tokenizer(folder: str) -> None:
+    """Load the test model's tokenizer once: the processes of an engine load it five times, for some 10 s."""
+    from sglang.srt.plugins import hook_registry
+    from sglang.srt.utils.hf_transformers import tokenizer
+
+    load = tokenizer.get_tokenizer
+    asked = {"tokenizer_mode": "auto", "trust_remote_code": False, "revision": None, "tokenizer_backend": "huggingface"}
+    shared = load(folder, **asked)
+
+    def get_tokenizer(name: str, *args: Any, **kwargs: Any) -> Any:
+        return shared if name == folder and not args and kwargs == asked else load(name, *args, **kwargs)
+
+    tokenizer.get_tokenizer = get_tokenizer
+    hook_registry._propagate_patch(load, get_tokenizer, tokenizer)
+
+
+def index_what_hooks_replace() -> None:
+    """Let SGLang find what a hook replaces in an index of the imported modules.
+
+    For each hook SGLang walks through all of them, which is four fifths of the start of a small engine.
+    """
+    from sglang.srt.plugins import hook_registry
+
+    walk = hook_registry._propagate_patch
+    indexed = {"__main__"}
+    places: dict[int, list[tuple[ModuleType, str]]] = {}
+
+    def index_imported() -> None:
+        new = sys.modules.keys() - indexed
+        indexed.update(new)
+        for module in [module for name in new if isinstance(module := sys.modules[name], ModuleType)]:
+            for name, value in list(vars(module).items()):
+                if isinstance(value, FunctionType | type):
+                    places.setdefault(id(value), []).append((module, name))
+
+    def propagate(original: Any, wrapped: Any, source: Any) -> int:
+        index_imported()
+        # What is not as it was imported, because another hook or a plugin put it there, may be in no index.
+        is_own = isinstance(original, FunctionType | MethodType | type) and original.__module__ in indexed
+        if not is_own or hasattr(original, "__wrapped__"):
+            return walk(original, wrapped, source)
+        found = [place for place in places.get(id(original), ()) if place[0] is not source]
+        found = [(module, name) for module, name in found if vars(module).get(name) is original]
+        for module, name in found:
+            setattr(module, name, wrapped)
+        return len(found)
+
+    index_imported()
+    hook_registry._propagate_patch = propagate
 
 
 def run_program(request: dict[str, Any], streams: Sequence[int]) -> None:
@@ -85,6 +146,9 @@ def run_program(request: dict[str, Any], streams: Sequence[int]) -> None:
     if arguments[0] == "-m":
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+    elif arguments[0] == "-c":
+        sys.argv = ["-c", *arguments[2:]]
+        exec(arguments[1], {"__name__": "__main__"})
     else:
         sys.argv = arguments
         sys.path.insert(0, os.path.dirname(arguments[0]))
@@ -180,9 +244,13 @@ def main() -> None:
 @functools.cache
 def forks_programs() -> bool:
     """Whether programs of this test run are forked."""
+    if os.environ.get(FRESH_ENV, "0") != "0":
+        return False
+    if not os.path.exists("/dev/nvidiactl"):
+        return True
     import torch
 
-    return os.environ.get(FRESH_ENV, "0") == "0" and not torch.cuda.is_available()
+    return not torch.cuda.is_available()
 
 
 @functools.cache

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import random
+import signal
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,8 +16,9 @@ from subprocess import Popen
 from typing import Any
 
 import requests
+from environment import SetupError
 from preloaded import forks_programs, start_program
-from quickstart import Server, choose_port, server_environment
+from quickstart import Server, choose_port, server_environment, session_members
 
 GREEDY = {"temperature": 0.0, "ignore_eos": True}
 
@@ -63,11 +68,25 @@ class Client:
             time.sleep(0.3)
 
 
+def free_port() -> int:
+    """A free port that the system does not hand out by itself: it could give one of those away before a server listens."""
+    while True:
+        with contextlib.suppress(SetupError):
+            return choose_port(random.randrange(20_000, 30_000))
+
+
 class ForkedServer(Server):
-    """A server that is forked from a process that has imported SGLang (preloaded.py)."""
+    """A server that is forked from a process that has imported SGLang (preloaded.py), and killed at the end."""
 
     def _start(self, command: Sequence[str], **popen: Any) -> Popen[Any]:
         return start_program(command, **popen) if forks_programs() else super()._start(command, **popen)
+
+    def stop(self) -> None:
+        """SGLang looks for a gentler signal every five seconds only; how servers end is what quickstart's tests look at."""
+        for member in session_members(self.process.pid):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member, signal.SIGKILL)
+        super().stop()
 
 
 def server_command(model_path: str, port: int, *flags: str) -> list[str]:
@@ -83,7 +102,7 @@ def serving(
     model_path: str, log: Path, *flags: str, port: int = 0, environment: Mapping[str, str] | None = None
 ) -> Iterator[tuple[Server, Client]]:
     """A ready server that speculates in each round, with its output in ``log``; stopped on leaving ``with``."""
-    port = choose_port(port)
+    port = choose_port(port) if port else free_port()
     command = server_command(model_path, port, "--sparsespec-speculate", "always", *flags)
     with ForkedServer(command, port, log, {**server_environment(True), **(environment or {})}) as server:
         server.wait_until_ready(300)

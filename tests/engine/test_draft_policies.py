@@ -60,7 +60,7 @@ def register():
 '''
 #: Rounds of a greedy request whose every draft is accepted; the first token is the prefill's.
 ROUNDS = 8
-SAMPLED = 2000
+SAMPLED = 1500
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ import requests
 import torch
 from engine_process import PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin, retract_plugin
 from penalised_calls import make_calls, write_model
-from quickstart import choose_port, server_environment
-from server_client import ForkedServer, server_command
+from quickstart import server_environment
+from server_client import ForkedServer, free_port, server_command
 from sglang.srt.sampling.custom_logit_processor import DisallowedTokensLogitsProcessor
 from thinking_processor import BUDGET, CountingProcessor, ThinkingProcessor
 
@@ -155,7 +155,7 @@ def answers(engine: EngineProcess, calls: dict[str, Any], **more: Any) -> list[t
 
 
 #: Plain rounds that a test forces have no logit bias: the planner makes none of a batch with one.
-CALLS = make_calls(48, bias=False)
+CALLS = make_calls(32, bias=False)
 
 
 @pytest.fixture(scope="module")
@@ -250,7 +250,7 @@ def test_a_grammar_that_allows_end_tokens_alone_and_too_early_ends_its_request(s
 
 def test_a_model_whose_own_default_is_a_penalty_needs_no_flag(plain: EngineProcess, model: str, tmp_path: Path) -> None:
     """As Qwen2.5, whose generation_config.json has these values."""
-    folder, port = tmp_path / "llama", choose_port(0)
+    folder, port = tmp_path / "llama", free_port()
     shutil.copytree(model, folder)
     defaults = {"repetition_penalty": 1.1, "temperature": 0.7, "top_p": 0.8, "top_k": 20, "do_sample": True}
     (folder / "generation_config.json").write_text(json.dumps(defaults))

@@ -21,23 +21,23 @@ from tiny_model import VOCAB, write_tiny_llama
 
 pytestmark = pytest.mark.slow
 
-CONTEXT = 2048
+CONTEXT = 1024
 CHUNK = 32
 PORT = 31460
 #: Tokens of the prompts that are prefilled in many chunks, after eight short ones.
-LONG = (900, 700, 40, 500)
+LONG = (450, 350, 40, 250)
 COMMON: dict[str, Any] = {"device": "cpu", "dtype": "float32", "skip_tokenizer_init": True, "context_length": CONTEXT}
 #: Flags, and variables of the environment. The KV pools of some are too small for all requests at once.
 SERVERS: dict[str, tuple[list[str], dict[str, str]]] = {
-    "lockstep": (["--schedule-conservativeness", "0.01", "--max-total-tokens", "3000"], {}),
+    "lockstep": (["--schedule-conservativeness", "0.01", "--max-total-tokens", "1500"], {}),
     "unified, radix cache": (["--sparsespec-schedule", "unified", "--max-total-tokens", "20000"], {}),
     "unified, no overlap, no radix cache": (
         ["--sparsespec-schedule", "unified", "--disable-overlap-schedule", "--disable-radix-cache"]
-        + ["--max-total-tokens", "4000", "--schedule-conservativeness", "0.01"],
+        + ["--max-total-tokens", "2000", "--schedule-conservativeness", "0.01"],
         {},
     ),
     "KV manager": (
-        ["--sparsespec-host-kv-gb", "0.01", "--max-total-tokens", "3000"],
+        ["--sparsespec-host-kv-gb", "0.01", "--max-total-tokens", "1500"],
         {"SPARSESPEC_TEST_OFFLOAD_INTERVAL": "3"},
     ),
 }
@@ -48,7 +48,7 @@ def make_calls() -> list[dict[str, Any]]:
     rng = random.Random(0)
     lengths = [rng.randrange(5, 20) for _ in range(8)] + list(LONG)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in lengths]
-    return [{"prompt": prompt, "max_new_tokens": 700 if len(prompt) < 20 else 60} for prompt in prompts]
+    return [{"prompt": prompt, "max_new_tokens": 350 if len(prompt) < 20 else 60} for prompt in prompts]
 
 
 CALLS = make_calls()
@@ -143,7 +143,7 @@ def test_aborting_a_prompt_between_its_chunks_leaves_the_others_alone(server: Se
     thread.start()
     for index in range(6):
         rid = f"doomed-{index}"
-        prompt = [rng.randrange(VOCAB) for _ in range(1200)]
+        prompt = [rng.randrange(VOCAB) for _ in range(600)]
         body = {"input_ids": prompt, "rid": rid, "sampling_params": {**GREEDY, "max_new_tokens": 4}}
         answers: list[Any] = []
         asking = threading.Thread(

@@ -156,19 +156,22 @@ def engines(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Itera
         }
 
 
+#: 1500 sequences tell the subtlest broken rule below, another token after a rejection, with a p-value of 1e-17 or less; 700
+#: tell a penalty that is missing with 1e-40, 500 another one with 1e-50. What a filter removes is impossible, and one such
+#: sequence is enough.
+UNFILTERED = {"temperature 1": 1500}
 MIXED = {
-    "temperature 1": 2000,
-    "top_p": 1500,
-    "top_k": 1500,
-    "min_p": 1500,
-    "all filters": 1500,
-    "greedy": 100,
+    **UNFILTERED,
+    "top_p": 400,
+    "top_k": 400,
+    "min_p": 400,
+    "all filters": 400,
+    "greedy": 50,
     "frequency penalty": 700,
-    "presence penalty": 700,
-    "repetition penalty": 700,
-    "min_new_tokens": 700,
+    "presence penalty": 400,
+    "repetition penalty": 500,
+    "min_new_tokens": 500,
 }
-UNFILTERED = {"temperature 1": 2000}
 
 
 @pytest.fixture(scope="module", params=["overlap", "unified"])
@@ -217,7 +220,7 @@ def test_drafts_are_neither_all_accepted_nor_all_rejected(
     assert 1.2 < accept_length < NUM_STEPS + 0.8
 
 
-@pytest.mark.parametrize("schedule", ["overlap", "no overlap", "unified"])
+@pytest.mark.parametrize("schedule", ["no overlap", "unified"])
 def test_sequences_of_a_batch_without_filters_follow_the_target(
     schedule: str, engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
 ) -> None:
@@ -251,7 +254,7 @@ def test_served_tokens_have_the_targets_own_probabilities(
 def test_sequences_of_rounds_with_fewer_drafts_follow_the_target(
     engines: dict[str, Sampler], exact: dict[str, dict[tuple[int, ...], float]]
 ) -> None:
-    sampler, kinds = engines["no overlap"], {"temperature 1": 2000, "all filters": 1500, "greedy": 50}
+    sampler, kinds = engines["no overlap"], {**UNFILTERED, "all filters": 400, "greedy": 50}
     assert sampler.rule_file is not None
     before = sampler.engine.state()["sparsespec_draft_length_histogram"]
     sampler.rule_file.write_text(FEWER_DRAFTS)
@@ -301,10 +304,10 @@ def test_a_penalty_that_overlooks_drafts_is_found(
 ) -> None:
     sampler = engines["no overlap"]
     assert sampler.rule_file is not None
-    assert p_value(sampler.sample({kind: 700})[kind], exact[kind]) >= BOUND
+    assert p_value(sampler.sample({kind: 500})[kind], exact[kind]) >= BOUND
     sampler.rule_file.write_text(rule)
     try:
-        found = sampler.sample({kind: 1500})[kind]
+        found = sampler.sample({kind: 1200})[kind]
     finally:
         sampler.rule_file.write_text("as it is")
     assert p_value(found, exact[kind]) < BROKEN

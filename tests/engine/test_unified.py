@@ -17,7 +17,7 @@ from tiny_model import CONTEXT, VOCAB, write_tiny_llama
 pytestmark = pytest.mark.slow
 
 #: Lengths of prompts, some of them sharing prefixes, and of outputs up to the context's end.
-LENGTHS = [3, 40, 77, 120, 5, 9, 200, 31, 64, 65, 17, 150, 40, 2, 90, 33, 64, 8, 110, 25]
+LENGTHS = [3, 40, 77, 120, 5, 9, 200, 31, 64, 65, 17, 150, 40, 2]
 
 
 def requests() -> dict[str, Any]:
@@ -28,7 +28,7 @@ def requests() -> dict[str, Any]:
         own = torch.randint(0, VOCAB, (length,), generator=generator).tolist()
         prompts.append(common[:length] if index % 3 == 0 else own)
         room = CONTEXT - length - 1
-        tokens = room if index % 4 == 0 else min(room, 5 + 11 * index)
+        tokens = room if index % 6 == 0 else min(room, 5 + 11 * index)
         parameters.append({"temperature": 0.0, "max_new_tokens": tokens, "ignore_eos": True})
     return {"input_ids": prompts, "sampling_params": parameters}
 
@@ -52,7 +52,7 @@ def engines(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Engi
         "sparsespec_min_budget": 12,
         "sparsespec_budget_ratio": 0.01,
     }
-    retracting: dict[str, Any] = {"max_total_tokens": 900, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
+    retracting: dict[str, Any] = {"max_total_tokens": 550, "schedule_conservativeness": 0.01, "chunked_prefill_size": 32}
     simple: dict[str, Any] = {"disable_overlap_schedule": True, "disable_radix_cache": True, "max_total_tokens": 8000}
     with (
         EngineProcess(PLAIN_ENV, **common, **PLAIN, max_total_tokens=8000, port=31300) as plain_engine,
@@ -85,7 +85,8 @@ def expected(engines: dict[str, EngineProcess]) -> list[list[int]]:
 def test_greedy_tokens_are_plain_sglangs(
     name: str, engines: dict[str, EngineProcess], expected: list[list[int]]
 ) -> None:
-    for _ in range(2):  # the second time after requests of the first have left their rows
+    # The second time after requests of the first have left their rows, as retracted ones do in any case.
+    for _ in range(1 if name == "retracting" else 2):
         outputs = engines[name].generate(**requests())
         assert [output["output_ids"] for output in outputs] == expected
         # Drafts were made and accepted: this is not plain decoding.

@@ -17,8 +17,8 @@ import pytest
 import requests
 from answer_cases import case_of, difference_of_turns, play
 from engine_process import PLAIN_ENV, install_plugin, plain_rounds_plugin, retract_plugin
-from quickstart import choose_port, server_environment
-from server_client import Client, ForkedServer, assert_healthy, serving
+from quickstart import server_environment
+from server_client import Client, ForkedServer, assert_healthy, free_port, serving
 from tiny_chat_model import write_tiny_chat_model
 from transformers import AutoTokenizer
 
@@ -56,7 +56,7 @@ def answers(url: str, model: Path, is_plain: bool = False) -> dict[int, tuple[An
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[int, tuple[Any, Any]]:
     """Plain SGLang's answers."""
-    port = choose_port(0)
+    port = free_port()
     command = [sys.executable, "-m", "sglang.launch_server", "--model-path", str(model), "--port", str(port), *COMMON]
     command += ["--device", "cpu", "--dtype", "float32", "--sleep-on-idle", "--max-total-tokens", "20000"]
     command += ["--disable-cuda-graph", "--attention-backend", "torch_native"]

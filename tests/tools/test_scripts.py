@@ -242,7 +242,6 @@ def test_quickstart_says_that_there_is_nothing_to_compare(project: Path, monkeyp
 @pytest.mark.parametrize(
     ("mode", "message"),
     [
-        ("dies", "the server ended (exit status 3)"),
         ("refuses", 'status 400: {"message": "The input is longer than the context"}'),
         ("stream_breaks", "/v1/chat/completions"),
         ("plain", "the server does not run SPARSESPEC"),
@@ -265,8 +264,10 @@ def test_quickstart_shows_the_end_of_the_log_of_a_server_that_dies(
     monkeypatch.setenv("STUB_MODE", "dies")
     run = Quickstart(project)
     assert run.wait() == 1
+    assert run.errors.startswith("error: the server ended (exit status 3)") and "Traceback" not in run.errors
     assert "ValueError: --page-size 16 is not supported" in run.errors
     assert str(run.log) in run.errors
+    assert run.server_processes() == []
 
 
 def test_quickstart_gives_up_on_a_server_that_does_not_become_ready(

@@ -84,11 +84,10 @@ PLANTED = {
 @pytest.mark.parametrize("case", PLANTED)
 def test_a_planted_import_is_found(case: str, project: Path) -> None:
     file, text, said = PLANTED[case]
-    before = violations(project)
     path = project / file
     path.write_text(f"{path.read_text()}\n{text}\n")
     line = len(path.read_text().splitlines())
-    assert said.format(line=line) in set(violations(project)) - set(before)
+    assert said.format(line=line) in violations(project), "the project itself has none, see above"
 
 
 def test_a_planted_circle_is_found(project: Path) -> None:
