@@ -58,7 +58,6 @@ def preload() -> None:
     import sglang.srt.lora.backend.chunked_backend
     import sglang.srt.managers.detokenizer_manager
     import sglang.srt.managers.scheduler
-    import sglang.srt.mem_cache.hiradix_cache
     import sglang.srt.model_executor.model_runner
     import sglang.srt.models.llama
     import sglang.srt.models.registry  # noqa: F401
