@@ -11,9 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -202,6 +203,24 @@ def test_a_program_that_is_ended_does_not_wait_for_requests_in_flight() -> None:
         done.set()
         signal.signal(signal.SIGALRM, before)
     assert time.monotonic() - started < 10
+
+
+@pytest.mark.parametrize(
+    ("status", "text", "error"),
+    [
+        (soak.ABORTED_STATUS, "", soak.AbortedError),
+        (400, '{"error":{"message":"Aborted by AbortReq."}}', soak.AbortedError),
+        (400, '{"error":{"message":"top_p must be in (0, 1]"}}', soak.MalformedError),
+    ],
+)
+def test_statuses_of_aborted_answers_are_told_from_those_of_refused_ones(
+    status: int, text: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = SimpleNamespace(status_code=status, text=text)
+    monkeypatch.setattr("requests.post", lambda *args, **kwargs: nullcontext(answer))
+    with pytest.raises(soak.MalformedError) as raised:
+        soak.send("", request("regex"))
+    assert type(raised.value) is error
 
 
 def test_an_answer_that_is_aborted_is_a_failure_unless_an_event_aborted_it() -> None:
