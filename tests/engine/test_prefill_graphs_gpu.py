@@ -14,7 +14,6 @@ import torch
 from engine_process import EngineProcess
 from tiny_architectures import VOCAB, write_tiny
 
-DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.slow,
@@ -34,8 +33,8 @@ def answers(checkpoint: Path, graphs: str) -> tuple[list[dict[str, Any]], str]:
     args: dict[str, Any] = {
         "model_path": str(checkpoint),
         "skip_tokenizer_init": True,
-        "device": DEVICE,
-        "dtype": "bfloat16" if DEVICE == "cuda" else "float32",
+        "device": "cuda",
+        "dtype": "bfloat16",
         "context_length": CONTEXT,
         "max_total_tokens": 80_000,
         "max_running_requests": 8,
