@@ -24,7 +24,16 @@ from engine_process import (
     plain_rounds_plugin,
     retract_plugin,
 )
-from tiny_architectures import CONFIGS, FOR_GPUS, VOCAB, WINDOW, likeliest_tokens, shortfalls, write_tiny
+from tiny_architectures import (
+    CONFIGS,
+    FOR_GPUS,
+    OWN_FOR_GPUS,
+    VOCAB,
+    WINDOW,
+    likeliest_tokens,
+    shortfalls,
+    write_tiny,
+)
 
 pytestmark = pytest.mark.slow
 
@@ -265,13 +274,6 @@ def test_a_broken_rule_shows(architecture: str, rule: str, checkpoints: dict[str
 #: Of logits of these models in float16, which the GPU's norms need; the best two are 0.7 apart in the median. On a CPU plain
 #: rounds in float16 fall short by up to 0.17.
 ROUNDING = 0.4
-#: What the checkpoints of the tests on a GPU have besides. With all experts for each token, rounding changes no choice.
-SIZES_ON_GPU: dict[str, dict[str, int]] = {
-    "Gemma2ForCausalLM": {"query_pre_attn_scalar": 64},
-    "Gemma3ForCausalLM": {"query_pre_attn_scalar": 64},
-    "Qwen3MoeForCausalLM": {"num_experts_per_tok": 8},
-    "GptOssForCausalLM": {"num_experts_per_tok": 8},
-}
 
 
 @pytest.mark.gpu
@@ -279,7 +281,7 @@ SIZES_ON_GPU: dict[str, dict[str, int]] = {
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_tokens_on_a_gpu_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
     """Compiled kernels and captured graphs; drafts use the weights that the start-up chooses. Plain rounds, too."""
-    sizes = {**FOR_GPUS, "dtype": "float16", **SIZES_ON_GPU.get(architecture, {})}
+    sizes = {**FOR_GPUS, "dtype": "float16", **OWN_FOR_GPUS.get(architecture, {})}
     checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **sizes)
     args = {"model_path": str(checkpoint), **COMMON, **SPARSESPEC, "device": "cuda", "cuda_graph_bs_decode": [1, 4, 8]}
     args |= {**OWN.get(architecture, {}), "dtype": "float16", "mem_fraction_static": 0.5, "disable_prefill_cuda_graph": True}
