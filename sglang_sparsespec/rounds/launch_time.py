@@ -1,70 +1,100 @@
 """When the next round is chosen: before the device is done with the round in flight, but not much before.
 
-SGLang's overlap scheduler chooses and launches a batch as soon as it has read the results of the last but one. A request that
-arrives right after that waits for two rounds, and rounds of many drafts are long. Chosen late, the next batch is a prefill of
-what has arrived meanwhile, and the device does not wait either way.
+SGLang's overlap scheduler chooses and launches a batch as soon as it has read the results of the last but one. A request
+that arrives right after that waits for two rounds, and rounds of many drafts are long. Chosen late, the next batch is a
+prefill of what has arrived meanwhile, and the device does not wait either way.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
+
+
+@dataclass
+class Batch:
+    """The batch launched last. Times are seconds, ``begun_at`` is by the host's clock.
+
+    Attributes:
+        seconds: that the device will take, None if that is not known.
+        host_seconds: what the scheduler usually takes for an iteration with such a batch.
+        begun_at: when the device has begun with it, None while it has others to do.
+    """
+
+    seconds: float | None
+    host_seconds: float
+    begun_at: float | None
 
 
 class LaunchTime:
-    """Waits until the next batch has to be chosen. Times are seconds of the host's clock.
+    """Waits until the next batch has to be chosen.
 
     Args:
         is_idle: whether the device has finished every round.
 
     Attributes:
-        lead: how long before the expected end of the round in flight the next batch is chosen, in units of the scheduler's
-            time for an iteration. It grows when the device was idle at a launch after a wait, and shrinks otherwise.
+        lead: what an iteration takes from its begin to the launch of a whole round, in units of ``host_seconds``: so long
+            before the end of the round in flight the next batch is chosen. It follows what iterations take, quickly upwards.
     """
 
-    #: What a launch after a wait adds to the lead or takes from it: in balance one such launch of 50 finds the device idle.
-    RAISE, LOWER = 0.1, 0.002
-    LEAST_LEAD, MOST_LEAD = 0.25, 3.0
+    RAISE, LOWER = 0.25, 0.01
+    #: One iteration that takes very long, such as one with a garbage collection, moves the lead no further than this many
+    #: times its value would.
+    OUTLIER = 2.0
+    #: What rounds may differ from what is expected of them.
+    TOLERANCE = 0.02
     #: The longest wait between two looks at the device.
     TICK_S = 0.001
 
     def __init__(self, is_idle: Callable[[], bool]) -> None:
         self._is_idle = is_idle
         self.lead = 1.0
-        self._results_at = 0.0
-        self._round: tuple[float, float, float] | None = None
-        self._waited = False
+        self._batch: Batch | None = None
+        self._unread = 0
+        self._iteration_at: float | None = None
+
+    def note_batch(self, seconds: float | None = None, host_seconds: float = 0.0) -> None:
+        """A batch is about to be launched, see :class:`Batch`."""
+        now = time.perf_counter()
+        if not self._unread:
+            # This iteration has waited for the device, so what it takes says nothing about the host.
+            self._iteration_at = None
+        is_next = not self._unread or (self._batch is not None and self._batch.seconds is not None and self._is_idle())
+        self._batch = Batch(seconds, host_seconds, now if is_next else None)
+        self._unread = min(self._unread, 1) + 1
+
+    def note_round_launched(self) -> None:
+        """All forwards of the round are launched."""
+        batch, begun = self._batch, self._iteration_at
+        if batch is None or batch.seconds is None or begun is None:
+            return
+        ratio = min((time.perf_counter() - begun) / batch.host_seconds, self.OUTLIER * self.lead)
+        self.lead += (self.RAISE if ratio > self.lead else self.LOWER) * (ratio - self.lead)
 
     def note_results(self) -> None:
-        """The host has read the results of the batch before the one in flight: the device has begun with that one."""
-        self._results_at = time.perf_counter()
+        """The host has waited for the results of the oldest batch whose results it had not read."""
+        self._unread = max(self._unread - 1, 0)
+        if self._unread and self._batch is not None and self._batch.begun_at is None:
+            self._batch.begun_at = time.perf_counter()
 
-    def note_launch(self, seconds: float, host_seconds: float) -> None:
-        """A round is launched that will take ``seconds``; the scheduler takes ``host_seconds`` for an iteration."""
-        self._learn()
-        self._round = (time.perf_counter(), seconds, host_seconds)
+    def end_iteration(self, arrived: Callable[[float], bool] | None) -> None:
+        """Wait until the batch after the one in flight has to be chosen; not if the end of that one is not known.
 
-    def wait(self, arrived: Callable[[float], bool]) -> None:
-        """Wait until the batch after the last one launched has to be chosen, unless that is no round, or something arrives.
+        What arrives in the wait becomes one batch, which is chosen twice as early: a prefill takes the host longer.
 
         Args:
-            arrived: waits for so many seconds at most; whether there is something to receive.
+            arrived: waits for so many seconds at most; whether there is something to receive. None: do not wait.
         """
-        self._waited = False
-        if self._round is None:
-            return
-        launched_at, seconds, host_seconds = self._round
-        self._round = None
-        due = max(launched_at, self._results_at) + seconds - self.lead * host_seconds
-        while due - time.perf_counter() > self.TICK_S and not self._is_idle():
-            if arrived(self.TICK_S):
-                self._waited = False
-                return
-            self._waited = True
-
-    def _learn(self) -> None:
-        """Called before the launch of the round that was chosen after a wait."""
-        if self._waited:
-            change = self.RAISE if self._is_idle() else -self.LOWER
-            self.lead = min(max(self.lead + change, self.LEAST_LEAD), self.MOST_LEAD)
-            self._waited = False
+        batch = self._batch
+        if arrived is not None and batch is not None and batch.seconds is not None and batch.begun_at is not None:
+            lead = self.lead * batch.host_seconds
+            due = batch.begun_at + batch.seconds * (1 - self.TOLERANCE) - lead
+            has_arrived = False
+            while time.perf_counter() < due - self.TICK_S and not self._is_idle():
+                if has_arrived:
+                    time.sleep(self.TICK_S)
+                elif arrived(self.TICK_S):
+                    has_arrived = True
+                    due -= lead
+        self._iteration_at = time.perf_counter()

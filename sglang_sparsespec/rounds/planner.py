@@ -81,7 +81,7 @@ class Planner:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
         times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
             ``speculate`` is "never".
-        launch_time: when the next round is to be chosen; it knows nothing of rounds on a CPU, or before ``times``.
+        launch_time: when the next batch is to be chosen. It is not told how long rounds take on a CPU.
     """
 
     #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
@@ -146,6 +146,7 @@ class Planner:
 
     def note_launch(self) -> None:
         """The round has been launched."""
+        self.launch_time.note_round_launched()
         if self._timed is not None:
             begin, label = self._timed
             self._timer.add(begin, self._timer.now(), label)
@@ -161,10 +162,12 @@ class Planner:
         choice = self._choice(load, must_verify)
         if choice.plain_steps:
             self._belief.note_plain_steps(choice.plain_steps)
-        if self.times is not None:
+        if self.times is None:
+            self.launch_time.note_batch()
+        else:
             expected, plain = self._table_seconds(load, choice), choice.drafts == 0
             if self._on_gpu:
-                self.launch_time.note_launch(expected * self._correction(load).of(plain), self._host_seconds(load))
+                self.launch_time.note_batch(expected * self._correction(load).of(plain), self._host_seconds(load))
             self._timed = (self._timer.now(), (load, plain, expected))
         return choice
 

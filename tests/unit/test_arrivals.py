@@ -21,8 +21,8 @@ class LaunchTime:
     def note_results(self) -> None:
         self.told.append("results")
 
-    def wait(self, arrived: Callable[[float], bool]) -> None:
-        self.told.append(arrived(0.001))
+    def end_iteration(self, arrived: Callable[[float], bool] | None) -> None:
+        self.told.append("no wait" if arrived is None else arrived(0.001))
 
 
 class Worker:
@@ -44,44 +44,62 @@ def sockets() -> Iterator[tuple[zmq.Socket[bytes], zmq.Socket[bytes]]]:
 def told(monkeypatch: pytest.MonkeyPatch, socket: Any, batch: Any = "a batch", **changes: Any) -> list[Any]:
     """What the end of an iteration tells the planner."""
     monkeypatch.setattr(arrivals, "SparseSpecWorker", Worker)
-    prefill = changes.pop("prefill", False)
-    last = SimpleNamespace(forward_mode=SimpleNamespace(is_extend=lambda: prefill))
+    held = changes.pop("holds_admission", None)
+    manager = None if held is None else SimpleNamespace(holds_admission=held)
+    monkeypatch.setattr(arrivals, "manager_of", lambda scheduler: manager)
     receiver = SimpleNamespace(recv_from_tokenizer=socket, recv_skipper=changes.pop("recv_skipper", None))
-    values = {"draft_worker": Worker(), "last_batch": last, "waiting_queue": [], "chunked_req": None, **changes}
-    scheduler = SimpleNamespace(**values, request_receiver=receiver)
+    compiling = changes.pop("compiling", False)
+    grammars = SimpleNamespace(has_waiting_grammars=lambda: compiling)
+    values = {"draft_worker": Worker(), "waiting_queue": [], "chunked_req": None, **changes}
+    scheduler = SimpleNamespace(**values, request_receiver=receiver, grammar_manager=grammars)
     arrivals.wait_for_arrivals(None, scheduler, None, batch)
     return scheduler.draft_worker.planner.launch_time.told
 
 
-def test_it_waits_for_a_message(monkeypatch: pytest.MonkeyPatch, sockets: Any) -> None:
+@pytest.mark.parametrize("changes", [{}, {"holds_admission": False}])
+def test_it_waits_for_a_message(monkeypatch: pytest.MonkeyPatch, sockets: Any, changes: dict[str, Any]) -> None:
     receiving, sending = sockets
-    assert told(monkeypatch, receiving) == [False]
+    assert told(monkeypatch, receiving, **changes) == [False]
     sending.send(b"a request")
-    assert told(monkeypatch, receiving) == [True]
+    assert told(monkeypatch, receiving, **changes) == [True]
     assert receiving.recv() == b"a request"  # it is SGLang's to receive
 
 
 @pytest.mark.parametrize(
     "changes",
-    [{"batch": None}, {"waiting_queue": ["a request"]}, {"chunked_req": "a request"}, {"recv_skipper": "a skipper"}],
+    [
+        {"batch": None},
+        {"waiting_queue": ["a request"]},
+        {"chunked_req": "a request"},
+        {"recv_skipper": "a skipper"},
+        {"compiling": True},
+        {"holds_admission": True},
+    ],
 )
-def test_it_does_not_wait_where_the_next_batch_is_known_or_nothing_is_received(
+def test_it_does_not_wait_where_an_arrival_would_not_come_next(
     monkeypatch: pytest.MonkeyPatch, sockets: Any, changes: dict[str, Any]
 ) -> None:
-    assert told(monkeypatch, sockets[0], **changes) == []
+    assert told(monkeypatch, sockets[0], **changes) == ["no wait"]
 
 
 def test_a_rank_that_does_not_receive_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert told(monkeypatch, None) == []
+    assert told(monkeypatch, None) == ["no wait"]
 
 
-def test_results_of_a_prefill_and_of_a_round_are_noted(monkeypatch: pytest.MonkeyPatch, sockets: Any) -> None:
-    assert told(monkeypatch, sockets[0], prefill=True) == ["results", False]
+def test_results_are_noted_once_they_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(arrivals, "SparseSpecWorker", Worker)
     worker = Worker()
-    arrivals.note_results(None, SimpleNamespace(model_worker=worker), "a result", "a batch")
-    assert worker.planner.launch_time.told == ["results"]
+    processor, told = SimpleNamespace(model_worker=worker), worker.planner.launch_time.told
+    arrivals.note_round_results(None, processor, "a result", "a batch")
+    assert told == ["results"]
+    done = SimpleNamespace(synchronize=lambda: told.append("waited"))
+    arrivals.note_prefill_results(processor, "a batch", SimpleNamespace(copy_done=done))
+    arrivals.note_prefill_results(processor, "a batch", SimpleNamespace(copy_done=None))
+    assert told == ["results", "waited", "results", "results"]
 
 
 def test_other_workers_are_left_alone() -> None:
     arrivals.wait_for_arrivals(None, SimpleNamespace(draft_worker=None), None, "a batch")
-    arrivals.note_results(None, SimpleNamespace(model_worker=None))
+    processor = SimpleNamespace(model_worker=None)
+    arrivals.note_round_results(None, processor)
+    arrivals.note_prefill_results(processor, "a batch", None)
