@@ -227,7 +227,6 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         publish = on_publish or (lambda new_seq_lens: None)
         if not batch.forward_mode.is_decode():
-            self.planner.launch_time.note_batch()
             return self._prefill(batch, publish)
         outcome = self._run_round(batch, publish)
         self.planner.note_launch()
@@ -281,7 +280,6 @@ class SparseSpecWorker(BaseSpecWorker):
         assert self._lockstep is not None and self._plain is not None
         self.lose_drafts(batch.reqs)
         batch.sampling_info.reqs = batch.reqs
-        self.planner.launch_time.note_batch()
         self.metrics.note_single_step()
         if "processor" not in self._logged_reasons:
             self._logged_reasons.add("processor")

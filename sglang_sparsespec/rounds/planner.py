@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.distributed import get_tp_group
 
 from sglang_sparsespec.rounds.acceptance import AcceptanceBelief
-from sglang_sparsespec.rounds.launch_time import LaunchTime
 from sglang_sparsespec.rounds.round_timer import RoundTimer
 from sglang_sparsespec.rounds.round_times import Load, RoundTimes
 from sglang_sparsespec.settings import ALWAYS, NEVER, Settings, check_speculate
@@ -81,7 +80,6 @@ class Planner:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
         times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
             ``speculate`` is "never".
-        launch_time: when the next batch is to be chosen. It is not told how long rounds take on a CPU.
     """
 
     #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
@@ -107,7 +105,6 @@ class Planner:
         self._is_plain = False
         self._timer = RoundTimer(on_gpu)
         self._timed: tuple[Any, tuple[Load, bool, float]] | None = None
-        self.launch_time = LaunchTime(self._timer.is_idle)
 
     @property
     def acceptance_rates(self) -> list[float]:
@@ -146,7 +143,6 @@ class Planner:
 
     def note_launch(self) -> None:
         """The round has been launched."""
-        self.launch_time.note_round_launched()
         if self._timed is not None:
             begin, label = self._timed
             self._timer.add(begin, self._timer.now(), label)
@@ -162,13 +158,8 @@ class Planner:
         choice = self._choice(load, must_verify)
         if choice.plain_steps:
             self._belief.note_plain_steps(choice.plain_steps)
-        if self.times is None:
-            self.launch_time.note_batch()
-        else:
-            expected, plain = self._table_seconds(load, choice), choice.drafts == 0
-            if self._on_gpu:
-                self.launch_time.note_batch(expected * self._correction(load).of(plain), self._host_seconds(load))
-            self._timed = (self._timer.now(), (load, plain, expected))
+        if self.times is not None:
+            self._timed = (self._timer.now(), (load, choice.drafts == 0, self._table_seconds(load, choice)))
         return choice
 
     def _choice(self, load: Load, must_verify: bool) -> RoundChoice:
@@ -204,11 +195,7 @@ class Planner:
     def _seconds(self, load: Load, choice: RoundChoice) -> float:
         """What a round is expected to take."""
         seconds = self._table_seconds(load, choice) * self._correction(load).of(plain=choice.drafts == 0)
-        return max(seconds, self._host_seconds(load)) if self._on_gpu else seconds
-
-    def _host_seconds(self, load: Load) -> float:
-        """What the scheduler takes for one iteration on a GPU."""
-        return self.HOST_S + self.HOST_REQUEST_S * load.requests
+        return max(seconds, self.HOST_S + self.HOST_REQUEST_S * load.requests) if self._on_gpu else seconds
 
     def _plain_steps(self, load: Load) -> int:
         """As few as last long enough; all of them where the scheduler's work is not hidden behind the device's."""
