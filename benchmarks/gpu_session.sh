@@ -97,7 +97,8 @@ claim parity 560 parity.py --model-path "$SMALL" --results "$OUT/parity.jsonl" -
 # Ten thousand generations, and a control that shows how far ties reach. About 5 minutes: 3 starts, 480,000 tokens twice.
 claim parity-10k 590 parity.py --model-path "$MODEL" --results "$OUT/parity-10k.jsonl" --short 0 --problems 0 --long 0 \
   --cuts 10000 --max-new-tokens 48 --alternatives 10 --concurrency 256 --control-prompts 1000 --engines plain:triton sparsespec
-# About 6 minutes an engine: 320 requests at shares of some 16 requests/s, and 25 s for each start of bench_serving.
+# About 7 minutes an engine: 85 s for its start with prefill graphs, 320 requests at shares of some 20 requests/s, and 25 s for
+# each start of bench_serving.
 claim serving 595 serving.py --model-path "$MODEL" --results "$OUT/serving.jsonl" --rates inf 25% 50% 75% 90% \
   --dataset code:512 code:2048 code:8192 --new-tokens 128 512 1024 --requests 320 --max-running-requests 160 \
   --temperature 0.6 --time-limit 440
@@ -110,7 +111,7 @@ claim kv-manager 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-mana
   --max-running-requests 160 --engines sparsespec,sparsespec_host_kv_gb=12 sparsespec
 claim kv-manager-plain 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-manager-plain.jsonl" --requests 400 \
   --max-running-requests 160 --engines plain plain,schedule_conservativeness=0
-# The same with the shapes of a larger model, whose KV takes most of a step; SIMULATED. About 4 minutes an engine.
+# The same with the shapes of a larger model, whose KV takes most of a step; SIMULATED. About 200, 215 and 290 s.
 [[ -z $SHAPES ]] || SGLANG_SIMULATE_ACC_LEN=${SIMULATED_LENGTH:-7.02} claim kv-manager-shapes 900 kv_manager.py \
   --model-path "$SHAPES" --load-format dummy --results "$OUT/kv-manager-shapes.jsonl" --requests 200 \
   --max-total-tokens 300000 --max-running-requests 160 --engines sparsespec,sparsespec_host_kv_gb=24 sparsespec plain \
