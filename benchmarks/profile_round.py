@@ -7,7 +7,8 @@ Prompts are prefilled, then sent again together; once all of them decode, ``--ro
 SGLang's profiler, and one before them that is dropped: starting the profiler stops the GPU. A step is a round of drafts and
 a verification for SPARSESPEC, one token for plain decoding. Kernels may overlap (programmatic dependent launch begins one
 before the one before it has ended): each is counted for what it adds to the time that earlier ones cover, so that the shares
-and the idle time add up to the whole. A draft step's kernels are listed by themselves too.
+and the idle time add up to the whole. A draft step's kernels are listed by themselves too, and the scheduler's calls of CUDA:
+a call that takes longer than a launch does (some 10 us) waits for the GPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from _common import (
 )
 
 GPU_CATEGORIES = {"kernel", "gpu_memcpy", "gpu_memset"}
+HOST_CATEGORIES = {"cuda_runtime", "cuda_driver"}
 #: Gaps up to this length (us) are the GPU's own, between dependent kernels of a CUDA graph; in longer ones it waits.
 LAUNCH_GAP_US = 5.0
 #: Parts of the names of this project's attention kernels.
@@ -53,8 +55,8 @@ GROUPS = {
 
 
 @dataclass(frozen=True)
-class GpuEvent:
-    """One kernel, copy or fill: start and duration in microseconds."""
+class Event:
+    """A kernel, copy or fill on the GPU, or a call of CUDA: start and duration in microseconds."""
 
     name: str
     start: float
@@ -71,8 +73,8 @@ def group_of(kernel: str) -> str:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
-def load_gpu_events(path: Path) -> list[GpuEvent]:
-    """The GPU events of a Chrome trace (plain or gzip), by start.
+def load_events(path: Path, categories: Set[str] = frozenset(GPU_CATEGORIES)) -> list[Event]:
+    """The GPU's events of a Chrome trace (plain or gzip), or those of other ``categories``, by start.
 
     Raises:
         ValueError: the trace has none.
@@ -80,22 +82,23 @@ def load_gpu_events(path: Path) -> list[GpuEvent]:
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         trace = json.load(file)
     events = [
-        GpuEvent(event["name"], float(event["ts"]), float(event["dur"]))
+        Event(event["name"], float(event["ts"]), float(event["dur"]))
         for event in trace["traceEvents"]
-        if event.get("ph") == "X" and event.get("cat") in GPU_CATEGORIES
+        if event.get("ph") == "X" and event.get("cat") in categories
     ]
     if not events:
-        raise ValueError(f"{path} holds no GPU events; was the profiler run with the GPU activity?")
+        kinds = ", ".join(sorted(categories))
+        raise ValueError(f"{path} holds no events of {kinds}; was the profiler run with the GPU activity?")
     return sorted(events, key=lambda event: event.start)
 
 
-def without_first_step(events: Sequence[GpuEvent], steps: int) -> list[GpuEvent]:
+def without_first_step(events: Sequence[Event], steps: int) -> list[Event]:
     """The events of all but the first of ``steps`` equally long steps."""
     window = max(event.end for event in events) - events[0].start
     return [event for event in events if event.start >= events[0].start + window / steps]
 
 
-def breakdown(events: Sequence[GpuEvent], steps: int, top: int = 30) -> dict[str, Any]:
+def breakdown(events: Sequence[Event], steps: int, top: int = 30) -> dict[str, Any]:
     """Time of a step by group and by kernel, and idle shares; ``events`` (by start) are those of ``steps`` steps."""
     reached = events[0].start
     idle = waiting = longest = 0.0
@@ -127,7 +130,19 @@ def breakdown(events: Sequence[GpuEvent], steps: int, top: int = 30) -> dict[str
     }
 
 
-def draft_step(events: Sequence[GpuEvent], layers: int, top: int = 30) -> dict[str, Any] | None:
+def host_calls(calls: Sequence[Event], steps: int, top: int = 10) -> list[dict[str, Any]]:
+    """The host's calls of CUDA during ``steps`` steps, by name, those that took longest first."""
+    by_name: dict[str, list[float]] = {}
+    for call in calls:
+        by_name.setdefault(call.name, []).append(call.duration)
+    longest_first = sorted(by_name.items(), key=lambda item: -sum(item[1]))[:top]
+    return [
+        {"call": name, "calls": len(times) / steps, "ms": sum(times) / 1e3 / steps, "longest_ms": max(times) / 1e3}
+        for name, times in longest_first
+    ]
+
+
+def draft_step(events: Sequence[Event], layers: int, top: int = 30) -> dict[str, Any] | None:
     """The :func:`breakdown` of one draft step, of all the steps that end within ``events`` (by start); None if none does.
 
     A step of a model of ``layers`` layers is what lies between the draft attention of a layer and that of the same layer one
@@ -146,7 +161,7 @@ def draft_step(events: Sequence[GpuEvent], layers: int, top: int = 30) -> dict[s
     return {"ms": middle["ms_per_step"], "shares": middle["shares"], "launches": len(steps[0]), "kernels": middle["kernels"]}
 
 
-def write_small_trace(events: Sequence[GpuEvent], path: Path) -> None:
+def write_small_trace(events: Sequence[Event], path: Path) -> None:
     """``events`` as a gzipped Chrome trace that holds nothing else, for https://ui.perfetto.dev."""
     common = {"ph": "X", "cat": "kernel", "pid": 0, "tid": 0}
     rows = [
@@ -192,13 +207,14 @@ def profile(spec: EngineSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
                 (trace,) = Path(folder).glob("*.json*")
-                events = without_first_step(load_gpu_events(trace), args.rounds + 1)
+                events = without_first_step(load_events(trace), args.rounds + 1)
+                calls = [call for call in load_events(trace, HOST_CATEGORIES) if call.start >= events[0].start]
             if args.traces:
                 name = re.sub(r"[^a-z0-9.]+", "-", f"trace-{Path(args.model_path).name}-{spec.label}-{dataset}x{batch}")
                 end = events[0].start + 2 / args.rounds * (events[-1].end - events[0].start)
                 write_small_trace([event for event in events if event.start < end], args.traces / f"{name}.json.gz")
             case = {"dataset": str(dataset), "context": dataset.context, "batch": batch, "temperature": args.temperature}
-            figures = breakdown(events, args.rounds)
+            figures = {**breakdown(events, args.rounds), "host_calls": host_calls(calls, args.rounds)}
             if spec.kind == "sparsespec":
                 figures["draft_step"] = draft_step(events, num_layers(args.model_path))
             records.append({**stamp(), **describe(spec, args), **backends, **case, "steps": args.rounds, **figures})
@@ -252,6 +268,7 @@ def main() -> int:
     print(table(records))
     for record in records:
         print(f"\n{record['engine']}, {record['batch']} x {record['dataset']}:\n\n{markdown(record['kernels'][:12])}")
+        print(f"\nThe scheduler's calls of CUDA, a step:\n\n{markdown(record['host_calls'])}")
         if step := record.get("draft_step"):
             print(
                 f"\nOne draft step of it, {step['ms']:.3f} ms, {step['launches']} launches:\n\n{markdown(step['kernels'])}"

@@ -17,7 +17,7 @@ import parity  # noqa: E402
 import profile_round  # noqa: E402
 from _common import SIMULATE, read_data  # noqa: E402
 from accuracy import Question, compare, final_answer, is_correct  # noqa: E402
-from profile_round import GpuEvent, breakdown  # noqa: E402
+from profile_round import Event, breakdown  # noqa: E402
 
 # -------------------------------------------------------------------------- parity
 
@@ -214,8 +214,8 @@ def test_accept_length_is_accepted_drafts_and_the_bonus_token() -> None:
 
 def test_the_shares_of_a_step_and_its_idle_time_are_the_whole() -> None:
     # b overlaps a by 5 us and adds 8; 2 us (a launch gap) and 20 us (waiting) are free.
-    events = [GpuEvent("_draft_kernel", 0, 10), GpuEvent("nvjet_x", 5, 13)]
-    events += [GpuEvent("norm", 20, 10), GpuEvent("norm", 50, 50)]
+    events = [Event("_draft_kernel", 0, 10), Event("nvjet_x", 5, 13)]
+    events += [Event("norm", 20, 10), Event("norm", 50, 50)]
     found = breakdown(events, steps=2)
     assert found["ms_per_step"] == pytest.approx(0.05)
     assert found["shares"] == pytest.approx({"attention": 0.1, "matrix products": 0.08, "other": 0.6, "idle": 0.22})
@@ -224,12 +224,12 @@ def test_the_shares_of_a_step_and_its_idle_time_are_the_whole() -> None:
 
 
 def test_an_event_inside_another_does_not_shorten_it() -> None:
-    assert breakdown([GpuEvent("long", 0, 100), GpuEvent("short", 10, 1), GpuEvent("next", 100, 1)], 1)["gpu_idle"] == 0
+    assert breakdown([Event("long", 0, 100), Event("short", 10, 1), Event("next", 100, 1)], 1)["gpu_idle"] == 0
 
 
 def test_the_kernels_of_a_draft_step_are_told_from_those_of_a_verification() -> None:
-    def layers(name: str, at: float) -> list[GpuEvent]:
-        return [event for i in range(2) for event in (GpuEvent(name, at + 10 * i, 4), GpuEvent("gemm", at + 10 * i + 4, 6))]
+    def layers(name: str, at: float) -> list[Event]:
+        return [event for i in range(2) for event in (Event(name, at + 10 * i, 4), Event("gemm", at + 10 * i + 4, 6))]
 
     steps = [
         ("_draft_kernel", 0),
@@ -252,15 +252,27 @@ def test_a_written_trace_reads_back_sorted_and_without_host_events(tmp_path: Pat
     host = {"ph": "X", "ts": 0, "dur": 99, "name": "python", "cat": "cpu_op"}
     copy = {"ph": "X", "ts": 10.5, "dur": 1.25, "name": "Memcpy", "cat": "gpu_memcpy"}
     source.write_text(json.dumps({"traceEvents": [event, host, copy]}))
-    events = profile_round.load_gpu_events(source)
+    events = profile_round.load_events(source)
     small = tmp_path / "small.json.gz"
     profile_round.write_small_trace(events, small)
-    assert profile_round.load_gpu_events(small) == [GpuEvent("Memcpy", 0, 1.25), GpuEvent("later", 19.5, 2)]
+    assert profile_round.load_events(small) == [Event("Memcpy", 0, 1.25), Event("later", 19.5, 2)]
     source.write_text(json.dumps({"traceEvents": [host]}))
-    with pytest.raises(ValueError, match="no GPU events"):
-        profile_round.load_gpu_events(source)
+    with pytest.raises(ValueError, match="no events of gpu_memcpy, gpu_memset, kernel"):
+        profile_round.load_events(source)
+
+
+def test_the_hosts_calls_are_counted_by_step_with_the_longest(tmp_path: Path) -> None:
+    rows = [("cudaGraphLaunch", 0, 10), ("cudaEventSynchronize", 20, 4000), ("cudaGraphLaunch", 9000, 30)]
+    events = [{"ph": "X", "ts": ts, "dur": dur, "name": name, "cat": "cuda_runtime"} for name, ts, dur in rows]
+    source = tmp_path / "trace.json"
+    source.write_text(json.dumps({"traceEvents": [*events, {"ph": "X", "ts": 1, "dur": 9, "name": "k", "cat": "kernel"}]}))
+    calls = profile_round.load_events(source, profile_round.HOST_CATEGORIES)
+    assert profile_round.host_calls(calls, steps=2) == [
+        {"call": "cudaEventSynchronize", "calls": 0.5, "ms": 2.0, "longest_ms": 4.0},
+        {"call": "cudaGraphLaunch", "calls": 1.0, "ms": pytest.approx(0.02), "longest_ms": pytest.approx(0.03)},
+    ]
 
 
 def test_profiles_keep_their_marks() -> None:
-    record = {**breakdown([GpuEvent("a", 0, 10)], 1), "engine": "sparsespec", "batch": 1, "dataset": "random:8"}
+    record = {**breakdown([Event("a", 0, 10)], 1), "engine": "sparsespec", "batch": 1, "dataset": "random:8"}
     assert "SIMULATED acceptance" in profile_round.table([{**record, "simulated_accept_length": 7.0}])
