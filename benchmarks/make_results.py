@@ -575,8 +575,8 @@ python benchmarks/accept_length.py --model-path M --device cpu --dtype float32 -
         (757,000 in all), whose lengths the scheduler does not know. The longest request runs from the beginning to the end,
         so no policy could end this workload much earlier. With the host tier more requests run at a time, 87 in the mean
         while memory is short; with retraction it is 72, since memory is kept free until the scheduler has learned how long
-        outputs are. While requests are being moved, a round takes 0.996 +- 0.020 times as long as otherwise. These runs chose
-        each batch late ("Tried and left out").""",
+        outputs are. While requests are being moved, a round takes 0.996 +- 0.020 times as long as otherwise. In these runs
+        each batch was chosen late ("Tried and left out").""",
     ),
     Table(
         "kv-manager-small",
@@ -646,8 +646,8 @@ python benchmarks/kv_manager.py --model-path M --results kv_manager.jsonl \\
         ],
         [Row(SHARES, {"rate_share": share}) for share in ("50%", "90%")],
         note="""
-        Milliseconds: of the time to first token (TTFT) the median and p99, per token the mean. Qwen2.5-Coder-1.5B on an H200, default settings of both, plain SGLang with
-        FlashAttention 3. 320 requests arrive by a Poisson process at shares of the 20.2 requests per second that plain
+        Milliseconds: of the time to first token (TTFT) the median and p99, per token the mean. Qwen2.5-Coder-1.5B on an
+        H200, default settings of both, plain SGLang with FlashAttention 3. 320 requests arrive by a Poisson process at shares of the 20.2 requests per second that plain
         SGLang answers when all come at once. Prompts have 512, 2,048 or 8,192 tokens, outputs 128, 512 or 1,024, T 0.6. The
         two servers ran on two machines of the same kind. The file has more rates, with batches chosen late ("Tried and left
         out").""",

@@ -7,8 +7,8 @@ Prompts are prefilled, then sent again together; once all of them decode, ``--ro
 SGLang's profiler, and one before them that is dropped: starting the profiler stops the GPU. A step is a round of drafts and
 a verification for SPARSESPEC, one token for plain decoding. Kernels may overlap (programmatic dependent launch begins one
 before the one before it has ended): each is counted for what it adds to the time that earlier ones cover, so that the shares
-and the idle time add up to the whole. A draft step's kernels are listed by themselves too, and the scheduler's calls of CUDA:
-a call that takes longer than a launch does (some 10 us) waits for the GPU.
+and the idle time add up to the whole. A draft step's kernels are listed by themselves too, and so are the scheduler's calls
+of CUDA: one that takes longer than a launch does (some 10 us) waits for the GPU.
 """
 
 from __future__ import annotations
