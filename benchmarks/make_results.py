@@ -647,10 +647,10 @@ python benchmarks/kv_manager.py --model-path M --results kv_manager.jsonl \\
         [Row(SHARES, {"rate_share": share}) for share in ("50%", "90%")],
         note="""
         Milliseconds: of the time to first token (TTFT) the median and p99, per token the mean. Qwen2.5-Coder-1.5B on an
-        H200, default settings of both, plain SGLang with FlashAttention 3. 320 requests arrive by a Poisson process at shares of the 20.2 requests per second that plain
-        SGLang answers when all come at once. Prompts have 512, 2,048 or 8,192 tokens, outputs 128, 512 or 1,024, T 0.6. The
-        two servers ran on two machines of the same kind. The file has more rates, with batches chosen late ("Tried and left
-        out").""",
+        H200, default settings of both, plain SGLang with FlashAttention 3. 320 requests arrive by a Poisson process at
+        shares of the 20.2 requests per second that plain SGLang answers when all come at once. Prompts have 512, 2,048 or
+        8,192 tokens, outputs 128, 512 or 1,024, T 0.6. The two servers ran on two machines of the same kind. The file has
+        more rates, with batches chosen late ("Tried and left out").""",
     ),
     Table(
         "served",
