@@ -7,6 +7,11 @@ Questions with numeric answers are asked in the chat template, final answers are
 compared with the first one by McNemar's exact test over the same questions. Written: a JSON line per engine with every
 grade, and a line per comparison. An output that is cut by ``--max-new-tokens`` is graded as it is; their number is reported.
 
+An engine's answers lie beside the results (RESULTS-ENGINE.answers.jsonl) as soon as it has given all of them, and
+``--generate-only`` ends there, and needs no math-verify. The same command without it grades them later, on any machine: one
+without a GPU takes the answers of any GPU. Records have the date, commit and device of the answers. Answers are given anew
+where there are none of the same commit, device and arguments.
+
 Lossless decoding gives equal accuracy by construction. This finds gross errors; it cannot prove equality, and says how large
 a difference it could have missed (the 95% interval).
 """
@@ -16,6 +21,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
+import re
 import sys
 import time
 from collections.abc import Sequence
@@ -30,7 +36,9 @@ from _common import (
     chat_prompt,
     describe,
     read_data,
+    read_records,
     repetition,
+    same_origin,
     say,
     simulated_accept_length,
     stamp,
@@ -97,16 +105,26 @@ def is_correct(answer: list[Any], question: Question) -> bool:
     return verify(reference, answer)
 
 
-def grade(question: Question, output: dict[str, Any]) -> dict[str, Any]:
-    """One output's grade."""
-    answer = final_answer(output["text"])
+def to_grade(output: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of one output until it is graded."""
+    return {
+        "text": output["text"],
+        "tokens": output["meta_info"]["completion_tokens"],
+        "finish_reason": output["meta_info"]["finish_reason"]["type"],
+        "repeats_itself": repetition([output["output_ids"]])[0],
+    }
+
+
+def grade(question: Question, given: dict[str, Any]) -> dict[str, Any]:
+    """The grade of one output, of which :func:`to_grade` has kept what matters."""
+    answer = final_answer(given["text"])
     return {
         "question": question.name,
         "answer": str(answer[0]) if answer else None,
         "correct": is_correct(answer, question),
-        "tokens": output["meta_info"]["completion_tokens"],
-        "cut": output["meta_info"]["finish_reason"]["type"] == "length",
-        "repeats_itself": repetition([output["output_ids"]])[0],
+        "tokens": given["tokens"],
+        "cut": given["finish_reason"] == "length",
+        "repeats_itself": given["repeats_itself"],
     }
 
 
@@ -196,11 +214,32 @@ def compare_with_first(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[s
     return records
 
 
-# ----------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------- answers
+
+
+def answers_file(results: str, spec: EngineSpec) -> Path:
+    """Where an engine's answers lie. Engines whose labels differ in signs alone share a file."""
+    path = Path(results)
+    return path.with_name(f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', spec.label)}.answers.jsonl")
+
+
+def find_answers(path: Path, wanted: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any] | None:
+    """The newest record of answers to what is ``wanted``, of the commit and device of ``origin``.
+
+    A machine without a GPU gives no answers on ``cuda``: there those of any GPU are taken.
+    """
+    records = read_records(path)
+    for record in reversed(records):
+        here = {**origin, "gpu": record["gpu"]} if wanted["device"] == "cuda" and not origin["gpu"] else origin
+        if same_origin(record, here) and all(record.get(name) == value for name, value in wanted.items()):
+            return record
+    if records:
+        say(f"{path}: its answers are of another commit than {origin['commit']}, another device, or other arguments")
+    return None
 
 
 def run_engine(spec: EngineSpec, questions: Sequence[Question], args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Ask an engine everything; grades in the order of the questions."""
+    """Ask an engine everything; what is to be graded, in the order of the questions."""
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(args.model_path)
@@ -209,7 +248,27 @@ def run_engine(spec: EngineSpec, questions: Sequence[Question], args: argparse.N
     sampling = {"temperature": args.temperature, "top_p": args.top_p, "max_new_tokens": args.max_new_tokens}
     outputs = engine.generate(input_ids=prompts, sampling_params=sampling)
     engine.shutdown()
-    return [grade(question, output) for question, output in zip(questions, outputs, strict=True)]
+    return [to_grade(output) for output in outputs]
+
+
+def answers_of(
+    spec: EngineSpec, questions: Sequence[Question], args: argparse.Namespace, load: dict[str, Any], origin: dict[str, Any]
+) -> dict[str, Any]:
+    """The record of an engine's answers: an earlier one, or else a new one, which is on disk when this returns."""
+    wanted = {**load, **describe(spec, args)}
+    path = answers_file(args.results, spec) if args.results else None
+    found = find_answers(path, wanted, origin) if path else None
+    if found is None:
+        say(f"{spec.label}: {len(questions)} answers are generated")
+        about, started = stamp(), time.perf_counter()
+        answers = run_engine(spec, questions, args)
+        seconds = round(time.perf_counter() - started, 1)
+        found = {**about, **wanted, "kind": "answers", "seconds": seconds, "answers": answers}
+        write_record(path, found)
+    return found
+
+
+# ----------------------------------------------------------------------------- main
 
 
 def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -222,8 +281,11 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=0.95)
     parser.add_argument("--max-new-tokens", type=int, default=8192)
     parser.add_argument("--concurrency", type=int, default=64)
+    parser.add_argument("--generate-only", action="store_true", help="write the answers beside --results, and grade none")
     args = parser.parse_args(argv)
-    if importlib.util.find_spec("math_verify") is None:
+    if args.generate_only and not args.results:
+        parser.error("--generate-only needs --results, beside which the answers lie")
+    if not args.generate_only and importlib.util.find_spec("math_verify") is None:
         parser.error("answers are graded by math-verify, which is not installed: pip install 'sglang-sparsespec[bench]'")
     if simulated_accept_length("sparsespec"):
         parser.error("acceptance is SIMULATED (SGLANG_SIMULATE_ACC_LEN): its outputs are no answers")
@@ -231,21 +293,29 @@ def parse_arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run with the given command line; 1 if accuracy differs by more than sampling error."""
+    """Run with the given command line; 1 if answers were graded and accuracy differs by more than sampling error."""
     args = parse_arguments(argv)
     questions = [question for name in args.datasets for question in load_questions(name, args.questions)] * args.samples
-    settings = {name: getattr(args, name) for name in ("temperature", "top_p", "max_new_tokens", "samples", "datasets")}
-    about = {**stamp(), "model": Path(args.model_path).name, **settings}
+    names = ("device", "temperature", "top_p", "max_new_tokens", "samples", "datasets", "concurrency")
+    load = {"model": Path(args.model_path).name, "most_questions": args.questions, **{n: getattr(args, n) for n in names}}
+    origin, origins = stamp(), {}
     outcomes: dict[str, list[dict[str, Any]]] = {}
     for spec in args.engines:
-        started = time.perf_counter()
-        grades = outcomes[spec.label] = run_engine(spec, questions, args)
-        figures = {**summarise(grades), "seconds": round(time.perf_counter() - started, 1)}
+        found = answers_of(spec, questions, args, load, origin)
+        # All engines that are compared are of one commit and device.
+        origin = origins[spec.label] = {name: found[name] for name in origin}
+        if args.generate_only:
+            continue
+        answers = found.pop("answers")
+        grades = outcomes[spec.label] = [grade(*pair) for pair in zip(questions, answers, strict=True)]
+        figures = summarise(grades)
         say(f"{spec.label}: {figures}")
-        write_record(args.results, {**about, **describe(spec, args), "kind": "grades", **figures, "grades": grades})
+        write_record(args.results, {**found, "kind": "grades", **figures, "grades": grades})
+    if args.generate_only:
+        return 0
     comparisons = compare_with_first(outcomes)
     for record in comparisons:
-        write_record(args.results, {**about, **record})
+        write_record(args.results, {**origins[record["second_engine"]], **load, **record})
         print(f"{record['second_engine']} against {record['first_engine']}: {record['statement']}")
     return int(any(record["p_value"] < 0.05 for record in comparisons))
 

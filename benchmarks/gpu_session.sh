@@ -120,7 +120,8 @@ claim kv-manager-plain 595 kv_manager.py --model-path "$MODEL" --results "$OUT/k
 claim policies 900 throughput.py --model-path "$MODEL" --results "$OUT/policies.jsonl" --time-limit 780 --repeats 1 \
   --engines plain sparsespec:{pillar,streaming,vegas,triforce},sparsespec_speculate=always --loads code:8192,64,512,0.6
 claim accept-length 400 accept_length.py --model-path "$MODEL" --results "$OUT/accept-length.jsonl" --prompts 16
-# 306 questions four times. About 3 minutes an engine.
+# 306 questions four times. About 3 minutes an engine. Its answers are in OUT/accuracy-*.answers.jsonl: the same command without
+# --generate-only grades them afterwards, at the same commit on a machine without a GPU.
 claim accuracy 595 accuracy.py --model-path "$MODEL" --results "$OUT/accuracy.jsonl" --max-new-tokens 4096 --concurrency 128 \
-  --samples 4
+  --samples 4 --generate-only
 exit "$failed"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ import accept_length  # noqa: E402
 import accuracy  # noqa: E402
 import parity  # noqa: E402
 import profile_round  # noqa: E402
-from _common import SIMULATE, read_data  # noqa: E402
+from _common import SIMULATE, read_data, read_records  # noqa: E402
 from accuracy import Question, compare, final_answer, is_correct  # noqa: E402
 from profile_round import Event, breakdown  # noqa: E402
 
@@ -107,6 +108,12 @@ def test_accuracy_asks_no_engine_without_a_grader(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(SystemExit):
         accuracy.parse_arguments(["--model-path", "m"])
+    accuracy.parse_arguments(["--model-path", "m", "--generate-only", "--results", "r.jsonl"])
+
+
+def test_answers_that_nobody_would_find_are_not_generated() -> None:
+    with pytest.raises(SystemExit):
+        accuracy.parse_arguments(["--model-path", "m", "--generate-only"])
 
 
 @pytest.fixture
@@ -156,7 +163,7 @@ def test_every_question_has_an_answer_that_equals_itself_and_no_other(grader: No
 def test_an_output_is_graded(grader: None) -> None:
     meta = {"completion_tokens": 120, "finish_reason": {"type": "length"}}
     given = {"text": r"\boxed{5}", "output_ids": [1, 2, 3] * 40, "meta_info": meta}
-    graded = accuracy.grade(Question("q", "2 + 3", "5"), given)
+    graded = accuracy.grade(Question("q", "2 + 3", "5"), accuracy.to_grade(given))
     assert graded["correct"] and graded["cut"] and graded["repeats_itself"] and graded["answer"] == "5"
     assert accuracy.summarise([graded, {**graded, "correct": False, "answer": None}])["accuracy"] == 0.5
 
@@ -194,6 +201,150 @@ def test_simulated_answers_are_not_graded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setenv(SIMULATE, "7")
     with pytest.raises(SystemExit):
         accuracy.parse_arguments(["--model-path", "m"])
+
+
+H200 = {"name": "H200"}
+
+
+class Answering:
+    """A machine, of which tests choose the commit and the GPU, and its engines. Plain ones always answer 5, others 6.
+
+    Attributes:
+        fails_at: the kind of engine that fails.
+        answered: kinds of the engines that have answered, and what each was asked.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self.commit, self.date, self.fails_at = "abc", 0, ""
+        self.gpu: dict[str, Any] | None = H200
+        self.answered: list[tuple[str, list[str]]] = []
+        self.results = folder / "accuracy.jsonl"
+        monkeypatch.setattr(accuracy, "stamp", self.stamp)
+        monkeypatch.setattr(accuracy, "start_engine", self.start_engine)
+        monkeypatch.setattr(accuracy, "chat_prompt", lambda tokenizer, question: question)
+        monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda path: None)
+        questions = [Question("a", "A", "5"), Question("b", "B", "6")]
+        monkeypatch.setattr(accuracy, "load_questions", lambda name, most: questions)
+
+    def stamp(self) -> dict[str, Any]:
+        self.date += 1
+        return {"date": self.date, "commit": self.commit, "gpu": self.gpu, "command": ["accuracy.py"]}
+
+    def start_engine(self, settings: dict[str, Any]) -> Any:
+        kind = settings.get("speculative_algorithm", "plain")
+        text = r"\boxed{5}" if kind == "plain" else "\N{LINE SEPARATOR}\ud800 \\boxed{6}"
+
+        def generate(input_ids: list[str], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
+            if kind == self.fails_at:
+                raise RuntimeError("killed")
+            self.answered.append((kind, input_ids))
+            meta = {"completion_tokens": 30, "finish_reason": {"type": "length"}}
+            return [{"text": text, "output_ids": [7] * 30, "meta_info": meta} for _ in input_ids]
+
+        return SimpleNamespace(generate=generate, shutdown=lambda: None)
+
+    def run(self, *options: str) -> None:
+        command = ["--model-path", "folder/m", "--datasets", "aime", "--results", str(self.results), *options]
+        assert accuracy.main(command) == 0
+
+    @property
+    def records(self) -> list[dict[str, Any]]:
+        return read_records(self.results)
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        return [record for path in sorted(self.results.parent.glob("*.answers.jsonl")) for record in read_records(path)]
+
+
+@pytest.fixture
+def answering(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Answering:
+    return Answering(monkeypatch, tmp_path)
+
+
+def test_generated_answers_are_written_and_not_graded(answering: Answering, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "math_verify", None)
+    answering.run("--generate-only", "--engines", "plain", "sparsespec,a=B", "--samples", "2")
+    assert answering.answered == [("plain", ["A", "B"] * 2), ("SPARSESPEC", ["A", "B"] * 2)]
+    names = {path.name for path in answering.results.parent.iterdir()}
+    assert names == {"accuracy-plain.answers.jsonl", "accuracy-sparsespec-a-.answers.jsonl"}
+    plain, _ = answering.answers
+    assert plain["answers"] == [{"text": r"\boxed{5}", "tokens": 30, "finish_reason": "length", "repeats_itself": True}] * 4
+    assert (plain["commit"], plain["gpu"], plain["samples"]) == ("abc", H200, 2)
+
+
+def test_answers_are_graded_later_as_at_once(answering: Answering, grader: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    answering.run()
+    at_once = answering.records
+    assert [record["kind"] for record in at_once] == ["grades", "grades", "comparison"]
+    assert [row["correct"] for row in at_once[0]["grades"] + at_once[1]["grades"]] == [True, False, False, True]
+    answering.results.unlink()
+    # Another machine: without a GPU, the model and its tokenizer.
+    answering.gpu = None
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", None)
+    answering.run()
+    assert answering.records == at_once, "with the date, commit and device of the answers"
+    assert at_once[2]["gpu"] == H200 and at_once[2]["date"] == at_once[1]["date"] > at_once[0]["date"]
+    assert len(answering.answered) == len(answering.answers) == 2, "nothing is generated twice"
+
+
+def test_answers_outlive_the_failure_of_a_later_engine(answering: Answering, grader: None) -> None:
+    answering.fails_at = "SPARSESPEC"
+    with pytest.raises(RuntimeError, match="killed"):
+        answering.run("--generate-only")
+    answering.fails_at = ""
+    answering.run()
+    assert [kind for kind, _ in answering.answered] == ["plain", "SPARSESPEC"]
+    assert [record["kind"] for record in answering.records] == ["grades", "grades", "comparison"]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--temperature", "0.7"],
+        ["--top-p", "0.9"],
+        ["--max-new-tokens", "9"],
+        ["--samples", "2"],
+        ["--questions", "1"],
+        ["--concurrency", "2"],
+        ["--dtype", "float32"],
+        ["--device", "cpu"],
+        ["--datasets", "olympiadbench"],
+        ["--model-path", "folder/n"],
+        ["--engine-args", '{"tp_size": 2}'],
+    ],
+)
+def test_answers_to_other_arguments_are_not_reused(answering: Answering, options: list[str]) -> None:
+    answering.run("--generate-only", "--engines", "plain")
+    answering.run("--generate-only", "--engines", "plain", *options)
+    assert len(answering.answered) == 2
+    answering.run("--generate-only", "--engines", "plain")
+    assert len(answering.answered) == 2, "the former ones are still there"
+
+
+@pytest.mark.parametrize("change", [{"commit": "abc+changes"}, {"gpu": {"name": "H100"}}])
+def test_answers_of_another_commit_or_device_are_not_reused(answering: Answering, change: dict[str, Any]) -> None:
+    answering.run("--generate-only")
+    vars(answering).update(change)
+    answering.run("--generate-only")
+    assert [kind for kind, _ in answering.answered] == ["plain", "SPARSESPEC"] * 2
+    assert [record["commit"] for record in answering.answers] == ["abc", answering.commit] * 2
+
+
+def test_engines_that_are_compared_answered_on_the_same_device(answering: Answering, grader: None) -> None:
+    answering.run("--generate-only", "--engines", "plain")
+    answering.run("--generate-only", "--engines", "sparsespec")
+    answering.gpu = {"name": "H100"}
+    answering.run("--generate-only", "--engines", "sparsespec")
+    answering.gpu = None
+    answering.run("--engines", "plain", "sparsespec")
+    assert [record["gpu"] for record in answering.records] == [H200] * 3 and len(answering.answered) == 3
+
+
+def test_engines_whose_labels_differ_in_a_sign_have_answers_of_their_own(answering: Answering) -> None:
+    engines = ["plain,schedule_conservativeness=1", "plain,schedule_conservativeness=-1"]
+    answering.run("--generate-only", "--engines", *engines)
+    answering.run("--generate-only", "--engines", *engines)
+    assert [record["label"] for record in answering.answers] == engines and len(answering.answered) == 2
 
 
 # ------------------------------------------------------------------- accept length
