@@ -105,6 +105,9 @@ claim serving 595 serving.py --model-path "$MODEL" --results "$OUT/serving.jsonl
 # Three starts (one after a kill), and 4,000 requests at ten times a pool of 16,384 tokens. Not timed on a GPU yet.
 claim soak 595 soak.py --model-path "$MODEL" --results "$OUT/soak.jsonl" --time-limit 560
 claim sampling 120 sampling.py --results "$OUT/sampling.jsonl"
+# What draws and acceptance cost, and whether the host waits for the GPU when it launches a round.
+claim profile-sampled 200 profile_round.py --model-path "$MODEL" --results "$OUT/profile-sampled.jsonl" --temperature 0.6 \
+  --cases code:8192,{16,64,128} --engines "$always"
 claim profile 260 profile_round.py --model-path "$MODEL" --results "$OUT/profile.jsonl" --engines "$always" plain
 # The whole of 1,440,000 tokens, of which the pool holds half of what runs. About 4 minutes an engine.
 claim kv-manager 595 kv_manager.py --model-path "$MODEL" --results "$OUT/kv-manager.jsonl" --requests 400 \

@@ -168,13 +168,14 @@ class Planner:
         plain = RoundChoice(0, self._plain_steps(load))
         if self.speculate == NEVER and not must_verify:
             return plain
-        tokens = self._belief.tokens()
-        speeds = {drafts: tokens[drafts] / self._seconds(load, RoundChoice(drafts)) for drafts in self._counts}
+        assert self.times is not None
+        tokens, draft, verify = self._belief.tokens(), self.times.draft(load), self.times.verify(load)
+        speeds = {count: tokens[count] / self._seconds(load, count * draft + verify, plain=False) for count in self._counts}
         fastest = max(speeds.values())
         best = max(drafts for drafts, speed in speeds.items() if speed >= fastest * self.NEARLY)
         if must_verify:
             return RoundChoice(best)
-        plain_speed = plain.plain_steps / self._seconds(load, plain)
+        plain_speed = plain.plain_steps / self._seconds(load, self._table_seconds(load, plain), plain=True)
         if self._is_plain:
             self._is_plain = fastest <= plain_speed * self.MARGIN
         else:
@@ -192,9 +193,9 @@ class Planner:
         """By number of requests, up to a factor of two: what is missing in the table is not the same share everywhere."""
         return self._corrections[load.requests.bit_length()]
 
-    def _seconds(self, load: Load, choice: RoundChoice) -> float:
-        """What a round is expected to take."""
-        seconds = self._table_seconds(load, choice) * self._correction(load).of(plain=choice.drafts == 0)
+    def _seconds(self, load: Load, table_seconds: float, plain: bool) -> float:
+        """What a round is expected to take that takes ``table_seconds`` by the table."""
+        seconds = table_seconds * self._correction(load).of(plain)
         return max(seconds, self.HOST_S + self.HOST_REQUEST_S * load.requests) if self._on_gpu else seconds
 
     def _plain_steps(self, load: Load) -> int:

@@ -307,7 +307,8 @@ def test_drafts_that_the_host_hides_are_free() -> None:
             planner.note_acceptance([3] * 60 + [1] * 40, K)
         planner._is_plain = False
         load, choices = Load(100, 10_000), range(1, K + 1)
-        speeds = {m: planner._belief.tokens()[m] / planner._seconds(load, RoundChoice(m)) for m in choices}
+        seconds = {m: planner._seconds(load, planner._table_seconds(load, RoundChoice(m)), plain=False) for m in choices}
+        speeds = {m: planner._belief.tokens()[m] / seconds[m] for m in choices}
         assert least <= max(speeds, key=speeds.__getitem__) <= most
 
 
