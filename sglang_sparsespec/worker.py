@@ -118,6 +118,7 @@ class SparseSpecWorker(BaseSpecWorker):
             penalties=self.penalties,
             capture=capture,
             adapters=Adapters.of(self.model_runner, most_captured),
+            note_first_launch=self.planner.launch_time.note_first_launch,
         )
         self._compile(context)
         self._choose_draft_weights()
@@ -227,6 +228,7 @@ class SparseSpecWorker(BaseSpecWorker):
         """
         publish = on_publish or (lambda new_seq_lens: None)
         if not batch.forward_mode.is_decode():
+            self.planner.launch_time.note_prefill()
             return self._prefill(batch, publish)
         outcome = self._run_round(batch, publish)
         self.planner.note_launch()
@@ -280,6 +282,7 @@ class SparseSpecWorker(BaseSpecWorker):
         assert self._lockstep is not None and self._plain is not None
         self.lose_drafts(batch.reqs)
         batch.sampling_info.reqs = batch.reqs
+        self.planner.launch_time.note_round()
         self.metrics.note_single_step()
         if "processor" not in self._logged_reasons:
             self._logged_reasons.add("processor")

@@ -92,6 +92,7 @@ class RoundContext:
         penalties: of the requests.
         capture: whether steps are captured as CUDA graphs.
         adapters: LoRA adapters of steps, None without LoRA.
+        note_first_launch: called when the device has been given the first forward of a round.
     """
 
     target_worker: TpModelWorker
@@ -104,6 +105,7 @@ class RoundContext:
     penalties: Penalties
     capture: bool
     adapters: Adapters | None = None
+    note_first_launch: Callable[[], None] = lambda: None
 
     @property
     def device(self) -> torch.device:

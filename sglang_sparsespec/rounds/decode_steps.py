@@ -105,6 +105,8 @@ class DecodeSteps:
         for step in range(steps):
             self._context.metrics.note_forward(draft_tokens=size, verify_tokens=0)
             logits = self.graphs.replay(graph_size)
+            if step == 0:
+                self._context.note_first_launch()
             if chosen_here:
                 captured.replace_tokens(step, self._draw(batch, step, logits[:size], captured.tokens[:size]))
         # The static tokens are overwritten by the next round, which may be launched before this one's results are read.

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.distributed import get_tp_group
 
 from sglang_sparsespec.rounds.acceptance import AcceptanceBelief
+from sglang_sparsespec.rounds.launch_time import LaunchTime
 from sglang_sparsespec.rounds.round_timer import RoundTimer
 from sglang_sparsespec.rounds.round_times import Load, RoundTimes
 from sglang_sparsespec.settings import ALWAYS, NEVER, Settings, check_speculate
@@ -80,6 +81,7 @@ class Planner:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
         times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
             ``speculate`` is "never".
+        launch_time: when the next batch is to be chosen. It is not told how long rounds take on a CPU.
     """
 
     #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
@@ -105,6 +107,7 @@ class Planner:
         self._is_plain = False
         self._timer = RoundTimer(on_gpu)
         self._timed: tuple[Any, tuple[Load, bool, float]] | None = None
+        self.launch_time = LaunchTime(self._timer)
 
     @property
     def acceptance_rates(self) -> list[float]:
@@ -135,7 +138,7 @@ class Planner:
         group = get_tp_group()
         choice = RoundChoice(self._num_steps)
         if group.rank_in_group == 0:
-            choice = self._choose(Load.of(batch), needs_verification(batch))
+            choice = self._choose(Load.of(batch), needs_verification(batch), waits_for_results=batch.has_grammar)
         if group.world_size == 1 or self.speculate == ALWAYS:
             return choice
         # Clocks, and what was learned from them, differ between ranks.
@@ -152,14 +155,19 @@ class Planner:
         """A round's verifications have accepted so many of ``drafted`` drafts, one number for each request."""
         self._belief.note_round(accepted, drafted)
 
-    def _choose(self, load: Load, must_verify: bool) -> RoundChoice:
+    def _choose(self, load: Load, must_verify: bool, waits_for_results: bool) -> RoundChoice:
         for seconds, (timed, plain, expected) in self._timer.finished():
             self._correction(timed).note(plain, seconds / expected)
         choice = self._choice(load, must_verify)
         if choice.plain_steps:
             self._belief.note_plain_steps(choice.plain_steps)
+        real = None
         if self.times is not None:
-            self._timed = (self._timer.now(), (load, choice.drafts == 0, self._table_seconds(load, choice)))
+            expected, plain = self._table_seconds(load, choice), choice.drafts == 0
+            real = expected * self._correction(load).of(plain)
+            self._timed = (self._timer.now(), (load, plain, expected))
+        if self._on_gpu:
+            self.launch_time.note_round(real, load.requests, waits_for_results)
         return choice
 
     def _choice(self, load: Load, must_verify: bool) -> RoundChoice:

@@ -16,8 +16,12 @@ class RoundTimer:
         on_gpu: whether to record CUDA events on the current stream; else the host's clock is the device's.
     """
 
+    #: The longest wait for an event on an idle stream.
+    CLOCK_S = 0.0005
+
     def __init__(self, on_gpu: bool) -> None:
         self._on_gpu = on_gpu
+        self._clock: Any = None
         self._rounds: deque[tuple[Any, Any, Any]] = deque()
 
     def now(self) -> Any:
@@ -35,6 +39,27 @@ class RoundTimer:
     def add(self, begin: Any, end: Any, label: Any) -> None:
         """A round was launched between two :meth:`now`."""
         self._rounds.append((begin, end, label))
+
+    def since_begin(self) -> float | None:
+        """Seconds since the device has begun with the round launched last; None if it has not, or if none is in flight.
+
+        The device's time now is that of an event on a stream that has nothing else to do.
+        """
+        if not self._on_gpu or not self._rounds or not self._rounds[-1][0].query():
+            return None
+        if self._clock is None:
+            self._clock = torch.cuda.Stream()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record(self._clock)
+        since = time.perf_counter()
+        while not event.query():
+            if time.perf_counter() - since > self.CLOCK_S:
+                return None
+        return self.seconds(self._rounds[-1][0], event)
+
+    def is_idle(self) -> bool:
+        """Whether the device has finished all rounds."""
+        return not self._rounds or not self._on_gpu or self._rounds[-1][1].query()
 
     def finished(self) -> list[tuple[float, Any]]:
         """Seconds and labels of the rounds that the device has finished since the last call."""
