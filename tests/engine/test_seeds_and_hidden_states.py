@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from engine_process import ALLOW_TORCH, PLAIN, PLAIN_ENV, EngineProcess, install_plugin, plain_rounds_plugin
+from engine_process import ALLOW_TORCH, PLAIN, PLAIN_ENV, EngineProcess, install_plugin
 from tiny_model import VOCAB, write_tiny_llama
 
 pytestmark = pytest.mark.slow
@@ -144,9 +144,19 @@ def test_hidden_states_are_plain_sglangs(engine: EngineProcess, expected: Expect
     engine.set_speculate("always")
 
 
+#: Plain rounds whatever a batch asks for.
+BROKEN_RULE = """
+def register():
+    from sglang_sparsespec.rounds.planner import Planner, RoundChoice
+
+    Planner.next_round = lambda self, batch: RoundChoice(0, 3)
+"""
+
+
 @pytest.mark.nightly
 def test_plain_rounds_would_lose_hidden_states(checkpoint: Path, expected: Expected, tmp_path: Path) -> None:
-    with EngineProcess(plain_rounds_plugin(tmp_path), **engine_args(checkpoint), **SPARSESPEC) as engine:
+    environment = install_plugin(tmp_path, "zz_broken", BROKEN_RULE)
+    with EngineProcess(environment, **engine_args(checkpoint), **SPARSESPEC) as engine:
         with pytest.raises((AssertionError, ValueError)):
             assert_states_equal(with_states(engine), expected.with_states)
 
