@@ -162,6 +162,11 @@ class EngineSpec:
     details: tuple[str, ...] = ()
     settings: dict[str, Any] = field(default_factory=dict, hash=False)
 
+    @property
+    def file_name(self) -> str:
+        """The label as part of a file's name. Labels that differ in signs alone have the same."""
+        return re.sub(r"[^a-z0-9]+", "-", self.label)
+
     @classmethod
     def parse(cls, text: str) -> EngineSpec:
         """From its name.

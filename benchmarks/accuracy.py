@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import math
-import re
 import sys
 import time
 from collections.abc import Sequence
@@ -220,7 +219,7 @@ def compare_with_first(outcomes: dict[str, list[dict[str, Any]]]) -> list[dict[s
 def answers_file(results: str, spec: EngineSpec) -> Path:
     """Where an engine's answers lie. Engines whose labels differ in signs alone share a file."""
     path = Path(results)
-    return path.with_name(f"{path.stem}-{re.sub(r'[^a-z0-9]+', '-', spec.label)}.answers.jsonl")
+    return path.with_name(f"{path.stem}-{spec.file_name}.answers.jsonl")
 
 
 def find_answers(path: Path, wanted: dict[str, Any], origin: dict[str, Any]) -> dict[str, Any] | None:

@@ -73,22 +73,26 @@ def group_of(kernel: str) -> str:
     return next((group for group, pattern in GROUPS.items() if re.search(pattern, kernel, re.IGNORECASE)), "other")
 
 
-def load_events(path: Path, categories: Set[str] = frozenset(GPU_CATEGORIES)) -> list[Event]:
-    """The GPU's events of a Chrome trace (plain or gzip), or those of other ``categories``, by start.
+def load_events(path: Path, *kinds: Set[str]) -> list[list[Event]]:
+    """For each of ``kinds``, a set of categories, its events of a Chrome trace (plain or gzip), by start.
 
     Raises:
-        ValueError: the trace has none.
+        ValueError: the trace has none of a kind.
     """
     with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         trace = json.load(file)
+    return [_events_of(trace, categories, path) for categories in kinds]
+
+
+def _events_of(trace: dict[str, Any], categories: Set[str], path: Path) -> list[Event]:
     events = [
         Event(event["name"], float(event["ts"]), float(event["dur"]))
         for event in trace["traceEvents"]
         if event.get("ph") == "X" and event.get("cat") in categories
     ]
     if not events:
-        kinds = ", ".join(sorted(categories))
-        raise ValueError(f"{path} holds no events of {kinds}; was the profiler run with the GPU activity?")
+        names = ", ".join(sorted(categories))
+        raise ValueError(f"{path} holds no events of {names}; was the profiler run with the GPU activity?")
     return sorted(events, key=lambda event: event.start)
 
 
@@ -207,8 +211,9 @@ def profile(spec: EngineSpec, args: argparse.Namespace) -> list[dict[str, Any]]:
             with tempfile.TemporaryDirectory() as folder:
                 engine.loop.run_until_complete(decode_while_recording(engine, prompts, folder, args))
                 (trace,) = Path(folder).glob("*.json*")
-                events = without_first_step(load_events(trace), args.rounds + 1)
-                calls = [call for call in load_events(trace, HOST_CATEGORIES) if call.start >= events[0].start]
+                recorded, calls = load_events(trace, GPU_CATEGORIES, HOST_CATEGORIES)
+            events = without_first_step(recorded, args.rounds + 1)
+            calls = [call for call in calls if call.start >= events[0].start]
             if args.traces:
                 name = re.sub(r"[^a-z0-9.]+", "-", f"trace-{Path(args.model_path).name}-{spec.label}-{dataset}x{batch}")
                 end = events[0].start + 2 / args.rounds * (events[-1].end - events[0].start)

@@ -31,7 +31,6 @@ import hashlib
 import json
 import os
 import random
-import re
 import signal
 import socket
 import subprocess
@@ -380,7 +379,7 @@ def run(args: argparse.Namespace) -> Runs:
             about = {**stamp(), **describe(spec, args), **load, "flags": flags}
             if not (rates := runs.left(about)):
                 continue
-            log = results.with_name(f"{results.stem}-{re.sub(r'[^a-z0-9]+', '-', spec.label)}.log")
+            log = results.with_name(f"{results.stem}-{spec.file_name}.log")
             say(f"{spec.label}: the server starts, its log is {log}")
             try:
                 with server(flags, log, args.device, args.start_timeout) as url:

@@ -35,12 +35,17 @@ SLIDING, FULL = "sliding_attention", "full_attention"
 #: The smallest sizes that the kernels of GPUs take, and weights that keep the scale of activations with these.
 FOR_GPUS: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 256, "head_dim": 64, "initializer_range": 0.15}
 #: What some have besides. With all experts for each token, rounding changes no choice.
-OWN_FOR_GPUS: dict[str, dict[str, int]] = {
+_OWN_FOR_GPUS: dict[str, dict[str, int]] = {
     "Gemma2ForCausalLM": {"query_pre_attn_scalar": 64},
     "Gemma3ForCausalLM": {"query_pre_attn_scalar": 64},
     "Qwen3MoeForCausalLM": {"num_experts_per_tok": 8},
     "GptOssForCausalLM": {"num_experts_per_tok": 8},
 }
+
+
+def for_gpus(architecture: str, **sizes: Any) -> dict[str, Any]:
+    """What a model of ``architecture`` has on a GPU instead of :data:`CONFIGS`' sizes, and other ``sizes``."""
+    return {**FOR_GPUS, **_OWN_FOR_GPUS.get(architecture, {}), **sizes}
 
 
 def _config(kind: str, **own: Any) -> Callable[..., Any]:

@@ -168,9 +168,8 @@ class Planner:
         plain = RoundChoice(0, self._plain_steps(load))
         if self.speculate == NEVER and not must_verify:
             return plain
-        assert self.times is not None
-        tokens, draft, verify = self._belief.tokens(), self.times.draft(load), self.times.verify(load)
-        speeds = {count: tokens[count] / self._seconds(load, count * draft + verify, plain=False) for count in self._counts}
+        tokens, of_table = self._belief.tokens(), self._speculating_seconds(load)
+        speeds = {drafts: tokens[drafts] / self._seconds(load, of_table[drafts], plain=False) for drafts in self._counts}
         fastest = max(speeds.values())
         best = max(drafts for drafts, speed in speeds.items() if speed >= fastest * self.NEARLY)
         if must_verify:
@@ -187,7 +186,13 @@ class Planner:
         assert self.times is not None
         if choice.drafts == 0:
             return choice.plain_steps * self.times.plain(load)
-        return choice.drafts * self.times.draft(load) + self.times.verify(load)
+        return self._speculating_seconds(load)[choice.drafts]
+
+    def _speculating_seconds(self, load: Load) -> list[float]:
+        """What a round's forwards take by the table if it has none to k drafts and is verified."""
+        assert self.times is not None
+        draft, verify = self.times.draft(load), self.times.verify(load)
+        return [drafts * draft + verify for drafts in range(self._num_steps + 1)]
 
     def _correction(self, load: Load) -> TimeCorrection:
         """By number of requests, up to a factor of two: what is missing in the table is not the same share everywhere."""

@@ -24,16 +24,7 @@ from engine_process import (
     plain_rounds_plugin,
     retract_plugin,
 )
-from tiny_architectures import (
-    CONFIGS,
-    FOR_GPUS,
-    OWN_FOR_GPUS,
-    VOCAB,
-    WINDOW,
-    likeliest_tokens,
-    shortfalls,
-    write_tiny,
-)
+from tiny_architectures import CONFIGS, VOCAB, WINDOW, for_gpus, likeliest_tokens, shortfalls, write_tiny
 
 pytestmark = pytest.mark.slow
 
@@ -281,8 +272,7 @@ ROUNDING = 0.4
 @pytest.mark.parametrize("architecture", CONFIGS)
 def test_greedy_tokens_on_a_gpu_are_those_of_transformers(architecture: str, tmp_path: Path) -> None:
     """Compiled kernels and captured graphs; drafts use the weights that the start-up chooses. Plain rounds, too."""
-    sizes = {**FOR_GPUS, "dtype": "float16", **OWN_FOR_GPUS.get(architecture, {})}
-    checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **sizes)
+    checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **for_gpus(architecture, dtype="float16"))
     args = {"model_path": str(checkpoint), **COMMON, **SPARSESPEC, "device": "cuda", "cuda_graph_bs_decode": [1, 4, 8]}
     args |= {**OWN.get(architecture, {}), "dtype": "float16", "mem_fraction_static": 0.5, "disable_prefill_cuda_graph": True}
     with EngineProcess(**args) as engine:

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from engine_process import EngineProcess
-from tiny_architectures import FOR_GPUS, OWN_FOR_GPUS, VOCAB, write_tiny
+from tiny_architectures import VOCAB, for_gpus, write_tiny
 
 pytestmark = [
     pytest.mark.gpu,
@@ -69,7 +69,7 @@ def logprobs(output: dict[str, Any]) -> torch.Tensor:
 
 @pytest.mark.parametrize("architecture", ["LlamaForCausalLM", "GptOssForCausalLM"])
 def test_prefill_by_breakable_graphs_gives_the_same_log_probabilities(architecture: str, tmp_path: Path) -> None:
-    sizes = {**FOR_GPUS, **OWN_FOR_GPUS.get(architecture, {}), "dtype": "bfloat16", "max_position_embeddings": CONTEXT}
+    sizes = for_gpus(architecture, dtype="bfloat16", max_position_embeddings=CONTEXT)
     checkpoint = write_tiny(architecture, tmp_path / "checkpoint", **sizes)
     with_graphs, log = answers(checkpoint, "breakable")
     without, _ = answers(checkpoint, "disabled")

@@ -403,13 +403,14 @@ def test_a_written_trace_reads_back_sorted_and_without_host_events(tmp_path: Pat
     host = {"ph": "X", "ts": 0, "dur": 99, "name": "python", "cat": "cpu_op"}
     copy = {"ph": "X", "ts": 10.5, "dur": 1.25, "name": "Memcpy", "cat": "gpu_memcpy"}
     source.write_text(json.dumps({"traceEvents": [event, host, copy]}))
-    events = profile_round.load_events(source)
+    (events,) = profile_round.load_events(source, profile_round.GPU_CATEGORIES)
     small = tmp_path / "small.json.gz"
     profile_round.write_small_trace(events, small)
-    assert profile_round.load_events(small) == [Event("Memcpy", 0, 1.25), Event("later", 19.5, 2)]
+    (read,) = profile_round.load_events(small, profile_round.GPU_CATEGORIES)
+    assert read == [Event("Memcpy", 0, 1.25), Event("later", 19.5, 2)]
     source.write_text(json.dumps({"traceEvents": [host]}))
     with pytest.raises(ValueError, match="no events of gpu_memcpy, gpu_memset, kernel"):
-        profile_round.load_events(source)
+        profile_round.load_events(source, profile_round.GPU_CATEGORIES)
 
 
 def test_the_hosts_calls_are_counted_by_step_with_the_longest(tmp_path: Path) -> None:
@@ -417,7 +418,7 @@ def test_the_hosts_calls_are_counted_by_step_with_the_longest(tmp_path: Path) ->
     events = [{"ph": "X", "ts": ts, "dur": dur, "name": name, "cat": "cuda_runtime"} for name, ts, dur in rows]
     source = tmp_path / "trace.json"
     source.write_text(json.dumps({"traceEvents": [*events, {"ph": "X", "ts": 1, "dur": 9, "name": "k", "cat": "kernel"}]}))
-    calls = profile_round.load_events(source, profile_round.HOST_CATEGORIES)
+    (calls,) = profile_round.load_events(source, profile_round.HOST_CATEGORIES)
     assert profile_round.host_calls(calls, steps=2) == [
         {"call": "cudaEventSynchronize", "calls": 0.5, "ms": 2.0, "longest_ms": 4.0},
         {"call": "cudaGraphLaunch", "calls": 1.0, "ms": pytest.approx(0.02), "longest_ms": pytest.approx(0.03)},
