@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import ast
 import contextlib
+import fcntl
 import functools
 import importlib.metadata
 import json
@@ -17,7 +18,7 @@ import subprocess
 import sys
 import sysconfig
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -263,6 +264,45 @@ def add_engine_options(parser: argparse.ArgumentParser, engines: Sequence[str], 
     parser.add_argument("--engine-args", type=json.loads, default={}, help="JSON object of sglang.Engine arguments")
     parser.add_argument("--log-level", default="warning")
     parser.add_argument("--results", help="JSON-lines file to append to")
+
+
+def add_turn_option(parser: argparse.ArgumentParser) -> None:
+    """Several commands on one GPU, without their engines' starts one after the other."""
+    parser.add_argument(
+        "--turns",
+        type=Path,
+        help="lock file: of the commands that are given the same one, all start their engines at once, each measures alone, "
+        "and none while another starts. All engines must fit in the GPU's memory (max_total_tokens). Start SPARSESPEC "
+        "first: it measures its table of times when it starts",
+    )
+
+
+@contextlib.contextmanager
+def starting(turns: Path | None) -> Iterator[None]:
+    """While an engine starts: others may start too, and none is measured. Without ``turns``, nothing."""
+    with _locked(turns, fcntl.LOCK_SH):
+        yield
+
+
+@contextlib.contextmanager
+def measuring(turns: Path | None) -> Iterator[None]:
+    """While an engine is measured: no other one is, and none starts. Without ``turns``, nothing."""
+    with _locked(turns, fcntl.LOCK_EX):
+        yield
+
+
+@contextlib.contextmanager
+def _locked(turns: Path | None, how: int) -> Iterator[None]:
+    if turns is None:
+        yield
+        return
+    with turns.open("a") as file:
+        fcntl.flock(file, how)
+        try:
+            yield
+        finally:
+            # Closing would not do: a process that was forked meanwhile has the file open too.
+            fcntl.flock(file, fcntl.LOCK_UN)
 
 
 def add_prompt_options(parser: argparse.ArgumentParser) -> None:

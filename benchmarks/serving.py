@@ -49,10 +49,12 @@ from _common import (
     EngineSpec,
     add_engine_options,
     add_prompt_options,
+    add_turn_option,
     describe,
     make_prompts,
     markdown,
     marks,
+    measuring,
     prompts_of,
     pyplot,
     read_records,
@@ -61,6 +63,7 @@ from _common import (
     say,
     significant,
     stamp,
+    starting,
     write_record,
 )
 
@@ -335,21 +338,22 @@ def measure_server(
         state = ask(f"{url}/server_info")["internal_states"][0]
         more = {"attention_backend": state.get("decode_attention_backend") or state.get("attention_backend")}
     for rate in rates:
-        if time.time() > runs.deadline:
-            say(f"{about['engine']}: not run at {rate}: the time limit was reached")
-            runs.failed = True
-            break
-        record = {**about, **more, "key": run_key(about, rate), "request_rate": rate}
-        try:
-            record.update(runs.resolve(rate))
-            command = bench_command(record["request_rate"], backend, url, folder, args)
-            result = run_bench_serving(command, folder / "result.jsonl", log)
-            record.update(figures_of(result, tokenizer, args.requests, args.tpot_limit_ms))
-            if about["engine"].startswith("sparsespec"):
-                state = ask(f"{url}/server_info")["internal_states"][0]
-                record["metrics"] = {key: value for key, value in state.items() if key.startswith("sparsespec_")}
-        except RuntimeError as error:
-            record["error"] = str(error)
+        with measuring(args.turns):
+            if time.time() > runs.deadline:
+                say(f"{about['engine']}: not run at {rate}: the time limit was reached")
+                runs.failed = True
+                break
+            record = {**about, **more, "key": run_key(about, rate), "request_rate": rate}
+            try:
+                record.update(runs.resolve(rate))
+                command = bench_command(record["request_rate"], backend, url, folder, args)
+                result = run_bench_serving(command, folder / "result.jsonl", log)
+                record.update(figures_of(result, tokenizer, args.requests, args.tpot_limit_ms))
+                if about["engine"].startswith("sparsespec"):
+                    state = ask(f"{url}/server_info")["internal_states"][0]
+                    record["metrics"] = {key: value for key, value in state.items() if key.startswith("sparsespec_")}
+            except RuntimeError as error:
+                record["error"] = str(error)
         runs.keep(record)
 
 
@@ -382,7 +386,9 @@ def run(args: argparse.Namespace) -> Runs:
             log = results.with_name(f"{results.stem}-{spec.file_name}.log")
             say(f"{spec.label}: the server starts, its log is {log}")
             try:
-                with server(flags, log, args.device, args.start_timeout) as url:
+                with contextlib.ExitStack() as stack:
+                    with starting(args.turns):
+                        url = stack.enter_context(server(flags, log, args.device, args.start_timeout))
                     measure_server(runs, about, rates, "sglang", url, texts, folder, log.with_suffix(".bench.log"))
             except RuntimeError as error:
                 runs.keep({**about, "request_rate": rates[0], "error": str(error)})
@@ -464,6 +470,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--capacity", type=float, help="requests per second (default: of the first engine at inf)")
     parser.add_argument("--dataset", nargs="+", type=Dataset.parse, default=[Dataset("code", 4096)])
     add_prompt_options(parser)
+    add_turn_option(parser)
     parser.add_argument("--requests", type=int, default=200, help="of each run")
     parser.add_argument("--new-tokens", nargs="+", type=int, default=[512])
     parser.add_argument("--tpot-limit-ms", type=float, default=50, help="time per output token that goodput allows")

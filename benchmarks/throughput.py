@@ -21,8 +21,9 @@ SGLang with FP8 weights and KV, marked "not lossless".
 Every engine runs in a process of its own. Those that differ in ``sparsespec_speculate`` alone share one, which is switched
 between them for each load, in the order given. Each sample becomes a JSON line at once. The same command goes on after an
 interruption: samples of the same commit and device are not taken again, and one that ``--time-limit`` cuts is given up.
-``--interleave`` starts every engine anew for every repeat, so that a drift of the machine meets all of them. ``--report``
-makes the table of a results file and runs nothing.
+``--interleave`` starts every engine anew for every repeat, so that a drift of the machine meets all of them. ``--turns``
+lets engines of several commands start side by side and measures them in turn. ``--report`` makes the table of a results file
+and runs nothing.
 
 With dummy weights (``--load-format dummy``, dataset ``random:TOKENS``) set SGLANG_SIMULATE_ACC_LEN; such figures are marked
 SIMULATED in every record and row.
@@ -53,6 +54,7 @@ from _common import (
     Served,
     add_engine_options,
     add_prompt_options,
+    add_turn_option,
     attention_backends,
     describe,
     device_name,
@@ -61,6 +63,7 @@ from _common import (
     make_prompts,
     markdown,
     marks,
+    measuring,
     prompts_of,
     pyplot,
     read_records,
@@ -70,6 +73,7 @@ from _common import (
     significant,
     stamp,
     start_engine,
+    starting,
     write_record,
 )
 from _vllm import SAMPLE_SECONDS, VllmEngine
@@ -352,30 +356,32 @@ def run_engine(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argpar
     left = [(load, repeat) for repeat in repeats for load in args.loads]
     samples = [(spec, *pair) for pair in left for spec in specs if pair in lacking[spec.label]]
     prompts = {load: prompts_of(args.prompts, load.dataset, load.prompts) for _, load, _ in samples}
-    engine = start(samples[0][0], args)
+    with starting(args.turns):
+        engine = start(samples[0][0], args)
     same = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": args.interleave}
     same |= {**stamp(), **attention_backends(engine)}
     for spec, load, repeat in samples:
-        if time.time() > args.deadline:
-            break
-        if len(specs) > 1:
-            switch(engine, spec.settings.get(SPECULATE, "auto"))
-        sample = {
-            **describe(spec, args),
-            "key": sample_key(spec, load, args),
-            "repeat": repeat,
-            "dataset": str(load.dataset),
-            "batch": load.batch,
-            "requests": load.prompts,
-            "kept_full": load.requests is not None,
-            "output_length": load.new_tokens,
-            "temperature": load.temperature,
-        }
-        try:
-            figures = run_sample(engine, load, prompts[load], not args.respect_eos, args.deadline)
-        except OutOfTime:
-            say(f"{spec.label}, {sample['key']}: given up at the time limit")
-            break
+        with measuring(args.turns):
+            if time.time() > args.deadline:
+                break
+            if len(specs) > 1:
+                switch(engine, spec.settings.get(SPECULATE, "auto"))
+            sample = {
+                **describe(spec, args),
+                "key": sample_key(spec, load, args),
+                "repeat": repeat,
+                "dataset": str(load.dataset),
+                "batch": load.batch,
+                "requests": load.prompts,
+                "kept_full": load.requests is not None,
+                "output_length": load.new_tokens,
+                "temperature": load.temperature,
+            }
+            try:
+                figures = run_sample(engine, load, prompts[load], not args.respect_eos, args.deadline)
+            except OutOfTime:
+                say(f"{spec.label}, {sample['key']}: given up at the time limit")
+                break
         write_record(args.results, {**same, **sample, **figures})
         say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']} tokens/s, accept length {figures['accept_length']}")
     engine.shutdown()
@@ -606,6 +612,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(Dataset("code", 8192), 64, 512, 0.6)])
     parser.add_argument("--repeats", type=int, default=3)
     add_prompt_options(parser)
+    add_turn_option(parser)
     parser.add_argument("--vllm-python", default=sys.executable, help="command that starts a Python that has vLLM")
     parser.add_argument("--interleave", action="store_true", help="start every engine anew for every repeat")
     parser.add_argument("--respect-eos", action="store_true", help="let outputs end")

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import fcntl
 import importlib
 import json
 import os
 import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -120,6 +122,35 @@ def test_prompts_are_made_once_for_all_engines(tmp_path: Path, monkeypatch: pyte
         _common.make_prompts(path, "other", [(asked, 1)])
     monkeypatch.setattr(Dataset, "prompts", lambda *_: pytest.fail("made again"))
     _common.make_prompts(path, "another/folder/m", [(asked, 3)])
+
+
+def test_engines_start_side_by_side_and_are_measured_alone(tmp_path: Path) -> None:
+    turns = tmp_path / "turns"
+
+    def could(what: str) -> bool:
+        """Whether another process gets a lock at once."""
+        with turns.open("a") as file:
+            try:
+                fcntl.flock(file, {"start": fcntl.LOCK_SH, "be measured": fcntl.LOCK_EX}[what] | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return False
+        return True
+
+    with _common.starting(turns):
+        assert could("start") and not could("be measured")
+        forked = os.fork()
+        if not forked:  # as a compiler's workers, which outlive the start
+            signal.pause()
+    try:
+        assert could("be measured")
+    finally:
+        os.kill(forked, signal.SIGKILL)
+        os.waitpid(forked, 0)
+    with _common.measuring(turns):
+        assert not could("start") and not could("be measured")
+    with pytest.raises(ZeroDivisionError), _common.measuring(turns):
+        1 / 0  # noqa: B018
+    assert could("be measured")
 
 
 def test_outputs_that_repeat_themselves_are_told_from_others() -> None:
