@@ -38,6 +38,8 @@ UNRECORDED = {
     "2026-11-25-cpu/parity-speculate-smollm2-135m-05abc4e.jsonl": "05abc4e",
     "2026-11-25-h100/accept-length-qwen2.5-coder-1.5b.jsonl": "0102b6f",
 }
+#: In the cell of an optional column.
+NOT_RUN = "-"
 #: Options that change no figure.
 UNSHOWN = ("--results", "--log-level", "--time-limit", "--prompts", "--vllm-python")
 #: SGLang's release where a label does not name one.
@@ -80,6 +82,10 @@ class Results:
         if not found:
             raise LookupError(f"{file} holds no record of {' and '.join(str(dict(where)) for where in wanted)}")
         return found
+
+    def has(self, file: str, *wanted: Where) -> bool:
+        """Whether :meth:`matching` finds a record."""
+        return any(all(holds(record, where) for where in wanted) for record in self.records(file))
 
     def select(self, file: str, *wanted: Where) -> list[Record]:
         """:meth:`matching`, whose records count as used."""
@@ -166,6 +172,7 @@ class Column:
 
     Attributes:
         hidden: it is not shown; ratios and sentences are made of it.
+        optional: where a row has no such record, the cell and what is computed from it are a dash.
     """
 
     title: str
@@ -173,6 +180,7 @@ class Column:
     where: Where = field(default_factory=dict)
     spec: str = ",.0f"
     hidden: bool = False
+    optional: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,7 @@ class Extremes:
         self._lines = lines
 
     def _figures(self, simulated: bool) -> list[Figure]:
-        found = [line.figure(self._title) for line in self._lines]
+        found = [line.figure(self._title) for line in self._lines if line.cells[self._title] != NOT_RUN]
         found = [figure for figure in found if figure.simulated == simulated]
         if not found:
             raise LookupError(f"{self._title} has no {'simulated' if simulated else 'measured'} figure")
@@ -306,8 +314,14 @@ class Table:
         line = Line(labels, {})
         for column in self.columns:
             if isinstance(column, Ratio):
+                if NOT_RUN in [line.cells[title] for title in (column.of, *column.over)]:
+                    line.cells[column.title] = NOT_RUN
+                    continue
                 figure = line.figure(column.of).over(*map(line.figure, column.over), bold=column.bold)
                 line.cells[column.title] = figure
+                continue
+            if isinstance(column, Column) and column.optional and not results.has(row.file, row.where, column.where):
+                line.cells[column.title] = NOT_RUN
                 continue
             found = results.select(row.file, row.where, column.where)
             simulated = any("SIMULATED acceptance" in marks(record) for record in found)
@@ -455,6 +469,7 @@ MODELS = {
     "qwen3-8b-shapes": "Qwen3-8B shapes",
     "qwen3-14b-shapes": "Qwen3-14B shapes",
     "qwen3-30b-a3b-shapes": "Qwen3-30B-A3B shapes",
+    "qwen3-8b-fp8-block-shapes": "Qwen3-8B shapes in FP8 by block",
     "gpt-oss-20b-shapes": "gpt-oss-20b shapes",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-float32": "SmolLM2-135M, float32",

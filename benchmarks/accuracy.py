@@ -114,12 +114,20 @@ def to_grade(output: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def shown(answer: Any) -> str:
+    """A parsed answer as text. Python writes no integers of thousands of digits, which some outputs do give."""
+    try:
+        return str(answer)
+    except ValueError:
+        return "a number of too many digits to show"
+
+
 def grade(question: Question, given: dict[str, Any]) -> dict[str, Any]:
     """The grade of one output, of which :func:`to_grade` has kept what matters."""
     answer = final_answer(given["text"])
     return {
         "question": question.name,
-        "answer": str(answer[0]) if answer else None,
+        "answer": shown(answer[0]) if answer else None,
         "correct": is_correct(answer, question),
         "tokens": given["tokens"],
         "cut": given["finish_reason"] == "length",

@@ -168,6 +168,11 @@ def test_an_output_is_graded(grader: None) -> None:
     assert accuracy.summarise([graded, {**graded, "correct": False, "answer": None}])["accuracy"] == 0.5
 
 
+def test_an_answer_of_too_many_digits_for_python_is_shown_as_such() -> None:
+    assert accuracy.shown(10**4000) == str(10**4000)
+    assert accuracy.shown(10**5000) == "a number of too many digits to show"
+
+
 def test_few_splits_are_within_sampling_error_and_many_are_not() -> None:
     same = compare([True] * 10 + [False] * 90, [False] * 2 + [True] * 10 + [False] * 88)
     assert same.only_first == same.only_second == 2

@@ -233,3 +233,19 @@ def test_a_plot_is_current_as_long_as_its_table_is(
     assert list(make_results.stale_plots(results)) == [plot]
     plot.path.write_bytes(png(Software="matplotlib"))
     assert list(make_results.stale_plots(results)) == [plot], "it says nothing"
+
+
+def test_what_was_not_run_is_a_dash_where_a_column_allows_it(results: Results) -> None:
+    columns = [
+        speed("plain", "plain"),
+        Column("vLLM", "tokens_per_s", {"label": "vllm"}, optional=True),
+        Column("ours", "tokens_per_s", {"label": "sparsespec"}, optional=True),
+        over("over vLLM", "plain", "vLLM"),
+        over("over plain", "ours", "plain"),
+    ]
+    rows = [load(FILE, f"random:8192,{batch},512,0.6") for batch in (4, 8)]
+    made = Table("t", "T", "At most {x[ours].simulated_highest}.", {"load": load_name}, columns, rows)
+    text = made.text(results, "")
+    assert "| 4 x 8,192, T 0.6 | 100 (90 to 130) | - | 225 (200 to 250) SIMULATED | - | 2.25 SIMULATED |" in text
+    with pytest.raises(LookupError):
+        Table("t", "T", "At most {x[vLLM].highest}.", {"load": load_name}, columns, rows).text(results, "")
