@@ -69,6 +69,10 @@ ablation=(
 claim kernels 560 kernel_table.py --results "$OUT/kernels.jsonl" --time-limit 480
 claim throughput 1500 throughput.py --model-path "$MODEL" --results "$OUT/throughput.jsonl" --time-limit 1380 --repeats 1 \
   --engines "${engines[@]}" --loads code:8192,128,512,0.6 code:4096,64,512,0.6 code:8192,16,512,0.6 code:2048,128,512,0.6
+# How many tokens drafts should attend to at least, by the number of requests. About 2 minutes an engine.
+claim budgets 595 throughput.py --model-path "$MODEL" --results "$OUT/budgets.jsonl" --time-limit 540 --repeats 2 \
+  --engines sparsespec sparsespec,sparsespec_min_budget={256,512,768} \
+  --loads code:512,1,512,0 code:4096,{4,64},512,0.6 code:8192,16,512,0.6 code:2048,{32,128},512,0.6 code:1024,256,512,0.6
 # About 20 minutes with three repeats: 2 each, NGRAM and STANDALONE 3, vLLM 5 and 3.
 claim rivals 595 throughput.py --model-path "$MODEL" --results "$OUT/rivals.jsonl" --time-limit 440 --repeats "$REPEATS" \
   --engines "${rivals[@]}" "${python_of_vllm[@]}" --loads code:8192,128,512,0.6 code:2048,128,512,0.6
