@@ -21,7 +21,6 @@ from typing import Any
 
 from preloaded import start_program
 
-from sglang_sparsespec.sglang_compat import DECLARES_RESOLUTION
 
 #: Precedes each answer, to tell answers from what libraries print.
 MARK = "ANSWER "
@@ -162,11 +161,11 @@ def register():
 
 
 def retract_plugin(site: Path) -> dict[str, str]:
-    """The environment of an engine that retracts requests if its KV pool is small.
+    """The environment of an engine that retracts requests every so many iterations, as if its KV pool were full.
 
-    A newer SGLang lets requests wait for memory rather than retract others; it is told to, every so many iterations.
+    Whether a small pool is ever full depends on how fast requests come; and a newer SGLang lets them wait for memory.
     """
-    return install_plugin(site, "zz_retractions", RETRACTIONS) if DECLARES_RESOLUTION else {}
+    return install_plugin(site, "zz_retractions", RETRACTIONS)
 
 
 def main() -> None:
