@@ -21,7 +21,6 @@ from typing import Any
 
 from preloaded import start_program
 
-
 #: Precedes each answer, to tell answers from what libraries print.
 MARK = "ANSWER "
 #: Plain SGLang on CPU: the reference of what SPARSESPEC serves. Its environment has ``PLAIN_ENV``.
