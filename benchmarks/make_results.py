@@ -202,11 +202,6 @@ def computed_again(records: Sequence[Record]) -> str:
     return "not yet" if waiting else f"{value_of(record, 'recomputed_tokens'):,}"
 
 
-def whole(title: str, label: str) -> Column:
-    """Tokens per second of an engine's whole run, prompts included."""
-    return Column(title, "tokens_per_s_whole", {"label": label})
-
-
 def is_sparsespec(label: str) -> bool:
     """Whether records of a label are of SPARSESPEC, with whichever settings."""
     return label.partition(",")[0] == "sparsespec"
