@@ -277,18 +277,14 @@ def add_turn_option(parser: argparse.ArgumentParser) -> None:
     )
 
 
-@contextlib.contextmanager
-def starting(turns: Path | None) -> Iterator[None]:
+def starting(turns: Path | None) -> contextlib.AbstractContextManager[None]:
     """While an engine starts: others may start too, and none is measured. Without ``turns``, nothing."""
-    with _locked(turns, fcntl.LOCK_SH):
-        yield
+    return _locked(turns, fcntl.LOCK_SH)
 
 
-@contextlib.contextmanager
-def measuring(turns: Path | None) -> Iterator[None]:
+def measuring(turns: Path | None) -> contextlib.AbstractContextManager[None]:
     """While an engine is measured: no other one is, and none starts. Without ``turns``, nothing."""
-    with _locked(turns, fcntl.LOCK_EX):
-        yield
+    return _locked(turns, fcntl.LOCK_EX)
 
 
 @contextlib.contextmanager

@@ -71,21 +71,25 @@ class Results:
             self._files[file] = [json.loads(line) for line in text.splitlines() if line]
         return self._files[file]
 
+    def find(self, file: str, *wanted: Where) -> list[Record]:
+        """The records that hold all that is wanted, if there are any.
+
+        Raises:
+            FileNotFoundError: the file is not there.
+        """
+        return [record for record in self.records(file) if all(holds(record, where) for where in wanted)]
+
     def matching(self, file: str, *wanted: Where) -> list[Record]:
-        """The records that hold all that is wanted.
+        """As :meth:`find`, where there must be some.
 
         Raises:
             FileNotFoundError: the file is not there.
             LookupError: it holds no such record.
         """
-        found = [record for record in self.records(file) if all(holds(record, where) for where in wanted)]
+        found = self.find(file, *wanted)
         if not found:
             raise LookupError(f"{file} holds no record of {' and '.join(str(dict(where)) for where in wanted)}")
         return found
-
-    def has(self, file: str, *wanted: Where) -> bool:
-        """Whether :meth:`matching` finds a record."""
-        return any(all(holds(record, where) for where in wanted) for record in self.records(file))
 
     def select(self, file: str, *wanted: Where) -> list[Record]:
         """:meth:`matching`, whose records count as used."""
@@ -320,7 +324,7 @@ class Table:
                 figure = line.figure(column.of).over(*map(line.figure, column.over), bold=column.bold)
                 line.cells[column.title] = figure
                 continue
-            if isinstance(column, Column) and column.optional and not results.has(row.file, row.where, column.where):
+            if isinstance(column, Column) and column.optional and not results.find(row.file, row.where, column.where):
                 line.cells[column.title] = NOT_RUN
                 continue
             found = results.select(row.file, row.where, column.where)

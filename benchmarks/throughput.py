@@ -361,27 +361,27 @@ def run_engine(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argpar
     same = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": args.interleave}
     same |= {**stamp(), **attention_backends(engine)}
     for spec, load, repeat in samples:
-        with measuring(args.turns):
-            if time.time() > args.deadline:
-                break
-            if len(specs) > 1:
-                switch(engine, spec.settings.get(SPECULATE, "auto"))
-            sample = {
-                **describe(spec, args),
-                "key": sample_key(spec, load, args),
-                "repeat": repeat,
-                "dataset": str(load.dataset),
-                "batch": load.batch,
-                "requests": load.prompts,
-                "kept_full": load.requests is not None,
-                "output_length": load.new_tokens,
-                "temperature": load.temperature,
-            }
-            try:
+        sample = {
+            **describe(spec, args),
+            "key": sample_key(spec, load, args),
+            "repeat": repeat,
+            "dataset": str(load.dataset),
+            "batch": load.batch,
+            "requests": load.prompts,
+            "kept_full": load.requests is not None,
+            "output_length": load.new_tokens,
+            "temperature": load.temperature,
+        }
+        try:
+            with measuring(args.turns):
+                if time.time() > args.deadline:
+                    break
+                if len(specs) > 1:
+                    switch(engine, spec.settings.get(SPECULATE, "auto"))
                 figures = run_sample(engine, load, prompts[load], not args.respect_eos, args.deadline)
-            except OutOfTime:
-                say(f"{spec.label}, {sample['key']}: given up at the time limit")
-                break
+        except OutOfTime:
+            say(f"{spec.label}, {sample['key']}: given up at the time limit")
+            break
         write_record(args.results, {**same, **sample, **figures})
         say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']} tokens/s, accept length {figures['accept_length']}")
     engine.shutdown()
