@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from sglang_sparsespec.scheduler_patch import (
     accepted_run,
+    arrivals,
     attention_checks,
     control_requests,
     cpu,
@@ -43,6 +44,7 @@ def register_all_hooks() -> None:
     draft_weights.register_hooks()
     kv_manager_hooks.register_hooks()
     prefill_interleave.register_hooks()
+    arrivals.register_hooks()
     metrics_hooks.register_hooks()
     internal_state.register_hooks()
     request_checks.register_hooks()

@@ -46,6 +46,8 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
         requests: [round(factor, 3) for factor in factors]
         for requests, factors in worker.planner.time_corrections.items()
     }
+    late = worker.planner.late_choice
+    state["sparsespec_arrival_waits"], state["sparsespec_arrival_waits_too_long"] = late.waits, late.waits_too_long
     # After a flush of the radix cache of an idle server, free must equal total again.
     allocator = scheduler.token_to_kv_pool_allocator
     # Where windows have a pool of their own, the size is that of the other one.

@@ -118,6 +118,7 @@ class SparseSpecWorker(BaseSpecWorker):
             penalties=self.penalties,
             capture=capture,
             adapters=Adapters.of(self.model_runner, most_captured),
+            note_step=self.planner.late_choice.note_step,
         )
         self._compile(context)
         self._choose_draft_weights()

@@ -92,6 +92,7 @@ class RoundContext:
         penalties: of the requests.
         capture: whether steps are captured as CUDA graphs.
         adapters: LoRA adapters of steps, None without LoRA.
+        note_step: called with the number of each step of lock-step and plain rounds, before it is launched.
     """
 
     target_worker: TpModelWorker
@@ -104,6 +105,7 @@ class RoundContext:
     penalties: Penalties
     capture: bool
     adapters: Adapters | None = None
+    note_step: Callable[[int], None] = lambda step: None
 
     @property
     def device(self) -> torch.device:

@@ -88,6 +88,7 @@ class DecodeSteps:
         for step in range(steps):
             positions = batch.seq_lens + step
             context.metrics.note_forward(draft_tokens=len(rows), verify_tokens=0)
+            context.note_step(step)
             logits = run_step(context, self._plain, tokens[:, step].contiguous(), rows, positions, batch.spec_info)
             tokens[:, step + 1] = self._draw(batch, step, logits, tokens)
             if context.backend.hints is not None and not self._plain:
@@ -104,6 +105,7 @@ class DecodeSteps:
         captured.load(batch.spec_info.bonus_tokens, batch.req_pool_indices, batch.seq_lens, graph_size)
         for step in range(steps):
             self._context.metrics.note_forward(draft_tokens=size, verify_tokens=0)
+            self._context.note_step(step)
             logits = self.graphs.replay(graph_size)
             if chosen_here:
                 captured.replace_tokens(step, self._draw(batch, step, logits[:size], captured.tokens[:size]))

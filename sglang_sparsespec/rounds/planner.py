@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.distributed import get_tp_group
 
 from sglang_sparsespec.rounds.acceptance import AcceptanceBelief
+from sglang_sparsespec.rounds.late_choice import LateChoice
 from sglang_sparsespec.rounds.round_timer import RoundTimer
 from sglang_sparsespec.rounds.round_times import Load, RoundTimes
 from sglang_sparsespec.settings import ALWAYS, NEVER, Settings, check_speculate
@@ -80,6 +81,7 @@ class Planner:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
         times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
             ``speculate`` is "never".
+        late_choice: told of each step of a round, says when the batch after it has to be chosen.
     """
 
     #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
@@ -104,6 +106,7 @@ class Planner:
         self._corrections: defaultdict[int, TimeCorrection] = defaultdict(TimeCorrection)
         self._is_plain = False
         self._timer = RoundTimer(on_gpu)
+        self.late_choice = LateChoice(self._timer)
         self._timed: tuple[Any, tuple[Load, bool, float]] | None = None
 
     @property
@@ -160,6 +163,8 @@ class Planner:
             self._belief.note_plain_steps(choice.plain_steps)
         if self.times is not None:
             self._timed = (self._timer.now(), (load, choice.drafts == 0, self._table_seconds(load, choice)))
+            if self._on_gpu:
+                self.late_choice.begin_round(self._steps_until_due(load, choice))
         return choice
 
     def _choice(self, load: Load, must_verify: bool) -> RoundChoice:
@@ -193,6 +198,16 @@ class Planner:
         assert self.times is not None
         draft, verify = self.times.draft(load), self.times.verify(load)
         return [drafts * draft + verify for drafts in range(self._num_steps + 1)]
+
+    def _steps_until_due(self, load: Load, choice: RoundChoice) -> int:
+        """How many steps of a round the device may have behind it when the scheduler must choose the next batch."""
+        assert self.times is not None
+        if choice.drafts:
+            steps, step, rest = choice.drafts, self.times.draft(load), self.times.verify(load)
+        else:
+            steps, step, rest = choice.plain_steps, self.times.plain(load), 0.0
+        host = self.HOST_S + self.HOST_REQUEST_S * load.requests
+        return steps - max(1, math.ceil((host - rest) / step))
 
     def _correction(self, load: Load) -> TimeCorrection:
         """By number of requests, up to a factor of two: what is missing in the table is not the same share everywhere."""

@@ -36,6 +36,10 @@ class RoundTimer:
         """A round was launched between two :meth:`now`."""
         self._rounds.append((begin, end, label))
 
+    def is_idle(self) -> bool:
+        """Whether the device has finished all rounds."""
+        return not self._rounds or not self._on_gpu or self._rounds[-1][1].query()
+
     def finished(self) -> list[tuple[float, Any]]:
         """Seconds and labels of the rounds that the device has finished since the last call."""
         done = []
