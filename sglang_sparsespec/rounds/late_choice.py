@@ -7,7 +7,7 @@ device has come to a place in the round in flight after which there is just enou
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from typing import Any
 
 from sglang_sparsespec.rounds.round_timer import RoundTimer
@@ -24,6 +24,9 @@ class LateChoice:
         waits_too_long: of these, those that were over when the next round was planned: the device was idle.
     """
 
+    #: Seconds between two looks at the device.
+    TICK_S = 0.0005
+
     def __init__(self, timer: RoundTimer) -> None:
         self._timer = timer
         self._due_step = 0
@@ -36,7 +39,6 @@ class LateChoice:
         """A round is about to be launched whose successor is due before its step ``due_step``; at 0 and below at once."""
         if self._waited and self._timer.is_idle():
             self.waits_too_long += 1
-        self._waited = False
         self._due_step = due_step
 
     def note_step(self, step: int) -> None:
@@ -44,17 +46,15 @@ class LateChoice:
         if 0 < step == self._due_step:
             self._due = self._timer.now()
 
-    def wait(self, arrived: Callable[[], bool] | None) -> None:
-        """Wait until the next batch is due, or something has arrived; not after anything but a round.
+    def end_iteration(self, wait: bool) -> None:
+        """The scheduler chooses the next batch after this: when it is due, if it should ``wait`` and a round is in flight.
 
-        Args:
-            arrived: waits for a short time; whether there is something to receive. None: do not wait.
+        What arrives meanwhile becomes one prefill. It does not end the wait: a burst would become a prefill for every few
+        requests, and the device has enough to do.
         """
         due, self._due, self._due_step = self._due, None, 0
-        self._waited = False
-        if due is None or arrived is None or due.query():
-            return
-        self._waited = True
-        self.waits += 1
-        while not (due.query() or arrived()):
-            pass
+        self._waited = wait and due is not None and not due.query()
+        if self._waited:
+            self.waits += 1
+            while not due.query():
+                time.sleep(self.TICK_S)

@@ -86,6 +86,8 @@ class Planner:
 
     #: Seconds of the scheduler for one iteration on a GPU, and more for each request (profiled): no round takes less.
     HOST_S, HOST_REQUEST_S = 0.002, 50e-6
+    #: Seconds more that a prefill takes on the host until the device gets its first work, and by which a wait may be late.
+    PREFILL_S = 0.002
     #: Seconds that a plain round should last on a GPU, and more for each request. With longer rounds new requests wait;
     #: with shorter ones the GPU does.
     ROUND_S, REQUEST_S = 0.006, 100e-6
@@ -206,7 +208,7 @@ class Planner:
             steps, step, rest = choice.drafts, self.times.draft(load), self.times.verify(load)
         else:
             steps, step, rest = choice.plain_steps, self.times.plain(load), 0.0
-        host = self.HOST_S + self.HOST_REQUEST_S * load.requests
+        host = self.HOST_S + self.HOST_REQUEST_S * load.requests + self.PREFILL_S
         return steps - max(1, math.ceil((host - rest) / step))
 
     def _correction(self, load: Load) -> TimeCorrection:

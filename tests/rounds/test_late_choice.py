@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from sglang_sparsespec.rounds import late_choice
 from sglang_sparsespec.rounds import planner as planner_module
 from sglang_sparsespec.rounds.late_choice import LateChoice
 from sglang_sparsespec.rounds.planner import Planner
@@ -37,24 +38,16 @@ class Device:
             self.launched += 1
         self.launched += 1
 
-    def tick(self, arrives_after: int | None = None) -> Any:
-        """What waits for an arrival during one step."""
-        ticks = 0
-
-        def arrived() -> bool:
-            nonlocal ticks
-            if ticks == arrives_after:
-                return True
-            ticks += 1
-            self.done += 1
-            return False
-
-        return arrived
+    def sleep(self, seconds: float) -> None:
+        """The time of one step passes."""
+        self.done += 1
 
 
 @pytest.fixture
-def device() -> Device:
-    return Device()
+def device(monkeypatch: pytest.MonkeyPatch) -> Device:
+    device = Device()
+    monkeypatch.setattr(late_choice.time, "sleep", device.sleep)
+    return device
 
 
 @pytest.fixture
@@ -64,47 +57,41 @@ def late(device: Device) -> LateChoice:
 
 def test_the_wait_ends_when_the_device_comes_to_the_due_step(device: Device, late: LateChoice) -> None:
     device.launch(late, steps=8, due=6)
-    late.wait(device.tick())
+    late.end_iteration(wait=True)
     assert device.done == 6
     assert (late.waits, late.waits_too_long) == (1, 0)
-
-
-def test_an_arrival_ends_the_wait(device: Device, late: LateChoice) -> None:
-    device.launch(late, steps=8, due=6)
-    late.wait(device.tick(arrives_after=2))
-    assert device.done == 2
 
 
 @pytest.mark.parametrize("due", [0, -3])
 def test_a_round_with_too_few_steps_is_not_waited_for(device: Device, late: LateChoice, due: int) -> None:
     device.launch(late, steps=1, due=due)
-    late.wait(device.tick())
+    late.end_iteration(wait=True)
     assert device.done == late.waits == 0
 
 
 def test_where_no_arrival_would_be_next_there_is_no_wait(device: Device, late: LateChoice) -> None:
     device.launch(late, steps=8, due=6)
-    late.wait(None)
+    late.end_iteration(wait=False)
     assert device.done == late.waits == 0
 
 
 def test_only_the_round_in_flight_is_waited_for(device: Device, late: LateChoice) -> None:
     device.launch(late, steps=8, due=6)
-    late.wait(device.tick(arrives_after=0))
-    late.wait(device.tick())  # after the prefill of what has arrived
+    late.end_iteration(wait=False)
+    late.end_iteration(wait=True)  # after a prefill
     assert device.done == 0
     late.note_step(6)  # of a round that the planner was not asked about
-    late.wait(device.tick())
+    late.end_iteration(wait=True)
     assert device.done == 0
 
 
 def test_waits_after_which_the_device_is_idle_are_counted(device: Device, late: LateChoice) -> None:
     device.launch(late, steps=8, due=6)
-    late.wait(device.tick())
+    late.end_iteration(wait=True)
     device.done = device.launched
     device.launch(late, steps=8, due=6)
     assert late.waits_too_long == 1
-    late.wait(None)
+    late.end_iteration(wait=False)
     device.done = device.launched
     device.launch(late, steps=8, due=6)
     assert late.waits_too_long == 1
@@ -120,10 +107,10 @@ class Times:
 @pytest.mark.parametrize(
     ("requests", "times", "speculate", "due"),
     [
-        (20, Times(draft=0.0015, verify=0.004, plain=1.0), "always", K - 1),  # a verification is longer than the host's 3 ms
-        (20, Times(draft=0.0015, verify=0.001, plain=1.0), "always", K - 2),  # two drafts and it
-        (128, Times(draft=0.001, verify=0.003, plain=1.0), "always", K - 6),
-        (20, Times(draft=0.0015, verify=0.004, plain=0.002), "never", 2),  # two steps of four
+        (20, Times(draft=0.0015, verify=0.006, plain=1.0), "always", K - 1),  # a verification is longer than the host's 5 ms
+        (20, Times(draft=0.0015, verify=0.003, plain=1.0), "always", K - 2),  # two drafts and it
+        (128, Times(draft=0.002, verify=0.003, plain=1.0), "always", K - 4),
+        (20, Times(draft=0.0015, verify=0.004, plain=0.002), "never", 1),  # three steps of four
     ],
 )
 def test_the_host_has_its_time_before_the_round_ends(
