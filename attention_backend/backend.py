@@ -163,6 +163,9 @@ class SparseSpecAttnBackend(AttentionBackend):
         # Drafts in each window of the next lock-step verification; captured verifications read it.
         self._num_drafted = self.window - 1
         self._all_drafted = torch.full((self.num_rows,), self._num_drafted, dtype=torch.int64, device=self.device)
+        # Read by captured verifications, too.
+        self._least_budget = settings.min_budget
+        self._least_budget_on_device = torch.tensor(float(settings.min_budget), device=self.device)
         self._plan: ForwardPlan = Prefill()
         self._draft_weights = draft_weights_of(model_runner)
         self._attention_inputs: Callable[..., torch.Tensor] = reference.attention_inputs
@@ -243,8 +246,16 @@ class SparseSpecAttnBackend(AttentionBackend):
             self._count_round(rows, lengths)
         self.begin(self.plan_verify(rows, lengths, self._all_drafted[: len(rows)]))
 
-    def begin_lockstep_round(self, num_drafted: int) -> None:
-        """The verifications that SGLang launches after this are of ``num_drafted`` drafts per request."""
+    def begin_lockstep_round(self, num_drafted: int, least_budget: int | None = None) -> None:
+        """The verifications that SGLang launches after this are of ``num_drafted`` drafts per request.
+
+        Args:
+            least_budget: of selections from now on; None: as configured.
+        """
+        least_budget = self.policy.settings.min_budget if least_budget is None else least_budget
+        if least_budget != self._least_budget:
+            self._least_budget = least_budget
+            self._least_budget_on_device.fill_(float(least_budget))
         if num_drafted != self._num_drafted:
             self._num_drafted = num_drafted
             self._all_drafted.fill_(num_drafted)
@@ -343,7 +354,7 @@ class SparseSpecAttnBackend(AttentionBackend):
 
     def _begin_selection(self, rows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide the sizes of the next selections: where they end (int [B]), and their counts (int32 [B])."""
-        counts, tail_start = self.policy.plan(lengths, self.table.positions.shape[-1])
+        counts, tail_start = self.policy.plan(lengths, self.table.positions.shape[-1], self._least_budget_on_device)
         self.table.begin_selection(rows, counts, tail_start)
         self.policy.write(lengths, counts, rows, self.table.positions)
         return tail_start, counts

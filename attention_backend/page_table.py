@@ -69,7 +69,7 @@ class SelectionTable:
 
 
 def num_selected(
-    lengths: torch.Tensor, budget_ratio: float, min_budget: int, window: int, capacity: int
+    lengths: torch.Tensor, budget_ratio: float, min_budget: int | torch.Tensor, window: int, capacity: int
 ) -> torch.Tensor:
     """How many positions of [0, length) to select (int32, shape of ``lengths``).
 

@@ -36,22 +36,24 @@ class DraftPolicy:
         """Tokens that a draft query of the longest request attends to: its selection and its tail."""
         return self.capacity(max_context) + 2 * self.window
 
-    def plan(self, lengths: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def plan(
+        self, lengths: torch.Tensor, capacity: int, least_budget: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Sizes of the next selections, on the device.
 
         Args:
             lengths: int [batch], tokens before the verify window (0 for padding).
             capacity: of the table.
+            least_budget: float [], tokens.
 
         Returns:
             counts int32 [batch] and tail starts int [batch]: the selection is ``counts`` of the positions below the tail
             start, and draft queries attend to all tokens from there on besides.
         """
-        return self._budget(lengths, capacity), lengths
+        return self._budget(lengths, capacity, least_budget), lengths
 
-    def _budget(self, lengths: torch.Tensor, capacity: int) -> torch.Tensor:
-        settings = self.settings
-        return num_selected(lengths, settings.budget_ratio, settings.min_budget, self.window, capacity)
+    def _budget(self, lengths: torch.Tensor, capacity: int, least_budget: torch.Tensor) -> torch.Tensor:
+        return num_selected(lengths, self.settings.budget_ratio, least_budget, self.window, capacity)
 
     def write(
         self, lengths: torch.Tensor, counts: torch.Tensor, rows: torch.Tensor, positions: torch.Tensor
@@ -91,8 +93,10 @@ class Vegas(DraftPolicy):
     #: One token in so many of a budget is there for being recent.
     RECENT_PART = 4
 
-    def plan(self, lengths: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-        counts = self._budget(lengths, capacity)
+    def plan(
+        self, lengths: torch.Tensor, capacity: int, least_budget: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        counts = self._budget(lengths, capacity, least_budget)
         recent = counts // self.RECENT_PART
         # The tail begins that much earlier, so the selection cannot spend its share on the same tokens.
         return counts - recent, lengths - recent
@@ -107,7 +111,9 @@ class Full(DraftPolicy):
     def longest_list(self, max_context: int) -> int:
         return max_context
 
-    def plan(self, lengths: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def plan(
+        self, lengths: torch.Tensor, capacity: int, least_budget: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         nothing = torch.zeros_like(lengths)
         return nothing.to(torch.int32), nothing
 

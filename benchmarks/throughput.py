@@ -305,7 +305,7 @@ def digest(tokens: Any) -> str:
 def planner_state(engine: Any) -> dict[str, Any]:
     """What SPARSESPEC's planner believes, and the rounds by their drafts since the engine's start; {} of other engines."""
     state = internal_state(engine)
-    names = ("draft_length_histogram", "acceptance_rates", "time_corrections")
+    names = ("draft_length_histogram", "acceptance_rates", "time_corrections", "least_budget")
     return {name: state[f"sparsespec_{name}"] for name in names if f"sparsespec_{name}" in state}
 
 

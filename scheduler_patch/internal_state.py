@@ -48,6 +48,7 @@ def add_internal_state(result: Any, scheduler: Any, *args: Any, **kwargs: Any) -
     }
     late = worker.planner.late_choice
     state["sparsespec_arrival_waits"], state["sparsespec_arrival_waits_too_long"] = late.waits, late.waits_too_long
+    state["sparsespec_least_budget"] = worker.planner.budget.least
     # After a flush of the radix cache of an idle server, free must equal total again.
     allocator = scheduler.token_to_kv_pool_allocator
     # Where windows have a pool of their own, the size is that of the other one.

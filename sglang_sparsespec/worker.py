@@ -98,7 +98,13 @@ class SparseSpecWorker(BaseSpecWorker):
         self.metrics = DraftMetrics(steps, self.attn_backend.kv_read)
         settings = settings_of(self.server_args)
         any_number = settings.schedule != "unified" and not self.attn_backend.policy.facts.num_proposals
-        self.planner = Planner(settings, steps, on_gpu=self.device == "cuda", any_number=any_number)
+        self.planner = Planner(
+            settings,
+            steps,
+            on_gpu=self.device == "cuda",
+            any_number=any_number,
+            most_budget=self.attn_backend.table.positions.shape[-1],
+        )
 
     def init_cuda_graphs(self) -> None:
         """Make the rounds, which capture their steps; SGLang has captured the verify graphs before."""
@@ -270,7 +276,7 @@ class SparseSpecWorker(BaseSpecWorker):
             return self._plain.run(batch, choice.plain_steps, publish)
         if reason is not None:
             self._note_lockstep(reason)
-        return self._lockstep.run(batch, publish, choice.drafts)
+        return self._lockstep.run(batch, publish, choice.drafts, choice.least_budget)
 
     def _run_single_step(self, batch: ScheduleBatch, publish: Publish) -> RoundOutcome:
         """Run a round that decodes one token, for batches with a custom logit processor.

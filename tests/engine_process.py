@@ -127,8 +127,9 @@ def register():
         number, k = self.rounds // EVERY, self._num_steps
         if self.rounds % EVERY == 0 and not needs_verification(batch):
             return RoundChoice(0, 1 + number % k)
-        # Every other one drafts as many as it can.
-        return RoundChoice(1 + number // 2 % k if number % 2 else k)
+        # Every other one drafts as many as it can; budgets are all that the planner may choose.
+        budgets = (None, 24, 64, 1000)
+        return RoundChoice(1 + number // 2 % k if number % 2 else k, least_budget=budgets[number % len(budgets)])
 
     Planner.next_round = next_round
 """

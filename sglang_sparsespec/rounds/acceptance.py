@@ -59,6 +59,11 @@ class AcceptanceBelief:
             self._attempts[index] = kept
             self._successes[index] = successes * kept / attempts if attempts else 0.0
 
+    def scale_rejections(self, factor: float) -> None:
+        """From now on drafts are expected to be rejected ``factor`` times as often."""
+        for index, (attempts, successes) in enumerate(zip(self._attempts, self._successes, strict=True)):
+            self._successes[index] = max(0.0, attempts - factor * (attempts - successes))
+
     @property
     def rates(self) -> list[float]:
         """By position, the share of drafts that are accepted of those whose predecessors are."""
@@ -68,10 +73,14 @@ class AcceptanceBelief:
             rates.append(before)
         return rates
 
-    def tokens(self) -> list[float]:
-        """Entry m: expected tokens of a round with m drafts, the bonus token included."""
+    def tokens(self, rejections: float = 1.0) -> list[float]:
+        """Entry m: expected tokens of a round with m drafts, the bonus token included.
+
+        Args:
+            rejections: what drafts would be rejected as often as, relative to what is believed.
+        """
         expected, reached = [1.0], 1.0
         for rate in self.rates:
-            reached *= rate
+            reached *= max(0.0, 1 - rejections * (1 - rate))
             expected.append(expected[-1] + reached)
         return expected

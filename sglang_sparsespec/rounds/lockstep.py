@@ -79,11 +79,14 @@ class LockstepRounds:
         self.drafter = drafter
         self._window_offsets = torch.arange(context.window, device=context.device)
 
-    def run(self, batch: ScheduleBatch, publish: Publish, num_drafts: int) -> RoundOutcome:
+    def run(
+        self, batch: ScheduleBatch, publish: Publish, num_drafts: int, least_budget: int | None = None
+    ) -> RoundOutcome:
         """Run one round of ``batch`` with so many drafts per request.
 
         Args:
             num_drafts: 0 to k. Without a draft the round is one step of plain decoding that has all that verifications have.
+            least_budget: of the selections that it makes; None: as configured.
         """
         context = self.context
         record_stream_for_v2_verify(batch, None, context.stream)
@@ -93,7 +96,7 @@ class LockstepRounds:
         record_stream_each((positions, candidates), context.stream)
 
         grammar_tree = GrammarTree.from_linear_chain(candidates) if batch.has_grammar else None
-        context.backend.begin_lockstep_round(num_drafts)
+        context.backend.begin_lockstep_round(num_drafts, least_budget)
         logits_output, used_graph = self._verify(batch, candidates, positions)
         logits = logits_output.next_token_logits
         rows = batch.req_pool_indices.long()

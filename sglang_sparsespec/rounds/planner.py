@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from sglang.srt.distributed import get_tp_group
 
 from sglang_sparsespec.rounds.acceptance import AcceptanceBelief
+from sglang_sparsespec.rounds.draft_budget import DraftBudget
 from sglang_sparsespec.rounds.late_choice import LateChoice
 from sglang_sparsespec.rounds.round_timer import RoundTimer
 from sglang_sparsespec.rounds.round_times import Load, RoundTimes
@@ -34,10 +35,12 @@ class RoundChoice:
     Attributes:
         drafts: per request; 0 for a plain round.
         plain_steps: of a plain round, else 0.
+        least_budget: tokens that draft steps attend to at least from the round's verification on; None: as configured.
     """
 
     drafts: int
     plain_steps: int = 0
+    least_budget: int | None = None
 
 
 class TimeCorrection:
@@ -76,9 +79,11 @@ class Planner:
     Args:
         num_steps: k, the most drafts of a round, and the most steps of a plain one.
         any_number: whether a round may draft fewer than k tokens.
+        most_budget: tokens that a selection has room for.
 
     Attributes:
         speculate: which rounds speculate: "auto", "always" or "never" (``--sparsespec-speculate``).
+        budget: how many tokens draft steps attend to at least.
         times: None until they are measured; then and with draft policies for study rounds draft k tokens unless
             ``speculate`` is "never".
         late_choice: told of each step of a round, says when the batch after it has to be chosen.
@@ -97,7 +102,9 @@ class Planner:
     #: drafts that are made show how often the later ones of a window are accepted.
     NEARLY = 0.99
 
-    def __init__(self, settings: Settings, num_steps: int, on_gpu: bool, any_number: bool = True) -> None:
+    def __init__(
+        self, settings: Settings, num_steps: int, on_gpu: bool, any_number: bool = True, most_budget: int = 0
+    ) -> None:
         self._settings = settings
         self.speculate = settings.speculate
         self.times: RoundTimes | None = None
@@ -105,6 +112,7 @@ class Planner:
         self._on_gpu = on_gpu
         self._counts = tuple(range(1, num_steps + 1)) if any_number else (num_steps,)
         self._belief = AcceptanceBelief(num_steps)
+        self.budget = DraftBudget(settings, most_budget)
         self._corrections: defaultdict[int, TimeCorrection] = defaultdict(TimeCorrection)
         self._is_plain = False
         self._timer = RoundTimer(on_gpu)
@@ -175,37 +183,56 @@ class Planner:
         plain = RoundChoice(0, self._plain_steps(load))
         if self.speculate == NEVER and not must_verify:
             return plain
-        tokens, of_table = self._belief.tokens(), self._speculating_seconds(load)
-        speeds = {drafts: tokens[drafts] / self._seconds(load, of_table[drafts], plain=False) for drafts in self._counts}
+        assert self.times is not None
+        if self._on_gpu:
+
+            def speed(least_budget: int, rejections: float) -> float:
+                return max(self._speeds(load, least_budget, rejections).values())
+
+            self._belief.scale_rejections(self.budget.reconsider(load, self.times, speed))
+        speeds = self._speeds(load, self.budget.least)
         fastest = max(speeds.values())
         best = max(drafts for drafts, speed in speeds.items() if speed >= fastest * self.NEARLY)
         if must_verify:
-            return RoundChoice(best)
+            return RoundChoice(best, least_budget=self.budget.asked)
         plain_speed = plain.plain_steps / self._seconds(load, self._table_seconds(load, plain), plain=True)
         if self._is_plain:
             self._is_plain = fastest <= plain_speed * self.MARGIN
         else:
             self._is_plain = plain_speed > fastest * self.MARGIN
-        return plain if self._is_plain else RoundChoice(best)
+        return plain if self._is_plain else RoundChoice(best, least_budget=self.budget.asked)
+
+    def _speeds(self, load: Load, least_budget: int, rejections: float = 1.0) -> dict[int, float]:
+        """Tokens per second of rounds that speculate, for each number of drafts.
+
+        Args:
+            rejections: how often drafts are rejected, relative to what is believed.
+        """
+        tokens, of_table = self._belief.tokens(rejections), self._speculating_seconds(load, least_budget)
+        return {drafts: tokens[drafts] / self._seconds(load, of_table[drafts], plain=False) for drafts in self._counts}
 
     def _table_seconds(self, load: Load, choice: RoundChoice) -> float:
         """What the forwards of a round take by the table."""
         assert self.times is not None
         if choice.drafts == 0:
             return choice.plain_steps * self.times.plain(load)
-        return self._speculating_seconds(load)[choice.drafts]
+        return self._speculating_seconds(load, self._least_budget(choice))[choice.drafts]
 
-    def _speculating_seconds(self, load: Load) -> list[float]:
+    def _speculating_seconds(self, load: Load, least_budget: int) -> list[float]:
         """What a round's forwards take by the table if it has none to k drafts and is verified."""
         assert self.times is not None
-        draft, verify = self.times.draft(load), self.times.verify(load)
+        draft, verify = self.times.draft(self.budget.draft_load(load, least_budget)), self.times.verify(load)
         return [drafts * draft + verify for drafts in range(self._num_steps + 1)]
+
+    def _least_budget(self, choice: RoundChoice) -> int:
+        return self._settings.min_budget if choice.least_budget is None else choice.least_budget
 
     def _steps_until_due(self, load: Load, choice: RoundChoice) -> int:
         """How many steps of a round the device may have behind it when the scheduler must choose the next batch."""
         assert self.times is not None
         if choice.drafts:
-            steps, step, rest = choice.drafts, self.times.draft(load), self.times.verify(load)
+            verify, *_, whole = self._speculating_seconds(load, self._least_budget(choice))[: choice.drafts + 1]
+            steps, step, rest = choice.drafts, (whole - verify) / choice.drafts, verify
         else:
             steps, step, rest = choice.plain_steps, self.times.plain(load), 0.0
         host = self.HOST_S + self.HOST_REQUEST_S * load.requests + self.PREFILL_S

@@ -74,6 +74,13 @@ class RoundTimes:
         """Seconds of one plain step."""
         return self._at(load, lambda point: point.plain)
 
+    def longest_context(self, requests: int) -> int:
+        """The longest context of which times are known at the batch sizes next to so many requests."""
+        batches = sorted(self._by_batch)
+        above = min(bisect.bisect_left(batches, requests), len(batches) - 1)
+        below = above if batches[above] <= requests else max(above - 1, 0)
+        return min(self._by_batch[batches[index]][-1].context for index in (below, above))
+
     def _at(self, load: Load, seconds: Callable[[PointTimes], float]) -> float:
         index = bisect.bisect_left(self._sizes, load.requests)
         size = self._sizes[index] if index < len(self._sizes) else max(load.requests, 1)

@@ -38,9 +38,10 @@ class ToyBackend:
         self.num_rows = 3
         self.kv_read = torch.zeros(2, dtype=torch.int64)
         self.policy = SimpleNamespace(facts=SimpleNamespace(num_proposals=0))
+        self.table = SimpleNamespace(positions=torch.zeros(1, 3, 1, 100))
         self.told: list[int] = []
 
-    def begin_lockstep_round(self, num_drafted: int) -> None:
+    def begin_lockstep_round(self, num_drafted: int, least_budget: int | None = None) -> None:
         self.told.append(num_drafted)
 
     def warm_up(self) -> None:

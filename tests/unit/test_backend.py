@@ -121,6 +121,18 @@ def test_kv_read_counts_no_more_draft_steps_than_there_were() -> None:
     assert counted[0] < counted[1]
 
 
+def test_a_round_sets_the_least_budget_of_the_selections_after_it() -> None:
+    server = SmallServer()
+    server.prefill([1], [40], [40])
+    configured = len(server.selected(1))
+    server.backend.begin_lockstep_round(1, configured + 2 * WINDOW)
+    server.verify([1], [40])
+    assert len(server.selected(1)) == configured + WINDOW
+    server.backend.begin_lockstep_round(1)
+    server.verify([1], [40])
+    assert len(server.selected(1)) == configured
+
+
 def test_the_last_draft_of_a_short_window_stands_in_for_the_rest() -> None:
     """Hints of tokens that were never draft queries."""
     server = SmallServer()

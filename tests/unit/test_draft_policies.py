@@ -72,7 +72,7 @@ def test_vegas_keeps_the_newest_tokens_and_the_best_of_the_others(length: int) -
 def test_vegas_attends_to_as_many_tokens_as_pillar() -> None:
     lengths = torch.arange(0, 3000)
     settings = Settings(draft_policy="vegas", budget_ratio=0.07, min_budget=64)
-    counts, start = make_policy(settings, 7).plan(lengths, 3000)
+    counts, start = make_policy(settings, 7).plan(lengths, 3000, torch.tensor(64.0))
     budget = num_selected(lengths, 0.07, 64, 7, 3000)
     assert torch.equal(counts + (lengths - start), budget)
     assert bool((counts >= 0).all()) and bool((counts <= start).all())
@@ -89,7 +89,7 @@ def test_no_list_is_longer_than_the_kernels_are_told(name: str) -> None:
     policy = make_policy(Settings(min_budget=64, draft_policy=name), WINDOW)
     lengths = torch.arange(0, context - 2 * WINDOW)
     capacity = policy.capacity(context)
-    counts, start = policy.plan(lengths, capacity)
+    counts, start = policy.plan(lengths, capacity, torch.tensor(64.0))
     assert int(counts.max()) <= capacity
     # The last draft step after a round that accepted everything.
     longest = counts + lengths + 2 * WINDOW - 1 - start

@@ -38,6 +38,7 @@ class Worker:
             acceptance_rates=[0.91234, 2 / 3],
             time_corrections={"4-7": [1.05432, 0.999]},
             late_choice=SimpleNamespace(waits=9, waits_too_long=2),
+            budget=SimpleNamespace(least=256),
         )
         self.metrics = SimpleNamespace(refresh=lambda wait: None, as_dict=lambda: {"sparsespec_accept_length": 3.5})
 
@@ -76,6 +77,7 @@ def test_metrics_setting_and_pool_are_shown(worker: Worker) -> None:
         "sparsespec_time_corrections": {"4-7": [1.054, 0.999]},
         "sparsespec_arrival_waits": 9,
         "sparsespec_arrival_waits_too_long": 2,
+        "sparsespec_least_budget": 256,
         "kv_tokens_free": 90,
         "kv_tokens_total": 100,
     }

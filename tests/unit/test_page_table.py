@@ -132,3 +132,9 @@ def test_pattern_policies_write_valid_positions_for_an_empty_request() -> None:
     positions = torch.full((1, 1, 1, 12), -1, dtype=torch.int32)
     write_pattern(torch.tensor([0]), torch.tensor([0]), torch.tensor([0]), 4, positions)
     assert (positions >= 0).all()
+
+
+def test_the_least_budget_may_be_a_number_on_the_device() -> None:
+    for least in (4, 128):
+        given = torch.tensor(float(least))
+        assert torch.equal(num_selected(LENGTHS, 0.05, given, 3, 10**6), num_selected(LENGTHS, 0.05, least, 3, 10**6))
