@@ -123,6 +123,7 @@ class SparseSpecAttnBackend(AttentionBackend):
             num_kv_heads=layers[0].tp_k_head_num,
             capacity=self.policy.capacity(max_context),
             device=self.device,
+            memory=self.policy.memory,
         )
         self._first_layer = layers[0]
         shape = KernelShape(
@@ -263,7 +264,8 @@ class SparseSpecAttnBackend(AttentionBackend):
     def _plan_prefill(self, forward_batch: ForwardBatch) -> Prefill:
         rows, seq_lens = forward_batch.req_pool_indices, forward_batch.seq_lens
         num_queries = forward_batch.extend_seq_lens.clamp(max=self.window)
-        lengths, counts = self._begin_selection(rows, seq_lens - num_queries.to(seq_lens.dtype))
+        # The rows may have been other requests'.
+        lengths, counts = self._begin_selection(rows, seq_lens - num_queries.to(seq_lens.dtype), remember=False)
         if self.prefill_selection is None:
             return Prefill()
         starts, extend_lens = forward_batch.extend_start_loc, forward_batch.extend_seq_lens
@@ -344,7 +346,7 @@ class SparseSpecAttnBackend(AttentionBackend):
         self, rows: torch.Tensor, lengths: torch.Tensor, num_drafted: torch.Tensor, selecting: PillarKernels
     ) -> Verify:
         attention = self.kernels.plan_verify(rows, lengths, self.window)
-        selected_from, counts = self._begin_selection(rows, lengths)
+        selected_from, counts = self._begin_selection(rows, lengths, remember=True)
         selection = None
         if self.policy.facts.uses_scores:
             selection = selecting.plan_selection(rows, selected_from, counts)
@@ -352,10 +354,12 @@ class SparseSpecAttnBackend(AttentionBackend):
         hints = self.hints.of(rows, num_drafted) if self.hints is not None else None
         return Verify(attention, sliding, selection, hints)
 
-    def _begin_selection(self, rows: torch.Tensor, lengths: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _begin_selection(
+        self, rows: torch.Tensor, lengths: torch.Tensor, remember: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Decide the sizes of the next selections: where they end (int [B]), and their counts (int32 [B])."""
         counts, tail_start = self.policy.plan(lengths, self.table.positions.shape[-1], self._least_budget_on_device)
-        self.table.begin_selection(rows, counts, tail_start)
+        self.table.begin_selection(rows, counts, tail_start, remember)
         self.policy.write(lengths, counts, rows, self.table.positions)
         return tail_start, counts
 

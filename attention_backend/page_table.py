@@ -24,6 +24,9 @@ class SelectionTable:
             ``num_selected[row]`` are valid.
         num_selected: int32 [rows].
         tail_start: int32 [rows].
+        memory: share of the scores that positions were selected by before, which is added to their new scores.
+        scores: float16, shape of ``positions``; of each selected position what it was selected by. Empty without a memory.
+        num_remembered: int32 [rows]; so many positions and scores of the selection before count when the next is made.
 
     Rows are SGLang's ``req_pool_indices``; row 0 is its padding row.
     """
@@ -35,11 +38,15 @@ class SelectionTable:
         num_kv_heads: int,
         capacity: int,
         device: torch.device | str,
+        memory: float = 0.0,
     ) -> None:
         shape = (num_layers, num_rows, num_kv_heads, capacity)
+        self.memory = memory
         self.positions = torch.zeros(shape, dtype=torch.int32, device=device)
         self.num_selected = torch.zeros(num_rows, dtype=torch.int32, device=device)
         self.tail_start = torch.zeros(num_rows, dtype=torch.int32, device=device)
+        self.scores = torch.zeros(shape if memory else (num_layers, 0), dtype=torch.float16, device=device)
+        self.num_remembered = torch.zeros(num_rows, dtype=torch.int32, device=device)
 
     @staticmethod
     def capacity_for(max_context: int, budget_ratio: float, min_budget: int) -> int:
@@ -49,10 +56,18 @@ class SelectionTable:
     @property
     def nbytes(self) -> int:
         """Device memory that the table takes, in bytes."""
-        return self.positions.nbytes + self.num_selected.nbytes + self.tail_start.nbytes
+        tensors = (self.positions, self.scores, self.num_selected, self.num_remembered, self.tail_start)
+        return sum(tensor.nbytes for tensor in tensors)
 
-    def begin_selection(self, rows: torch.Tensor, num_selected: torch.Tensor, tail_start: torch.Tensor) -> None:
-        """Start a new selection for ``rows``: its size and where its tail begins (int [batch] each)."""
+    def begin_selection(
+        self, rows: torch.Tensor, num_selected: torch.Tensor, tail_start: torch.Tensor, remember: bool = False
+    ) -> None:
+        """Start a new selection for ``rows``: its size and where its tail begins (int [batch] each).
+
+        Args:
+            remember: the selection before is the same requests', and its scores count.
+        """
+        self.num_remembered[rows] = self.num_selected[rows] if remember else 0
         self.num_selected[rows] = num_selected.to(torch.int32)
         self.tail_start[rows] = tail_start.to(torch.int32)
 

@@ -18,10 +18,14 @@ class DraftPolicy:
 
     Attributes:
         facts: the policy's entry in ``settings.POLICIES``.
+        memory: a selected position's score is its score by the last verification, and this share of the score that it was
+            selected by before. One window's queries are few: what is read again and again is seen by several.
 
     Args:
         window: W = k + 1.
     """
+
+    memory = 0.6
 
     def __init__(self, settings: Settings, window: int) -> None:
         self.settings = settings
@@ -90,6 +94,7 @@ class Vegas(DraftPolicy):
     each KV head has its own list.
     """
 
+    memory = 0.0
     #: One token in so many of a budget is there for being recent.
     RECENT_PART = 4
 

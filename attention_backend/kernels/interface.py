@@ -135,10 +135,10 @@ class Selection(Protocol):
     """The best-scored positions of each (request, KV head), into the table."""
 
     def run(self, scores: torch.Tensor, layer_index: int) -> None:
-        """Select in one layer: the positions are written in ascending order.
+        """Select in one layer: the positions are written in ascending order, with their scores if the table has a memory.
 
         Args:
-            scores: [B, Hkv, >= max length].
+            scores: [B, Hkv, >= max length]; what is remembered may be added to them in place.
             layer_index: of ``SelectionTable.positions``.
         """
         ...

@@ -247,13 +247,22 @@ class ReferenceSelection:
     counts: torch.Tensor
 
     def run(self, scores: torch.Tensor, layer_index: int) -> None:
-        positions = self.table.positions[layer_index]
+        positions, remembered = self.table.positions[layer_index], self.table.scores[layer_index]
+        memory = self.table.memory
         batch = (self.rows, self.lengths, self.counts)
         for b, (row, length, count) in enumerate(zip(*(column.tolist() for column in batch), strict=True)):
             if count == 0:
                 continue
-            best = scores[b, :, :length].topk(count, dim=-1, sorted=False).indices
-            positions[row, :, :count] = best.sort(dim=-1).values.to(positions.dtype)
+            total = scores[b, :, :length]
+            if memory and (known := int(self.table.num_remembered[row])):
+                before = positions[row, :, :known].long()
+                # Where rounds were lost, some may lie beyond.
+                added = torch.where(before < length, memory * remembered[row, :, :known].to(total.dtype), 0.0)
+                total = total.scatter_add(1, before.clamp(max=length - 1), added)
+            best = total.topk(count, dim=-1, sorted=False).indices.sort(dim=-1).values
+            positions[row, :, :count] = best.to(positions.dtype)
+            if memory:
+                remembered[row, :, :count] = total.gather(1, best).to(remembered.dtype)
 
 
 class ReferenceKernels:

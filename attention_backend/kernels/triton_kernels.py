@@ -170,12 +170,14 @@ class TritonSelection:
     counts: torch.Tensor
 
     def run(self, scores: torch.Tensor, layer_index: int) -> None:
+        table = self.kernels.table
         triton_select.select(
             scores=scores,
             rows=self.rows,
             lengths=self.lengths,
             counts=self.counts,
-            positions=self.kernels.table.positions[layer_index],
+            positions=table.positions[layer_index],
+            remembered=triton_select.Remembered(table.scores[layer_index], table.num_remembered, table.memory),
             config=self.kernels.select_config,
             pdl=self.kernels.pdl,
         )

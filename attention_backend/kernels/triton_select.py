@@ -6,6 +6,9 @@ the range.  A row too long for the registers is first reduced to candidates: a s
 to BLOCK keys reach, one pass over the row counts them (further passes correct a bad suggestion), and another writes
 their positions to a buffer.
 
+With a memory, the positions that are selected already are first scored higher in place, by what they were selected by, and
+the scores of the new ones are written beside them in the end.
+
 Positions come out ascending without a sort: a prefix sum gives every chosen position its place.  Ties at the threshold
 go to the lowest positions.  All lengths and counts are read on the device (CUDA-graph capturable).
 """
@@ -25,6 +28,9 @@ from sglang_sparsespec.attention_backend.kernels.triton_common import let_next_s
 SAMPLE = 1024
 # The largest block that fits a multiprocessor's registers well.
 MAX_BLOCK = 16384
+# Entries of a list that are read at once.
+LIST = 512
+SCORE_TYPES = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
 # Adjacent scores of a thread.
 COLUMNS = tl.constexpr(8)
 # A word flags COLUMNS positions in its low bits and has their number above.
@@ -219,12 +225,47 @@ def _find_candidates(
 
 
 @triton.jit
+def _load_score(src, position, mask, SCORE: tl.constexpr):
+    """Scores (float32) at positions; 0 where there are none."""
+    return tl.load(src + position, mask=mask, other=0).to(SCORE, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _add_remembered(src, dst, remembered, known, length, MEMORY: tl.constexpr, SCORE: tl.constexpr, LIST: tl.constexpr):
+    """Add to the scores of the ``known`` positions at ``dst`` a share of what they were selected by."""
+    for s in range(0, known, LIST):
+        index = s + tl.arange(0, LIST)
+        position = tl.load(dst + index, mask=index < known, other=0)
+        # Where rounds were lost, some may lie beyond.
+        mask = (index < known) & (position < length)
+        score = _load_score(src, position, mask, SCORE)
+        score += MEMORY * tl.load(remembered + index, mask=mask, other=0).to(tl.float32)
+        bits = score.to(SCORE).to(src.dtype.element_ty, bitcast=True)
+        tl.store(src + position, bits, mask=mask)
+    # Written by other threads of this program.
+    tl.debug_barrier()
+
+
+@triton.jit
+def _remember(src, dst, remembered, n, SCORE: tl.constexpr, LIST: tl.constexpr):
+    """Write the scores of the ``n`` positions at ``dst`` beside them."""
+    tl.debug_barrier()
+    for s in range(0, n, LIST):
+        index = s + tl.arange(0, LIST)
+        position = tl.load(dst + index, mask=index < n, other=0)
+        score = _load_score(src, position, index < n, SCORE)
+        tl.store(remembered + index, score.to(remembered.dtype.element_ty), mask=index < n)
+
+
+@triton.jit
 def _select_kernel(
     scores_ptr,
     lens_ptr,
     req_ptr,
     n_sel_ptr,
     positions_ptr,
+    remembered_ptr,
+    n_remembered_ptr,
     candidates_ptr,
     vecs_s_b,
     vecs_s_h,
@@ -235,6 +276,9 @@ def _select_kernel(
     BLOCK: tl.constexpr,
     SAMPLE: tl.constexpr,
     VEC: tl.constexpr,
+    MEMORY: tl.constexpr,
+    SCORE: tl.constexpr,
+    LIST: tl.constexpr,
     PDL: tl.constexpr,
 ):
     let_next_start(PDL)
@@ -249,10 +293,16 @@ def _select_kernel(
     src = scores_ptr + (b.to(tl.int64) * vecs_s_b + h.to(tl.int64) * vecs_s_h) * VEC
     dst = positions_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
     candidates = candidates_ptr + (b.to(tl.int64) * tl.num_programs(0) + h) * BLOCK
+    remembered = remembered_ptr + row * stride_pos_row + h.to(tl.int64) * stride_pos_head
+    if MEMORY > 0:
+        known = tl.minimum(tl.load(n_remembered_ptr + row).to(tl.int32), cap)
+        _add_remembered(src, dst, remembered, known, length, MEMORY, SCORE, LIST)
     if n == length:
         every = tl.arange(0, BLOCK)
         for s in range(0, length, BLOCK):
             tl.store(dst + s + every, s + every, mask=s + every < length)
+        if MEMORY > 0:
+            _remember(src, dst, remembered, n, SCORE, LIST)
         return
 
     zero = tl.full([], 0, tl.int32)
@@ -284,6 +334,23 @@ def _select_kernel(
             _write(dst, zero, words, zero, candidates, BLOCK, True)
         else:
             _write(dst, zero, words, zero, candidates, BLOCK, False)
+    if MEMORY > 0:
+        _remember(src, dst, remembered, n, SCORE, LIST)
+
+
+@dataclass(frozen=True)
+class Remembered:
+    """Scores of selections before.
+
+    Attributes:
+        scores: float [rows, Hkv, capacity], one layer of the table, strided as its positions.
+        counts: int32 [rows], how many of each row count.
+        share: of them that is added to new scores.
+    """
+
+    scores: torch.Tensor
+    counts: torch.Tensor
+    share: float
 
 
 @dataclass
@@ -310,6 +377,7 @@ def select(
     positions: torch.Tensor,
     config: SelectConfig,
     pdl: bool,
+    remembered: Remembered | None = None,
 ) -> None:
     """Write the ``counts[b]`` highest-scored positions of [0, lengths[b]) in ascending order.
 
@@ -319,6 +387,7 @@ def select(
         rows, lengths, counts: int [B].
         positions: int32 [rows, Hkv, capacity], one layer of the table.
         pdl: start while the kernel before still runs.
+        remembered: scores that are added to ``scores``, in place, and then are those of the new positions.
 
     Raises:
         ValueError: a last axis has no unit stride.
@@ -328,6 +397,10 @@ def select(
         return
     if scores.stride(2) != 1 or positions.stride(2) != 1:
         raise ValueError("select: scores and positions must have unit stride along their last axis")
+    if remembered is None or not remembered.share:
+        remembered = Remembered(positions, counts, 0.0)  # read by none
+    if remembered.scores.stride() != positions.stride():
+        raise ValueError("select: remembered scores must be strided as the positions")
     heads, max_len = scores.shape[1:]
     cap = positions.shape[2]
     # Candidates are more than a selection: a block should hold 1.5 of the longest.
@@ -344,6 +417,8 @@ def select(
         req_ptr=rows,
         n_sel_ptr=counts,
         positions_ptr=positions,
+        remembered_ptr=remembered.scores,
+        n_remembered_ptr=remembered.counts,
         candidates_ptr=candidates,
         vecs_s_b=scores.stride(0) // vec,
         vecs_s_h=scores.stride(1) // vec,
@@ -354,6 +429,9 @@ def select(
         BLOCK=block,
         SAMPLE=min(SAMPLE, block),
         VEC=vec,
+        MEMORY=remembered.share,
+        SCORE=SCORE_TYPES[scores.dtype],
+        LIST=LIST,
         PDL=pdl,
         num_warps=num_warps,
         maxnreg=min(config.max_regs, 65536 // (32 * num_warps)),

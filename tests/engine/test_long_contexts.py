@@ -59,5 +59,5 @@ def test_requests_pass_the_limits_of_16_bits_among_short_ones(rope: dict[str, An
     assert min(accepted[1], accepted[3]) > 1.2, "hardly any draft was accepted across a limit"
     assert share < 2 * BUDGET_RATIO
     # As docs/operations.md counts the memory of selections.
-    expected = 4 * LAYERS * KV_HEADS * int(BUDGET_RATIO * CONTEXT) * REQUESTS
+    expected = 6 * LAYERS * KV_HEADS * int(BUDGET_RATIO * CONTEXT) * REQUESTS
     assert f"page table {expected / 1e9:.2f} GB" in log

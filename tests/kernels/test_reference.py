@@ -129,6 +129,24 @@ def random_selection(problem: Problem, ratio: float, min_budget: int) -> tuple[S
     return table, scores
 
 
+def test_a_selection_with_a_memory_adds_a_share_of_what_positions_were_selected_by(problem: Problem) -> None:
+    table = SelectionTable(1, 6, NUM_KV_HEADS, CONTEXT, "cpu", memory=0.5)
+    total = torch.zeros(len(LENGTHS), NUM_KV_HEADS, CONTEXT)
+    for count in (9, 5, 7):
+        counts = torch.minimum(problem.lengths, torch.tensor(count)).int()
+        table.begin_selection(problem.rows, counts, problem.lengths, remember=True)
+        scores = torch.rand(total.shape, generator=problem.generator).half().float()
+        kernels_of(problem, table).plan_selection(problem.rows, problem.lengths, counts).run(scores, 0)
+        kept = torch.zeros_like(total)
+        for b, (row, length, n) in enumerate(zip(ROWS, LENGTHS, counts.tolist(), strict=True)):
+            all_scores = (scores + 0.5 * total)[b, :, :length]
+            best = all_scores.topk(n, dim=-1).indices.sort(dim=-1).values
+            assert torch.equal(table.positions[0, row, :, :n], best.int())
+            kept[b].scatter_(1, best, all_scores.gather(1, best).half().float())
+            assert torch.equal(table.scores[0, row, :, :n].float(), kept[b].gather(1, best))
+        total = kept
+
+
 # ------------------------------------------------------------------------- verification
 
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 from kernel_problem import INTERPRETED
 
-from sglang_sparsespec.attention_backend.kernels.triton_select import SelectConfig, select
+from sglang_sparsespec.attention_backend.kernels.triton_select import Remembered, SelectConfig, select
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 kernels_run_here = pytest.mark.skipif(
@@ -148,3 +148,46 @@ def test_a_wrong_sample_costs_passes_only() -> None:
     scores[0, :, ::16] = 0
     scores[1, :, ::16] = 1
     check_selection(scores, [4096, 4096], [205, 205], cap=256)
+
+
+@kernels_run_here
+@pytest.mark.parametrize("dtype", [torch.float16, pytest.param(torch.float32, marks=pytest.mark.nightly)], ids=str)
+def test_positions_that_are_selected_already_keep_a_share_of_their_scores(dtype: torch.dtype) -> None:
+    """Of lists of no, few and many positions, some of them beyond the length, and rows of one block and of several."""
+    share, cap, heads, max_len = 0.5, 700, 2, 2064
+    lens, counts, known = [2064, 2064, 200, 1000, 150, 0], [600, 40, 50, 690, 150, 3], [700, 90, 200, 0, 150, 9]
+    generator = torch.Generator().manual_seed(0)
+    # Multiples of 1/64 add up exactly, and 16 bits hold the sums.
+    scores = (torch.randint(0, 64, (len(lens), heads, max_len), generator=generator) / 64).to(dtype)
+    rows = torch.arange(len(lens)).flip(0) + 1
+    positions = torch.full((len(lens) + 2, heads, cap), 1 << 20, dtype=torch.int32)
+    remembered = torch.full(positions.shape, 7.0, dtype=torch.float16)
+    num_remembered = torch.zeros(len(positions), dtype=torch.int32)
+    expected = []
+    for b, (length, count, before) in enumerate(zip(lens, counts, known, strict=True)):
+        total, num_remembered[rows[b]] = scores[b].float().clone(), before
+        for head in range(heads):
+            old = torch.randperm(max_len, generator=generator)[:before].sort().values
+            positions[rows[b], head, :before] = old.int()
+            remembered[rows[b], head, :before] = torch.randint(0, 64, (before,), generator=generator) / 32
+            total[head, old] += share * remembered[rows[b], head, :before].float()
+        n = min(count, length)
+        best = total[:, :length].sort(dim=-1, descending=True, stable=True).indices[:, :n].sort(dim=-1).values
+        expected.append((best, total.gather(1, best)))
+    on_device = [tensor.to(DEVICE) for tensor in (scores, positions, remembered)]
+    select(
+        scores=on_device[0],
+        rows=rows.to(DEVICE),
+        lengths=torch.tensor(lens, device=DEVICE),
+        counts=torch.tensor(counts, dtype=torch.int32, device=DEVICE),
+        positions=on_device[1],
+        config=SelectConfig(block=BLOCK),
+        pdl=False,
+        remembered=Remembered(on_device[2], num_remembered.to(DEVICE), share),
+    )
+    for b, (best, best_scores) in enumerate(expected):
+        n = best.shape[1]
+        assert torch.equal(on_device[1][rows[b], :, :n].cpu(), best.int())
+        assert torch.equal(on_device[2][rows[b], :, :n].cpu(), best_scores.half())
+    for untouched in (0, len(positions) - 1):
+        assert torch.equal(on_device[2][untouched].cpu(), remembered[untouched])

@@ -133,6 +133,19 @@ def test_a_round_sets_the_least_budget_of_the_selections_after_it() -> None:
     assert len(server.selected(1)) == configured
 
 
+def test_verifications_remember_and_prefills_do_not() -> None:
+    server = SmallServer()
+    table = server.backend.table
+    assert table.memory == server.backend.policy.memory > 0
+    server.prefill([1, 2], [40, 30], [40, 30])
+    assert table.num_remembered[[1, 2]].tolist() == [0, 0]
+    assert bool((table.scores[:, 1, :, : len(server.selected(1))] > 0).all()), "there is something to remember"
+    server.verify([1], [40])
+    assert table.num_remembered[[1, 2]].tolist() == [len(server.selected(1)), 0]
+    server.prefill([1], [40], [40])
+    assert table.num_remembered[1] == 0
+
+
 def test_the_last_draft_of_a_short_window_stands_in_for_the_rest() -> None:
     """Hints of tokens that were never draft queries."""
     server = SmallServer()

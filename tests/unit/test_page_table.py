@@ -96,8 +96,21 @@ def test_a_new_window_changes_only_its_rows() -> None:
 
 def test_reported_bytes_are_the_tensors_bytes() -> None:
     table = SelectionTable(num_layers=2, num_rows=5, num_kv_heads=3, capacity=7, device="cpu")
-    tensors = (table.positions, table.num_selected, table.tail_start)
-    assert table.nbytes == sum(t.numel() * t.element_size() for t in tensors) == 4 * 5 * (2 * 3 * 7 + 2)
+    tensors = (table.positions, table.num_selected, table.num_remembered, table.tail_start)
+    assert table.nbytes == sum(t.numel() * t.element_size() for t in tensors) == 4 * 5 * (2 * 3 * 7 + 3)
+    with_memory = SelectionTable(num_layers=2, num_rows=5, num_kv_heads=3, capacity=7, device="cpu", memory=0.5)
+    assert with_memory.nbytes == table.nbytes + 2 * 5 * 2 * 3 * 7
+
+
+def test_only_a_selection_of_the_same_requests_is_remembered() -> None:
+    table = SelectionTable(num_layers=1, num_rows=4, num_kv_heads=1, capacity=9, device="cpu", memory=0.5)
+    rows = torch.tensor([1, 2, 3])
+    table.begin_selection(rows, torch.tensor([5, 6, 7]), rows)
+    assert table.num_remembered.tolist() == [0, 0, 0, 0]
+    table.begin_selection(rows[:2], torch.tensor([8, 9]), rows[:2], remember=True)
+    assert table.num_remembered.tolist() == [0, 5, 6, 0]
+    table.begin_selection(rows, torch.tensor([1, 2, 3]), rows)
+    assert table.num_remembered.tolist() == [0, 0, 0, 0]
 
 
 def pattern(length: int, selected: int, num_sinks: int) -> list[int]:
