@@ -475,6 +475,7 @@ MODELS = {
     "qwen3-30b-a3b-shapes": "Qwen3-30B-A3B shapes",
     "qwen3-8b-fp8-block-shapes": "Qwen3-8B shapes in FP8 by block",
     "gpt-oss-20b-shapes": "gpt-oss-20b shapes",
+    "gemma3-1b-shapes": "Gemma 3 1B shapes",
     "smollm2-135m": "SmolLM2-135M",
     "smollm2-135m-float32": "SmolLM2-135M, float32",
 }
