@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +20,9 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
         ValueError: a layer has a cap that is none by tanh, chunked or cross attention, other dims than the rest, or another
             window than theirs; or no layer has full attention.
     """
-    from sglang.srt.layers.radix_attention import AttentionType, RadixAttention
+    from sglang.srt.layers.radix_attention import AttentionType
 
-    layers = [module for module in model.modules() if isinstance(module, RadixAttention)]
+    layers = [layer for module in model.modules() for layer in _attention_of(module)]
     layers.sort(key=lambda layer: layer.layer_id)
 
     def refuse(layer: RadixAttention, what: str) -> None:
@@ -56,6 +57,15 @@ def attention_layers(model: torch.nn.Module) -> list[RadixAttention]:
             "without --speculative-algorithm."
         )
     return layers
+
+
+def _attention_of(module: torch.nn.Module) -> Iterable[RadixAttention]:
+    """The layer that a module is, or those that it has: SGLang's wrapper of transformers' models keeps them in a dict."""
+    from sglang.srt.layers.radix_attention import RadixAttention
+
+    if isinstance(module, RadixAttention):
+        return (module,)
+    return getattr(module, "attention_instances", {}).values()
 
 
 def window_reach(layer: RadixAttention) -> int | None:

@@ -360,8 +360,8 @@ TABLES = [
         """
         Models with sliding windows gain little or nothing, since KV is a small part of what a step reads. In gpt-oss-20b
         half of the layers have windows of 128 tokens, in Gemma 3 1B 22 of 26 have windows of 512. With Gemma's shapes the
-        planner expected nothing of speculation, and every round was a plain one. They ran at {x[over plain].simulated_lowest}
-        times plain SGLang's speed.""",
+        planner expected nothing of speculation, and every round was a plain one; they ran at
+        {x[over plain].simulated_lowest} times plain SGLang's speed.""",
         MODEL_AND_LOAD,
         [
             speed("plain", "plain"),

@@ -550,6 +550,9 @@ def test_a_layer_that_is_not_plain_grouped_query_attention_is_refused(
 
     plain = torch.nn.ModuleList([layer(1), layer(0)])
     assert [found.layer_id for found in attention_layers(plain)] == [0, 1]
+    wrapper = torch.nn.Module()  # as SGLang's of transformers' models
+    wrapper.attention_instances = {0: layer(0), 1: layer(1)}
+    assert attention_layers(torch.nn.ModuleList([wrapper])) == list(wrapper.attention_instances.values())
     with pytest.raises(
         ValueError, match=f"Layer 1 of this model has .*{what}.*without --speculative-algorithm"
     ):
