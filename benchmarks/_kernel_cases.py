@@ -54,6 +54,7 @@ SHAPES = {
     # The same KV, and rows of a verification that fill a tile of 64, or need one of 128.
     "qwen2.5-7b": Shape("qwen2.5-7b", 28, 4, 128),
     "qwen3-30b-a3b": Shape("qwen3-30b-a3b", 32, 4, 128),
+    "gemma3-1b": Shape("gemma3-1b", 4, 1, 256),
     "tiny-g4": Shape("tiny-g4", 8, 2, 64),  # for the interpreter
     "tiny-g6": Shape("tiny-g6", 6, 1, 64),
 }
@@ -322,6 +323,14 @@ def verify(p: Problem, scored: bool = True, exact: bool = False) -> Prepared:
     return Prepared(calls, errors, p.case.verify_bytes)
 
 
+def plain_step(p: Problem) -> Prepared:
+    """Attention of a plain round's step: the project's verification of one query, without scores."""
+    out, lens = p.empty_out(1), p.lens - 1
+    plans = [p.kernels("triton").plan_verify(rows, lens, 1) for rows in p.rows]
+    calls = [functools.partial(plan.run, p.q1, p.layer(), out) for plan in plans]
+    return Prepared(calls, lambda: {"out": p.error("decode", out)}, p.case.decode_bytes)
+
+
 def prefill_scores(p: Problem) -> Prepared:
     """Scores of a prompt's last W queries: the first selection's. K is read twice, and counted once."""
     kernels = p.kernels("triton")
@@ -460,6 +469,7 @@ class Kernel:
 KERNELS = [
     Kernel("copy", "torch", copy_same_bytes),
     Kernel("draft", "triton", functools.partial(draft, "triton")),
+    Kernel("decode", "triton", plain_step),
     Kernel("verify", "triton", verify),
     Kernel("verify", "triton, no scores", functools.partial(verify, scored=False)),
     Kernel("verify", "triton, exact scores", functools.partial(verify, exact=True)),

@@ -41,13 +41,14 @@ One layer, 16 bits, page size 1, budget 5% of the context, k = {DRAFT_TOKENS}. s
 (runs), anywhere (random), or consecutive with lengths from a quarter of the context to all of it (ragged). of copy: K and V
 bytes of the selected tokens per second over the copy bandwidth. vs decode: full decode attention by the fastest kernel of
 SGLang's backends over draft attention. vs full: verification with scores over the fastest full attention of the same
-queries. select: selection over verification. round: attention of {TOKENS_PER_ROUND} plain steps over that of
-{DRAFT_TOKENS} draft steps, verification and selection."""
+queries. plain: a plain round's step over the fastest full decode attention. select: selection over verification. round:
+attention of {TOKENS_PER_ROUND} plain steps over that of {DRAFT_TOKENS} draft steps, verification and selection."""
 #: What a batch should reach: column, and whether a value does.
 GOALS: dict[str, tuple[str, Callable[[float], bool]]] = {
     "draft attention at 70% of the copy bandwidth": ("of copy", lambda value: value >= 0.70),
     "draft attention 8 times faster than full decoding (32K and more)": ("vs decode", lambda value: value >= 8),
     "verification with scores within 1.15 times the best full attention": ("vs full", lambda value: value <= 1.15),
+    "a plain step's attention within 1.02 times the best full decoding": ("plain", lambda value: value <= 1.02),
     "selection within 10% of verification": ("select", lambda value: value <= 0.10),
     "attention of a round 4.5 times cheaper than of plain decoding": ("round", lambda value: value >= 4.5),
 }
@@ -191,6 +192,7 @@ def summary(rows: Iterable[dict[str, Any]], copy_bytes_per_s: float | None) -> l
         decode, full = fastest("decode"), fastest("verify")
         triton, select, both = (ms.get((what, "triton")) for what in ("draft", "select", "verify+select"))
         verify, flashinfer, copy = ms.get(("verify", "triton")), ms.get(("draft", "flashinfer")), good.get(("copy", "torch"))
+        plain = ms.get(("decode", "triton"))
         rate = good["draft", "triton"]["bytes"] / (triton * 1e-3) if triton else None
         first = group[0]
         found.append(
@@ -205,6 +207,7 @@ def summary(rows: Iterable[dict[str, Any]], copy_bytes_per_s: float | None) -> l
                 "vs decode": decode[0] / triton if decode and triton else None,
                 "verify ms": verify,
                 "vs full": verify / full[0] if verify and full else None,
+                "plain": plain / decode[0] if plain and decode else None,
                 "select": select / verify if select and verify else None,
                 "round": round_speedup(decode[0], triton, both) if decode and triton and both else None,
                 "full decode ms": decode and decode[0],

@@ -59,6 +59,7 @@ def row(what: str, name: str, ms: float, **fields: Any) -> dict[str, Any]:
 ROWS = [
     row("decode", "fa3", 1.0),
     row("decode", "flashinfer, tensor cores", 2.0),
+    row("decode", "triton", 1.1),
     row("draft", "triton", 0.1),
     row("draft", "flashinfer", 0.2),
     row("verify", "triton", 1.2),
@@ -73,12 +74,13 @@ def test_figures_compare_with_the_fastest_kernel_of_the_backends() -> None:
     assert found["decode by"] == "fa3"
     assert found["vs decode"] == pytest.approx(10)
     assert found["of copy"] == pytest.approx(0.5)  # 1 MB in 0.1 ms is 10 GB/s
-    assert (found["vs full"], found["select"]) == (pytest.approx(1.2), pytest.approx(0.05))
+    assert (found["vs full"], found["plain"], found["select"]) == pytest.approx((1.2, 1.1, 0.05))
     assert found["round"] == pytest.approx(7.16 / 2.06)
     assert found["by flashinfer us"] == pytest.approx(200)
     assert [line.rpartition(": ")[2] for line in kernel_table.goal_lines([found])] == [
         "0 of 1",
         "1 of 1",
+        "0 of 1",
         "0 of 1",
         "1 of 1",
         "0 of 1",
@@ -105,6 +107,7 @@ def test_kept_figures_come_out_again() -> None:
         "26 of 36",
         "18 of 18",
         "36 of 36",
+        "0 of 0",
         "36 of 36",
         "19 of 36",
     ]
@@ -127,10 +130,12 @@ def test_the_interpreter_checks_kernels_and_goes_on_behind_one_that_crashed(tmp_
         begun = {"kind": "begin", "section": f"tiny-g6/b2/c300/ragged/select/{name}"}
         write_record(results, {**begun, "commit": origin, "device": "CPU"})
     command = [sys.executable, str(REPO / "benchmarks" / "kernel_table.py"), "--interpret", "--shapes", "tiny-g6"]
-    command += ["--layouts", "ragged", "--what", "draft", "select", "--results", str(results)]
+    command += ["--layouts", "ragged", "--what", "draft", "decode", "select", "--results", str(results)]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = run_to_end(command, env=environment, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
     rows = [record for record in read_records(results) if record["kind"] == "row"]
-    assert [(r["what"], r["name"], r["wrong"]) for r in rows] == [("draft", "triton", False), ("select", "triton", False)]
+    assert [(r["what"], r["name"], r["wrong"]) for r in rows] == [
+        (what, "triton", False) for what in ("draft", "decode", "select")
+    ]
     assert "the times mean nothing" in done.stdout
