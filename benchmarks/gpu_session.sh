@@ -10,13 +10,15 @@
 # engine's start (vLLM's first takes 150 s), and 100,000 prompt tokens/s, which is an assumption.
 #
 # Further variables: VLLM_PYTHON, a command that starts a Python with vLLM, such as "env PYTHONPATH=/tmp/vllm-site python3"
-# (without it vLLM is left out); SHAPES, a folder of model_shapes.py (without it long-shapes is left out); REPEATS (default 3).
+# (without it vLLM is left out); SHAPES, a folder of model_shapes.py (without it long-shapes is left out); REPEATS (default 3);
+# SERVERS, "plain=sglang@http://127.0.0.1:30000 new=sglang@http://127.0.0.1:30001 ...", servers of MODEL that run already, such
+# as several builds of the plugin (without it builds is left out).
 # Prompts are made on a machine without a GPU by MAKE_PROMPTS=1, which runs nothing else; OUT/*.prompts.json then go along.
 set -uo pipefail
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 : "${MODEL:?a checkpoint folder}" "${OUT:?a folder for results}"
 DRAFT=${DRAFT:-} SMALL=${SMALL:-$MODEL} PYTHON=${PYTHON:-python3} VLLM_PYTHON=${VLLM_PYTHON:-} SHAPES=${SHAPES:-}
-REPEATS=${REPEATS:-3} MAKE_PROMPTS=${MAKE_PROMPTS:-}
+REPEATS=${REPEATS:-3} MAKE_PROMPTS=${MAKE_PROMPTS:-} SERVERS=${SERVERS:-}
 mkdir -p "$OUT"
 failed=0
 wanted=" $* "
@@ -73,6 +75,10 @@ claim throughput 1500 throughput.py --model-path "$MODEL" --results "$OUT/throug
 claim budgets 595 throughput.py --model-path "$MODEL" --results "$OUT/budgets.jsonl" --time-limit 540 --repeats 2 \
   --engines sparsespec sparsespec,sparsespec_min_budget={256,512,768} \
   --loads code:512,1,512,0 code:4096,{4,64},512,0.6 code:8192,16,512,0.6 code:2048,{32,128},512,0.6 code:1024,256,512,0.6
+# Servers that run already, in turn. About 25 s a server and repeat.
+[[ -z $SERVERS ]] || claim builds 595 throughput.py --model-path "$MODEL" --results "$OUT/builds.jsonl" --time-limit 540 \
+  --repeats "$REPEATS" --engines --attach $SERVERS \
+  --loads code:512,1,512,0 code:4096,{4,64},512,0.6 code:8192,16,512,0.6 code:2048,{32,128},512,0.6
 # About 20 minutes with three repeats: 2 each, NGRAM and STANDALONE 3, vLLM 5 and 3.
 claim rivals 595 throughput.py --model-path "$MODEL" --results "$OUT/rivals.jsonl" --time-limit 440 --repeats "$REPEATS" \
   --engines "${rivals[@]}" "${python_of_vllm[@]}" --loads code:8192,128,512,0.6 code:2048,128,512,0.6

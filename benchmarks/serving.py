@@ -43,6 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
+from _attached import Attached
 from _common import (
     CPU_BRIDGE,
     Dataset,
@@ -452,19 +453,10 @@ def parse_rate(text: str) -> str:
     return text
 
 
-def parse_attached(text: str) -> tuple[str, str, str]:
-    """LABEL=BACKEND@URL as its three parts."""
-    label, _, rest = text.partition("=")
-    backend, _, url = rest.partition("@")
-    if not (label and backend and url):
-        raise argparse.ArgumentTypeError(f"{text!r}: expected LABEL=BACKEND@URL")
-    return label, backend, url
-
-
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser, ["plain", "sparsespec"])
-    parser.add_argument("--attach", nargs="+", type=parse_attached, default=[], help="servers that run already")
+    parser.add_argument("--attach", nargs="+", type=Attached.parse, default=[], help="servers that run already")
     shares = "requests per second, or with %% a share of the capacity"
     parser.add_argument("--rates", nargs="+", type=parse_rate, default=["2", "4", "8", "inf"], help=shares)
     parser.add_argument("--capacity", type=float, help="requests per second (default: of the first engine at inf)")

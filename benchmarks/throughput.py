@@ -22,7 +22,14 @@ Every engine runs in a process of its own. Those that differ in ``sparsespec_spe
 between them for each load, in the order given. Each sample becomes a JSON line at once. The same command goes on after an
 interruption: samples of the same commit and device are not taken again, and one that ``--time-limit`` cuts is given up.
 ``--interleave`` starts every engine anew for every repeat, so that a drift of the machine meets all of them. ``--turns``
-lets engines of several commands start side by side and measures them in turn. ``--report`` makes the table of a results file
+lets engines of several commands start side by side and measures them in turn.
+
+Servers that run already are measured as LABEL=sglang@URL, after the engines: each sample of all of them in turn, beginning
+with another one for each load (``--engines --attach main=sglang@http://127.0.0.1:30000 new=sglang@http://127.0.0.1:30001``).
+So two builds of the plugin are compared without a drift of the machine between them. The label ``plain`` is the baseline.
+Records have the commit of this checkout; a label may name the server's.
+
+``--report`` makes the table of a results file
 and runs nothing.
 
 With dummy weights (``--load-format dummy``, dataset ``random:TOKENS``) set SGLANG_SIMULATE_ACC_LEN; such figures are marked
@@ -34,6 +41,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import hashlib
+import itertools
 import json
 import shlex
 import subprocess
@@ -45,6 +53,7 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
+from _attached import Attached, AttachedServer
 from _common import (
     NOT_LOSSLESS,
     Dataset,
@@ -71,6 +80,7 @@ from _common import (
     same_origin,
     say,
     significant,
+    simulated_accept_length,
     stamp,
     start_engine,
     starting,
@@ -119,8 +129,19 @@ class Load:
         """How many there are."""
         return self.batch if self.requests is None else self.requests
 
+    def describe(self) -> dict[str, Any]:
+        """What a record says about it."""
+        return {
+            "dataset": str(self.dataset),
+            "batch": self.batch,
+            "requests": self.prompts,
+            "kept_full": self.requests is not None,
+            "output_length": self.new_tokens,
+            "temperature": self.temperature,
+        }
 
-def sample_key(spec: EngineSpec, load: Load, args: argparse.Namespace) -> str:
+
+def sample_key(spec: EngineSpec | Attached, load: Load, args: argparse.Namespace) -> str:
     """Name of a cell in a results file: what is readable, and a digest of all else that may change its figures."""
     rest = [args.model_path, args.engine_args, args.dtype, args.device, args.load_format, args.respect_eos, args.interleave]
     digest = hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()[:8]
@@ -324,7 +345,7 @@ def figures_of(outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def missing(spec: EngineSpec, repeats: Iterable[int], args: argparse.Namespace) -> list[tuple[Load, int]]:
+def missing(spec: EngineSpec | Attached, repeats: Iterable[int], args: argparse.Namespace) -> list[tuple[Load, int]]:
     """The samples of an engine that the results file lacks, repeat by repeat."""
     environment = stamp()
     done = {
@@ -361,17 +382,7 @@ def run_engine(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argpar
     same = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": args.interleave}
     same |= {**stamp(), **attention_backends(engine)}
     for spec, load, repeat in samples:
-        sample = {
-            **describe(spec, args),
-            "key": sample_key(spec, load, args),
-            "repeat": repeat,
-            "dataset": str(load.dataset),
-            "batch": load.batch,
-            "requests": load.prompts,
-            "kept_full": load.requests is not None,
-            "output_length": load.new_tokens,
-            "temperature": load.temperature,
-        }
+        sample = {**describe(spec, args), "key": sample_key(spec, load, args), "repeat": repeat, **load.describe()}
         try:
             with measuring(args.turns):
                 if time.time() > args.deadline:
@@ -385,6 +396,60 @@ def run_engine(specs: Sequence[EngineSpec], repeats: Sequence[int], args: argpar
         write_record(args.results, {**same, **sample, **figures})
         say(f"{spec.label}, {sample['key']}: {figures['tokens_per_s']} tokens/s, accept length {figures['accept_length']}")
     engine.shutdown()
+
+
+def run_attached(args: argparse.Namespace) -> bool:
+    """Measure the servers that run already, in turn, and append the samples that are missing; whether there is none left."""
+    servers = [(attached, AttachedServer(attached.url)) for attached in args.attach]
+    lacking = {attached: missing(attached, range(args.repeats), args) for attached, _ in servers}
+    complete = True
+    for number, (repeat, load) in enumerate(itertools.product(range(args.repeats), args.loads)):
+        first = number % max(1, len(servers))
+        for attached, engine in servers[first:] + servers[:first]:
+            if (load, repeat) not in lacking[attached]:
+                continue
+            key = sample_key(attached, load, args)
+            try:
+                with measuring(args.turns):
+                    found = sample_of_attached(engine, load, args)
+            except OutOfTime:
+                say(f"{attached.label}, {key}: given up at the time limit")
+                return False
+            except (OSError, RuntimeError) as error:  # OSError: all errors of requests, too
+                found = {"kind": "not run", "reason": str(error)[:300]}
+                complete = False
+            about = {**stamp(), **describe_attached(attached, args), **load.describe(), "key": key, "repeat": repeat}
+            write_record(args.results, {**about, **found})
+            say(f"{attached.label}, {key}: {found.get('tokens_per_s', found['kind'])}")
+    return complete
+
+
+def sample_of_attached(engine: AttachedServer, load: Load, args: argparse.Namespace) -> dict[str, Any]:
+    """Figures of one sample.
+
+    Raises:
+        OutOfTime: the deadline came first.
+        OSError: the server did not answer.
+        RuntimeError: as :func:`run_sample`.
+    """
+    if time.time() > args.deadline:
+        raise OutOfTime
+    prompts = prompts_of(args.prompts, load.dataset, load.prompts)
+    figures = run_sample(engine, load, prompts, not args.respect_eos, args.deadline)
+    about = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": True}
+    return {**about, **attention_backends(engine), **figures}
+
+
+def describe_attached(attached: Attached, args: argparse.Namespace) -> dict[str, Any]:
+    """What a record says about a server that runs already."""
+    return {
+        "model": Path(args.model_path).name,
+        "engine": attached.label,
+        "label": attached.label,
+        "server_url": attached.url,
+        "simulated_accept_length": simulated_accept_length(attached.label.partition("-")[0]),
+        "load_format": args.load_format,
+    }
 
 
 def switch(engine: Any, rounds: str) -> None:
@@ -440,7 +505,7 @@ def last_error(text: str, status: int) -> str:
 def run_all(args: argparse.Namespace, argv: Sequence[str]) -> bool:
     """Run what the results file lacks; whether all of it could be run."""
     complete = True
-    wanted = [pair for spec in args.engines for pair in missing(spec, range(args.repeats), args)]
+    wanted = [pair for spec in [*args.engines, *args.attach] for pair in missing(spec, range(args.repeats), args)]
     make_prompts(args.prompts, args.model_path, [(load.dataset, load.prompts) for load, _ in wanted])
     rounds = [[repeat] for repeat in range(args.repeats)] if args.interleave else [list(range(args.repeats))]
     for repeats in rounds:
@@ -453,7 +518,7 @@ def run_all(args: argparse.Namespace, argv: Sequence[str]) -> bool:
                 about = {**stamp(), **describe(spec, args), "kind": "not run", "key": sample_key(spec, load, args)}
                 write_record(args.results, {**about, "reason": reason})
                 complete = False
-    return complete
+    return run_attached(args) and complete
 
 
 # -------------------------------------------------------------------------- report
@@ -609,6 +674,7 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_options(parser, ["plain", "sparsespec"], vllm=True)
+    parser.add_argument("--attach", nargs="+", type=Attached.parse, default=[], help="servers that run already")
     parser.add_argument("--loads", nargs="+", type=Load.parse, default=[Load(Dataset("code", 8192), 64, 512, 0.6)])
     parser.add_argument("--repeats", type=int, default=3)
     add_prompt_options(parser)
@@ -625,6 +691,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if not args.results:
         parser.error("--results is needed")
+    if others := [attached.label for attached in args.attach if attached.backend != "sglang"]:
+        parser.error(f"--attach {others[0]}: only servers of SGLang (LABEL=sglang@URL)")
     args.prompts = args.prompts or Path(args.results).with_suffix(".prompts.json")
     if args.time_limit and not args.child:
         args.deadline = time.time() + args.time_limit

@@ -13,6 +13,10 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -440,6 +444,111 @@ def test_engines_that_differ_in_what_a_running_one_can_be_told_share_one(
     assert found[2:6] == [("sparsespec", 0.0), (always, 0.0), ("sparsespec", 0.6), (always, 0.6)]
 
 
+# ------------------------------------------------------------------ servers that run already
+
+
+class FakeServer(ThreadingHTTPServer):
+    """Answers as a server of SGLang; a prompt takes 0.1 s, twice a round of its own."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+        self.running = self.generated = 0
+        self.lock = threading.Lock()
+        super().__init__(("127.0.0.1", 0), FakeServerHandler)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
+
+
+class FakeServerHandler(BaseHTTPRequestHandler):
+    server: FakeServer
+
+    def log_message(self, *given: Any) -> None:
+        pass
+
+    def send(self, found: Any) -> None:
+        body = json.dumps(found).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def do_GET(self) -> None:
+        server = self.server
+        if self.path == "/server_info":
+            self.send({"internal_states": [{"attention_backend": "sparsespec"}]})
+        elif self.path == "/v1/loads?include=core":
+            with server.lock:
+                moments = [1.0] * 5 + [float(server.generated)] if server.generated else None
+                load = {"timestamp": time.time(), "decode_moments": moments, "num_running_reqs": server.running}
+            self.send({"loads": [load]})
+
+    def do_POST(self) -> None:
+        server = self.server
+        server.asked.append(self.path)
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"] or 0)) or "{}")
+        if self.path != "/generate":
+            return self.send({})
+        ids, tokens = body["input_ids"], body["sampling_params"]["max_new_tokens"]
+        prompts = ids if isinstance(ids[0], list) else [ids]
+        with server.lock:
+            server.running += len(prompts)
+        for _ in range(2):
+            time.sleep(0.05)
+            with server.lock:
+                server.generated += len(prompts) * tokens // 2
+        with server.lock:
+            server.running -= len(prompts)
+        answers = [answer(tokens) for _ in prompts]
+        self.send(answers if isinstance(ids[0], list) else answers[0])
+
+
+@pytest.fixture
+def servers() -> Iterator[list[FakeServer]]:
+    found = [FakeServer(), FakeServer()]
+    for server in found:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield found
+    for server in found:
+        server.shutdown()
+        server.server_close()
+
+
+def test_servers_that_run_already_take_turns(
+    servers: list[FakeServer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(throughput, "SAMPLE_SECONDS", 0.02)
+    results = str(tmp_path / "r.jsonl")
+    command = ["--model-path", "m", "--engines", "--results", results, "--repeats", "2"]
+    command += ["--loads", "random:8,2,24,0", "random:9,2,24,0.6,6"]
+    command += ["--attach", f"plain=sglang@{servers[0].url}", f"new=sglang@{servers[1].url}"]
+    assert throughput.main(command) == 0
+    records = _common.read_records(results)
+    assert [(r["label"], r["kept_full"], r["repeat"]) for r in records] == [
+        *(("plain", False, 0), ("new", False, 0), ("new", True, 0), ("plain", True, 0)),
+        *(("plain", False, 1), ("new", False, 1), ("new", True, 1), ("plain", True, 1)),
+    ]
+    assert {(r["server_url"], r["attention_backend"], r["accept_length"]) for r in records if r["label"] == "new"} == {
+        (servers[1].url, "sparsespec", 5.0)
+    }
+    kept_full = next(r for r in records if r["kept_full"])
+    assert kept_full["output_tokens"] == 6 * 24 and 0.2 < kept_full["seconds"] < 2 and kept_full["mean_running_full"] == 2
+    rows = throughput.aggregate(records)
+    assert all(row["times_plain"] is not None for row in rows)
+    asked = len(servers[0].asked)
+    assert throughput.main(command) == 0 and len(servers[0].asked) == asked, "nothing is measured twice"
+    assert throughput.main([*command[:-1], "new=sglang@http://127.0.0.1:9", "--repeats", "3"]) == 1
+    failed = [record for record in _common.read_records(results) if record["kind"] == "not run"]
+    assert len(failed) == 2 and all("refused" in record["reason"] for record in failed)
+
+
+def test_only_servers_of_sglang_are_attached(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        options("--attach", "a=vllm@http://127.0.0.1:1")
+    assert "--attach a: only servers of SGLang (LABEL=sglang@URL)" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------- tables
 
 
@@ -506,7 +615,18 @@ def test_a_plot_marks_simulated_figures(tmp_path: Path) -> None:
     assert "SIMULATED" in (tmp_path / "p.svg").read_text()
 
 
-@pytest.mark.parametrize("others", [{}, {"DRAFT": "d", "VLLM_PYTHON": "env A=b python3", "SHAPES": "qwen3-8b"}])
+@pytest.mark.parametrize(
+    "others",
+    [
+        {},
+        {
+            "DRAFT": "d",
+            "VLLM_PYTHON": "env A=b python3",
+            "SHAPES": "qwen3-8b",
+            "SERVERS": "plain=sglang@http://a:1 new=sglang@http://a:2",
+        },
+    ],
+)
 def test_the_programs_take_what_a_gpu_session_gives_them(others: dict[str, str], tmp_path: Path) -> None:
     (python := tmp_path / "python").write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
     python.chmod(0o755)
@@ -514,7 +634,7 @@ def test_the_programs_take_what_a_gpu_session_gives_them(others: dict[str, str],
     subprocess.run([str(REPO / "benchmarks/gpu_session.sh")], env=environment, check=True, timeout=60)
     commands = {path.stem: path.read_text().splitlines() for path in tmp_path.glob("*.log")}
     assert {Path(program).stem for program, *_ in commands.values()} >= {"throughput", "serving", "parity", "kernel_table"}
-    assert ("long-shapes" in commands, "vllm:ngram" in commands["rivals"]) == (bool(others), bool(others))
+    assert {"long-shapes" in commands, "builds" in commands, "vllm:ngram" in commands["rivals"]} == {bool(others)}
     for program, *arguments in commands.values():
         name = Path(program).stem
         if name != "kernel_table":  # which looks for a GPU
