@@ -270,6 +270,12 @@ REFUSALS: tuple[Refusal, ...] = (
         _NO_HOST_TIER,
     ),
     Refusal(
+        lambda c: c.args.device == "cpu" and c.args.enable_hierarchical_cache,
+        "--enable-hierarchical-cache with --device cpu",
+        "SGLang's host pools need a GPU",
+        "remove it, or use --sparsespec-host-kv-gb, which works on a CPU",
+    ),
+    Refusal(
         lambda c: c.settings.has_host_tier and c.args.strip_thinking_cache,
         "--strip-thinking-cache with --sparsespec-host-kv-gb",
         "an offloaded request's whole output is in the radix cache",

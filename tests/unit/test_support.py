@@ -412,6 +412,11 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
         "--enable-hierarchical-cache with --sparsespec-host-kv-gb",
         "remove it",
     ),
+    "SGLang's own host tier on a CPU": (
+        {"enable_hierarchical_cache": True},
+        "--enable-hierarchical-cache with --device cpu",
+        "--sparsespec-host-kv-gb",
+    ),
     "host tier and stripped thinking": (
         {"sparsespec_host_kv_gb": 1.0, "strip_thinking_cache": True},
         "--strip-thinking-cache with --sparsespec-host-kv-gb",
