@@ -177,7 +177,8 @@ def test_slots_behind_windows_are_used_again(own: dict[str, Any], checkpoints: d
         **plain_rounds_plugin(tmp_path),
         **retract_plugin(tmp_path),
     }
-    sizes = {"max_total_tokens": 900, "swa_full_tokens_ratio": 0.35, "log_level": "info"}
+    # No prompt is in chunks: when it is told to retract, SGLang 0.5.17's check overlooks the slots of one that is half-way.
+    sizes = {"max_total_tokens": 900, "swa_full_tokens_ratio": 0.35, "chunked_prefill_size": 256, "log_level": "info"}
     prompts = PROMPTS[-12:]
     sampling = [{"temperature": 0.0, "max_new_tokens": 120, "ignore_eos": True} for _ in prompts]
     sampling[-1]["max_new_tokens"] = 300  # after a prompt of 150
