@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import functools
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -16,6 +15,23 @@ import requests
 MOST_REQUESTS = 1024
 #: Seconds that an answer may take.
 TIMEOUT = 3600
+
+
+def ask(url: str, body: dict[str, Any] | None = None, timeout: float = 600) -> Any:
+    """GET ``url``, or POST ``body`` as JSON; the answer's JSON.
+
+    Args:
+        timeout: seconds that the answer to a body may take.
+
+    Raises:
+        RuntimeError: no answer, or an error.
+    """
+    try:
+        answer = requests.get(url, timeout=60) if body is None else requests.post(url, json=body, timeout=timeout)
+        answer.raise_for_status()
+    except requests.RequestException as error:
+        raise RuntimeError(f"{url}: {error}") from error
+    return answer.json()
 
 
 class Attached(NamedTuple):
@@ -55,12 +71,11 @@ class AttachedServer:
 
     def generate(self, input_ids: Sequence[list[int]], sampling_params: dict[str, Any]) -> list[dict[str, Any]]:
         """Outputs of all prompts, sent in one request."""
-        return self._post("/generate", input_ids=input_ids, sampling_params=sampling_params).json()
+        return self._generate(input_ids, sampling_params)
 
     async def async_generate(self, input_ids: list[int], sampling_params: dict[str, Any]) -> dict[str, Any]:
         """The output of one prompt."""
-        ask = functools.partial(self._post, "/generate", input_ids=input_ids, sampling_params=sampling_params)
-        return (await self.loop.run_in_executor(None, ask)).json()
+        return await self.loop.run_in_executor(None, self._generate, input_ids, sampling_params)
 
     def flush_cache(self) -> SimpleNamespace:
         """Drop cached prefixes; ``success`` as in the answer of ``sglang.Engine``."""
@@ -68,26 +83,20 @@ class AttachedServer:
 
     def get_server_info(self) -> dict[str, Any]:
         """As ``sglang.Engine`` gives it."""
-        return self._get("/server_info")
+        return ask(f"{self._url}/server_info")
 
     def read_all(self) -> list[SimpleNamespace]:
         """The newest load snapshot of each data-parallel rank; the server makes one every few rounds."""
-        return [SimpleNamespace(**load) for load in self._get("/v1/loads?include=core")["loads"]]
+        return [SimpleNamespace(**load) for load in ask(f"{self._url}/v1/loads?include=core")["loads"]]
 
     def abort_request(self, abort_all: bool) -> None:
         """End all requests."""
-        self._post("/abort_request", rid="", abort_all=abort_all)
+        body = {"rid": "", "abort_all": abort_all}
+        requests.post(f"{self._url}/abort_request", json=body, timeout=TIMEOUT).raise_for_status()
 
     def shutdown(self) -> None:
         """The server stays."""
         self.loop.close()
 
-    def _post(self, path: str, **body: Any) -> requests.Response:
-        answer = requests.post(self._url + path, json=body, timeout=TIMEOUT)
-        answer.raise_for_status()
-        return answer
-
-    def _get(self, path: str) -> Any:
-        answer = requests.get(self._url + path, timeout=TIMEOUT)
-        answer.raise_for_status()
-        return answer.json()
+    def _generate(self, input_ids: Sequence[Any], sampling_params: dict[str, Any]) -> Any:
+        return ask(f"{self._url}/generate", {"input_ids": input_ids, "sampling_params": sampling_params}, TIMEOUT)

@@ -43,7 +43,7 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from _attached import Attached
+from _attached import Attached, ask
 from _common import (
     CPU_BRIDGE,
     Dataset,
@@ -138,20 +138,6 @@ def is_ready(url: str) -> bool:
         return requests.get(f"{url}/health", timeout=60).status_code == 200
     except requests.RequestException:
         return False
-
-
-def ask(url: str, body: dict[str, Any] | None = None) -> Any:
-    """GET ``url``, or POST ``body`` as JSON; the answer's JSON.
-
-    Raises:
-        RuntimeError: no answer, or an error.
-    """
-    try:
-        answer = requests.get(url, timeout=60) if body is None else requests.post(url, json=body, timeout=600)
-        answer.raise_for_status()
-    except requests.RequestException as error:
-        raise RuntimeError(f"{url}: {error}") from error
-    return answer.json()
 
 
 # ---------------------------------------------------------------------------- load

@@ -29,8 +29,7 @@ with another one for each load (``--engines --attach main=sglang@http://127.0.0.
 So two builds of the plugin are compared without a drift of the machine between them. The label ``plain`` is the baseline.
 Records have the commit of this checkout; a label may name the server's.
 
-``--report`` makes the table of a results file
-and runs nothing.
+``--report`` makes the table of a results file and runs nothing.
 
 With dummy weights (``--load-format dummy``, dataset ``random:TOKENS``) set SGLANG_SIMULATE_ACC_LEN; such figures are marked
 SIMULATED in every record and row.
@@ -402,7 +401,9 @@ def run_attached(args: argparse.Namespace) -> bool:
     """Measure the servers that run already, in turn, and append the samples that are missing; whether there is none left."""
     servers = [(attached, AttachedServer(attached.url)) for attached in args.attach]
     lacking = {attached: missing(attached, range(args.repeats), args) for attached, _ in servers}
-    complete = True
+    wanted = {load for pairs in lacking.values() for load, _ in pairs}
+    prompts = {load: prompts_of(args.prompts, load.dataset, load.prompts) for load in wanted}
+    same, complete = stamp(), True
     for number, (repeat, load) in enumerate(itertools.product(range(args.repeats), args.loads)):
         first = number % max(1, len(servers))
         for attached, engine in servers[first:] + servers[:first]:
@@ -411,30 +412,30 @@ def run_attached(args: argparse.Namespace) -> bool:
             key = sample_key(attached, load, args)
             try:
                 with measuring(args.turns):
-                    found = sample_of_attached(engine, load, args)
+                    found = sample_of_attached(engine, load, prompts[load], args)
             except OutOfTime:
                 say(f"{attached.label}, {key}: given up at the time limit")
                 return False
             except (OSError, RuntimeError) as error:  # OSError: all errors of requests, too
                 found = {"kind": "not run", "reason": str(error)[:300]}
                 complete = False
-            about = {**stamp(), **describe_attached(attached, args), **load.describe(), "key": key, "repeat": repeat}
+            about = {**same, **describe_attached(attached, args), **load.describe(), "key": key, "repeat": repeat}
             write_record(args.results, {**about, **found})
             say(f"{attached.label}, {key}: {found.get('tokens_per_s', found['kind'])}")
     return complete
 
 
-def sample_of_attached(engine: AttachedServer, load: Load, args: argparse.Namespace) -> dict[str, Any]:
+def sample_of_attached(
+    engine: AttachedServer, load: Load, prompts: list[list[int]], args: argparse.Namespace
+) -> dict[str, Any]:
     """Figures of one sample.
 
     Raises:
         OutOfTime: the deadline came first.
-        OSError: the server did not answer.
-        RuntimeError: as :func:`run_sample`.
+        OSError, RuntimeError: the server did not answer, or as :func:`run_sample`.
     """
     if time.time() > args.deadline:
         raise OutOfTime
-    prompts = prompts_of(args.prompts, load.dataset, load.prompts)
     figures = run_sample(engine, load, prompts, not args.respect_eos, args.deadline)
     about = {"kind": "sample", "ignore_eos": not args.respect_eos, "interleaved": True}
     return {**about, **attention_backends(engine), **figures}
